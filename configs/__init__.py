@@ -1,0 +1,1 @@
+"""Experiments. Each file has get_config(), which changes a few keys of configs/base.py."""

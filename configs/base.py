@@ -1,0 +1,127 @@
+"""Every key of an experiment, with what it means. Nothing here depends on where the experiment runs.
+
+Durations are written "300 epochs" or "700 steps". Learning rates are given for 256 images and scaled by the batch.
+Values are those of TinyMIM's pre-training unless a comment says otherwise.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.task = "distill"  # mae | distill | classify
+    config.seed = 0  # everything random follows from it
+    config.init = ""  # checkpoint that the weights start from; empty: from scratch
+
+    config.model = ml_collections.ConfigDict()
+    config.model.variant = "S"  # pico | nano | Ti | S | B | L | H
+    config.model.embed_dim = config_dict.placeholder(int)  # None: as the variant has it
+    config.model.depth = config_dict.placeholder(int)
+    config.model.heads = config_dict.placeholder(object)  # one number, or one for each block
+    config.model.patch_size = 16
+    config.model.image_size = (224, 224)  # height, width
+    config.model.mlp_ratio = 4.0
+    config.model.pos_embed = "sincos"  # sincos: fixed | learned: starts as sincos
+    config.model.drop_path = 0.1
+    config.model.drop_path_schedule = "constant"  # constant: all but the last block | linear
+    config.model.dtype = "bfloat16"  # of the computation; parameters are float32
+    config.model.scan = False  # compile one block instead of all: for L and H
+    config.model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory
+
+    config.data = ml_collections.ConfigDict()
+    config.data.source = "imagenet2012"  # any TFDS classification set, or "digits"
+    config.data.train_split = "train"
+    config.data.eval_split = "validation"
+    config.data.examples = 0  # train on this many, evenly over the classes; 0: all
+    config.data.crop_scale = (0.2, 1.0)  # RandomResizedCrop
+    config.data.crop_ratio = (3 / 4, 4 / 3)
+    config.data.flip = True
+    config.data.eval_resize = 256  # short side before the centre crop
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.base_lr = 1.5e-4
+    config.optim.warmup = "15 epochs"
+    config.optim.final_lr = 0.0
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.95
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.05
+    config.optim.no_decay = "pretrain"  # pretrain: 1-D parameters | finetune: and CLS token, position table
+    config.optim.layer_decay = 1.0
+    config.optim.clip_norm = 0.0  # 0: off
+
+    config.train = ml_collections.ConfigDict()
+    config.train.batch_size = 4096
+    config.train.duration = "300 epochs"
+    config.train.accumulate = 1  # work the batch off in this many parts
+    config.train.ema = 0.0  # decay of a moving average of the weights; 0: off
+    config.train.log_every = 50  # steps
+    config.train.eval_every = "20 epochs"  # "0 epochs": only at the end
+    config.train.max_skipped = 10  # steps in a row that may be left out as not finite
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_minutes = 10.0
+    config.checkpoint.keep = 3
+    return config
+
+
+def distill() -> ml_collections.ConfigDict:
+    """TinyMIM pre-training."""
+    config = get_config()
+    config.distill = ml_collections.ConfigDict()
+    config.distill.target = "qk_vv"  # a row of TARGETS
+    config.distill.student_tap = config_dict.placeholder(int)  # block counted from 1; None: the last
+    config.distill.last_heads = "teacher"  # heads of the student's last block: teacher (adaptive block) | own
+    config.distill.teacher = ml_collections.ConfigDict()
+    config.distill.teacher.name = (
+        ""  # a row of TEACHERS: its tapped block, its address; empty: any checkpoint
+    )
+    config.distill.teacher.path = ""  # what `tinymim convert` wrote, or a run of ours
+    config.distill.teacher.tap = config_dict.placeholder(int)  # None: the row's, or the last block
+    config.distill.jitter = ml_collections.ConfigDict()  # of the student's view; the teacher sees it clean
+    config.distill.jitter.brightness = 0.4
+    config.distill.jitter.contrast = 0.4
+    config.distill.jitter.saturation = 0.4
+    return config
+
+
+def mae() -> ml_collections.ConfigDict:
+    """MAE pre-training (arXiv 2111.06377)."""
+    config = get_config()
+    config.task = "mae"
+    config.model.drop_path = 0.0
+    config.optim.warmup = "40 epochs"
+    config.train.duration = "800 epochs"
+    config.mae = ml_collections.ConfigDict()
+    config.mae.mask_ratio = 0.75
+    config.mae.normalize_pixels = True  # compare with each patch's own mean and deviation
+    config.mae.decoder_dim = 512
+    config.mae.decoder_depth = 8
+    config.mae.decoder_heads = 16
+    return config
+
+
+def classify() -> ml_collections.ConfigDict:
+    """Fine-tuning of an encoder with a new head."""
+    config = get_config()
+    config.task = "classify"
+    config.model.pos_embed = "learned"
+    config.model.drop_path_schedule = "linear"
+    config.data.crop_scale = (0.08, 1.0)
+    config.optim.base_lr = 5e-4
+    config.optim.warmup = "5 epochs"
+    config.optim.final_lr = 1e-6
+    config.optim.b2 = 0.999
+    config.optim.no_decay = "finetune"
+    config.train.batch_size = 1024
+    config.train.duration = "100 epochs"
+    config.train.eval_every = "5 epochs"
+    config.classify = ml_collections.ConfigDict()
+    config.classify.pool = "mean"  # mean | cls
+    config.classify.label_smoothing = 0.1
+    config.classify.head_std = 2e-5
+    config.classify.heads = "keep"  # keep: as pre-trained | official: 3, 6, 12 in every block
+    return config

@@ -1,0 +1,11 @@
+"""TinyMIM-Base from MAE ViT-L (paper, section 4; models_tinymim.py: 12 heads, the last block has the teacher's)."""
+
+from configs import base
+
+
+def get_config():
+    config = base.distill()
+    config.model.variant = "B"
+    config.model.heads = 12
+    config.distill.teacher.name = "mae_vit_large"
+    return config

@@ -1,0 +1,11 @@
+"""TinyMIM-Tiny from MAE ViT-B (paper, section 4; models_tinymim.py: 6 heads, the last block has the teacher's)."""
+
+from configs import base
+
+
+def get_config():
+    config = base.distill()
+    config.model.variant = "Ti"
+    config.model.heads = 6
+    config.distill.teacher.name = "mae_vit_base"
+    return config

@@ -1,0 +1,9 @@
+"""MAE pre-training of ViT-B on ImageNet-1K (MAE release, PRETRAIN.md): the teacher of TinyMIM-Small and -Tiny."""
+
+from configs import base
+
+
+def get_config():
+    config = base.mae()
+    config.model.variant = "B"
+    return config

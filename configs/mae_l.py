@@ -1,0 +1,11 @@
+"""MAE pre-training of ViT-L on ImageNet-1K (MAE release, PRETRAIN.md): the teacher of TinyMIM-Base."""
+
+from configs import base
+
+
+def get_config():
+    config = base.mae()
+    config.model.variant = "L"
+    config.model.scan = True
+    config.model.remat = "dots"
+    return config

@@ -1,0 +1,72 @@
+"""Eight fake devices for every test, shape checks on the numerical floors, and where the golden files lie."""
+
+import json
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+# The signatures of ops, models and targets are enforced here and cost nothing in production.
+_HOOK = install_import_hook(
+    ["tinymim_jax.ops", "tinymim_jax.models", "tinymim_jax.targets"], "beartype.beartype"
+)
+_HOOK.__enter__()
+
+
+def golden_dir() -> pathlib.Path:
+    """The folder of the golden files: $TINYMIM_GOLDEN, or the copies beside the tests."""
+    return pathlib.Path(os.environ.get("TINYMIM_GOLDEN") or pathlib.Path(__file__).parent / "golden")
+
+
+class Golden:
+    """Arrays and sizes written by the authors' PyTorch code."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+        self.meta = json.loads((directory / "meta.json").read_text())
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.directory / name) as file:
+            return {key: file[key] for key in file.files}
+
+    def path(self, name: str) -> pathlib.Path:
+        return self.directory / name
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    return Golden(golden_dir())
+
+
+def relative_error(got, want) -> float:
+    """Largest absolute difference over the largest magnitude of `want`."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"shape {got.shape} against {want.shape}"
+    return float(np.max(np.abs(got - want)) / max(np.max(np.abs(want)), 1e-30))
+
+
+@pytest.fixture(scope="session")
+def close():
+    """`close(got, want, 1e-5)`: agreement relative to the largest magnitude in the array."""
+
+    def check(got, want, tolerance: float, what: str = "") -> None:
+        error = relative_error(got, want)
+        assert error <= tolerance, f"{what}: relative error {error:.2e} is above {tolerance:.0e}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    """A folder with the prepared digits."""
+    from tinymim_jax.data.sources import open_source
+
+    folder = str(tmp_path_factory.mktemp("data"))
+    open_source("digits", split="train", data_dir=folder)
+    return folder

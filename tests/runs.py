@@ -1,0 +1,64 @@
+"""Small experiments that the tests of the loop share."""
+
+import jax
+import numpy as np
+
+from tinymim_jax.config import load_config
+from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer, training_batches
+from tinymim_jax.metrics import compute, no_averages
+from tinymim_jax.sharding import place_batch
+from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
+
+# Two blocks of width 16 on digits of 16 x 16: seconds, compiling included.
+SMALL = (
+    "model.embed_dim=16",
+    "model.depth=2",
+    "model.heads=2",
+    "model.patch_size=8",
+    "model.image_size=(16,16)",
+    "data.eval_resize=16",
+    "data.eval_split=test[:13]",
+    "train.batch_size=8",
+    "train.duration=4 steps",
+    "train.log_every=1",
+    "optim.warmup=1 steps",
+    "checkpoint.every_minutes=0.0",
+)
+
+
+def small_config(experiment: str, *overrides: str):
+    """configs/digits.py:`experiment`, shrunk."""
+    words = [*SMALL, *overrides]
+    if experiment.startswith("mae"):
+        words = ["mae.decoder_dim=8", "mae.decoder_depth=1", "mae.decoder_heads=2", *words]
+    return load_config(f"configs/digits.py:{experiment}", words)
+
+
+def run_steps(config, data_dir, mesh, steps: int):
+    """(state, losses of each step, frozen weights before and after) of the real step on the real batches."""
+    experiment = build_experiment(config, data_dir=data_dir)
+    task = experiment.task
+    frozen = place_frozen(task.load_frozen(), mesh)
+    before = jax.device_get(frozen)
+    paths = trained_paths(task, frozen, batch_shapes(experiment))
+    optimizer = build_optimizer(experiment, paths)
+    root = jax.random.key(config.seed)
+    _, fresh = init_state(task, optimizer, paths, mesh, root, ema=config.train.ema)
+    step = make_train_step(
+        task, optimizer, paths, mesh, accumulate=config.train.accumulate, ema=config.train.ema
+    )
+    state, losses = fresh(), []
+    with training_batches(experiment, start_step=0, workers=0) as batches:
+        for _ in range(steps):
+            recorded = no_averages((*task.names, "gradient_norm"))
+            state, recorded, _ = step(state, recorded, frozen, place_batch(mesh, next(batches)), root)
+            losses.append(compute(recorded)["loss"])
+    return state, np.array(losses), before, jax.device_get(frozen)
+
+
+def same_bits(first, second) -> bool:
+    """Equal trees, bit for bit."""
+    leaves = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return jax.tree.structure(first) == jax.tree.structure(second) and all(
+        np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in leaves
+    )

@@ -1,0 +1,89 @@
+"""Imports go down only, and the core needs neither TensorFlow nor torch."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Floor of each part of the package: a module may import from its own floor or below.
+FLOORS = {
+    "cli": 5, "config": 5, "demo": 5, "demo_pictures": 5, "__main__": 5,
+    "train": 4, "evaluate": 4, "experiment": 4, "state": 4, "progress": 4,
+    "tasks": 3,
+    "targets": 2, "teachers": 2, "convert": 2, "optim": 2, "metrics": 2, "sharding": 2,
+    "checkpoints": 2, "params_io": 2, "checkpoint_format": 2,
+    "models": 1, "data": 1,
+    "ops": 0, "errors": 0,
+}  # fmt: skip
+
+
+def package_imports(path: pathlib.Path) -> set[str]:
+    """Dotted modules that a file imports, at any depth of nesting."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+FILES = sorted((ROOT / "tinymim_jax").rglob("*.py"))
+
+
+def name_of(path: pathlib.Path) -> str:
+    relative = path.relative_to(ROOT / "tinymim_jax")
+    return relative.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path):
+    own = name_of(path)
+    if own == "__init__":
+        return
+    assert own in FLOORS, f"give {own!r} a floor"
+    for module in package_imports(path):
+        if module.startswith("tinymim_jax."):
+            assert FLOORS[part(module)] <= FLOORS[own], f"{own} imports {module} from a floor above"
+
+
+def test_floors_keep_to_themselves():
+    for path in FILES:
+        own, imported = name_of(path), package_imports(path)
+        roots = {module.split(".")[0] for module in imported}
+        if own == "data":
+            assert not roots & {"jax", "flax", "optax"}, f"{path} imports jax"
+            assert not any(m.startswith("tinymim_jax.models") for m in imported)
+        if own == "ops":
+            assert not roots & {"flax", "ml_collections"}, f"{path} is above its floor"
+        if FLOORS.get(own, 5) <= 2:
+            assert "ml_collections" not in roots, f"{path} sees a ConfigDict"
+        if own == "tasks" and path.stem in ("mae", "distill", "classify"):
+            others = {"mae", "distill", "classify"} - {path.stem}
+            assert not any(m.startswith(f"tinymim_jax.tasks.{o}") for m in imported for o in others)
+        assert not roots & {"torch", "tensorflow"}, f"{path} imports {roots}"
+
+
+def test_configs_import_configs_alone():
+    for path in (ROOT / "configs").rglob("*.py"):
+        roots = {module.split(".")[0] for module in package_imports(path)}
+        assert roots <= {"configs", "ml_collections", "math"}, f"{path} imports {roots}"
+
+
+def test_importing_everything_imports_no_tensorflow():
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in FILES
+        if path.stem not in ("__main__",)
+    ]
+    code = "import sys\n" + "\n".join(f"import {m.removesuffix('.__init__')}" for m in modules)
+    code += "\nbad = {'tensorflow', 'torch'} & set(sys.modules)\nassert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

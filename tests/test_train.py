@@ -1,0 +1,196 @@
+"""The loop: resuming, devices, faults. Real data, real checkpoints, tiny networks."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from runs import run_steps, same_bits, small_config
+
+from tinymim_jax.metrics import read
+from tinymim_jax.params_io import load_params
+from tinymim_jax.sharding import make_mesh
+from tinymim_jax.train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, data_dir):
+    """A MAE run of four steps: a legal teacher, with four heads in its last block as any other."""
+    workdir = tmp_path_factory.mktemp("teacher")
+    train(small_config("mae_teacher", "model.heads=4"), workdir, data_dir=data_dir)
+    return workdir
+
+
+def distill_config(teacher, *overrides):
+    return small_config("distill", f"distill.teacher.path={teacher}", *overrides)
+
+
+def test_a_run_leaves_what_it_says(teacher):
+    names = {path.name for path in teacher.iterdir()}
+    assert {"config.json", "model.json", "metrics.jsonl", "tensorboard", "checkpoints", "result.json"} <= names
+    rows = [row for row in read(teacher / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["images_per_second"] > 0 and np.isfinite(row["train/loss"]) for row in rows)
+    # lr: linear from 0 over one step to the peak, base_lr * 8 / 256.
+    config = json.loads((teacher / "config.json").read_text())
+    np.testing.assert_allclose([row["lr"] for row in rows[:2]], [0, config["optim"]["base_lr"] * 8 / 256])
+    assert json.loads((teacher / "result.json").read_text())["examples"] == 13
+
+
+def test_a_finished_run_is_not_run_again(teacher, data_dir):
+    before = (teacher / "metrics.jsonl").read_text()
+    result = train(small_config("mae_teacher", "model.heads=4"), teacher, data_dir=data_dir)
+    assert result == json.loads((teacher / "result.json").read_text())
+    assert (teacher / "metrics.jsonl").read_text() == before
+
+
+def test_another_experiment_in_the_same_workdir_is_refused(teacher, data_dir):
+    with pytest.raises(ValueError, match=r"seed: 0 there, 1 here"):
+        train(small_config("mae_teacher", "model.heads=4", "seed=1"), teacher, data_dir=data_dir)
+
+
+KILL_AT_STEP_3 = """
+    import os, signal, sys
+    sys.path.insert(0, "tests")
+    import tinymim_jax.train as loop
+    from runs import small_config
+
+    calls, place = [], loop.place_batch
+    def place_batch(mesh, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return place(mesh, batch)
+    loop.place_batch = place_batch
+    config = small_config("distill", "distill.teacher.path=" + sys.argv[3], "model.drop_path=0.1", "train.ema=0.5")
+    loop.train(config, sys.argv[1], data_dir=sys.argv[2])
+"""
+
+
+def test_four_steps_are_two_then_a_kill_then_two(tmp_path, teacher, data_dir):
+    config = distill_config(teacher, "model.drop_path=0.1", "train.ema=0.5")
+    result = train(config, tmp_path / "whole", data_dir=data_dir)
+    command = [sys.executable, "-c", textwrap.dedent(KILL_AT_STEP_3), tmp_path / "killed", data_dir, teacher]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "result.json").exists()
+    resumed = train(config, tmp_path / "killed", data_dir=data_dir)
+    assert resumed == result
+    for folder in ("whole", "killed"):
+        assert [r["step"] for r in read(tmp_path / folder / "metrics.jsonl") if "lr" in r] == [1, 2, 3, 4]
+    whole, killed = (load_params(tmp_path / folder)[1] for folder in ("whole", "killed"))
+    assert same_bits(whole, killed)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, data_dir):
+    command = [sys.executable, "-m", "tinymim_jax", "train", "--config", "configs/digits.py:mae_student"]
+    command += ["--workdir", tmp_path / "run", "--data_dir", data_dir, "--compile_cache", ""]
+    overrides = small_config("mae_student").to_dict()
+    words = ["model.embed_dim=16", "model.depth=2", "train.batch_size=8", "train.log_every=1"]
+    words += ["optim.warmup=1 steps", "data.eval_split=test[:13]"]
+    assert overrides["checkpoint"]["keep"] == 3
+    process = subprocess.Popen(
+        [*command, *words, "train.duration=100000 steps"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3/" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    output = process.stdout.read()
+    assert process.wait(timeout=120) == 75, output
+    stopped = int(output.split("stopped after step ")[1].split(",")[0])
+    assert os.listdir(tmp_path / "run" / "checkpoints") == [str(stopped)]
+
+
+@pytest.mark.parametrize("experiment", ["mae_teacher", "distill", "finetune"])
+def test_devices_do_not_change_the_losses(experiment, teacher, data_dir):
+    """1 device, 8, and 4 x 2 with parameters split: the same examples, masks and jitter, so the same losses."""
+    overrides = [f"distill.teacher.path={teacher}"] if experiment == "distill" else []
+    config = small_config(experiment, "model.drop_path=0.1", *overrides)
+    single, losses, before, after = run_steps(config, data_dir, make_mesh(devices=jax.devices()[:1]), 3)
+    assert len(set(losses)) == 3
+    # The frozen weights are an argument of the step: bit for bit what they were.
+    assert same_bits(before, after)
+    for mesh in (make_mesh(), make_mesh(fsdp=2)):
+        state, got, *_ = run_steps(config, data_dir, mesh, 3)
+        np.testing.assert_allclose(got, losses, rtol=1e-5)  # sums in another order
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, single.params)
+
+
+def test_fsdp_splits_large_parameters_and_their_moments(data_dir):
+    config = small_config("mae_teacher", "model.embed_dim=512", "model.heads=8", "model.depth=1")
+    state, losses, *_ = run_steps(config, data_dir, make_mesh(fsdp=2), 1)
+    assert np.isfinite(losses).all()
+    kernel = state.params["encoder"]["blocks_0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert moments
+    assert all(x.addressable_shards[0].data.size == x.size // 2 for x in moments)
+
+
+def test_accumulated_parts_give_the_update_of_the_whole(data_dir):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    whole, losses, *_ = run_steps(small_config("finetune"), data_dir, mesh, 2)
+    parts, got, *_ = run_steps(small_config("finetune", "train.accumulate=4"), data_dir, mesh, 2)
+    np.testing.assert_allclose(got, losses, rtol=1e-5)
+    # Adam divides by the gradient's size: where that is tiny, rounding shows.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), parts.params, whole.params)
+
+
+def test_moving_average_in_closed_form(data_dir):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config = small_config("finetune", "train.ema=0.75")
+    states = [run_steps(config, data_dir, mesh, steps)[0] for steps in (0, 1, 2)]
+    start, first, second = (state.params["head"]["kernel"] for state in states)
+    want = 0.75 * (0.75 * start + 0.25 * first) + 0.25 * second
+    np.testing.assert_allclose(states[2].extra["ema"]["head"]["kernel"], want, atol=1e-7)
+
+
+def test_parameters_without_gradient_are_left_out_of_the_optimizer(teacher, data_dir):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config = distill_config(teacher, "optim.weight_decay=0.5", "optim.base_lr=1.0")
+    (start, *_), (end, *_) = (run_steps(config, data_dir, mesh, steps) for steps in (0, 3))
+    last_start, last_end = (state.params["encoder"]["blocks_1"] for state in (start, end))
+    for name in ("mlp", "norm2"):
+        assert same_bits(last_start[name], last_end[name])
+    assert same_bits(last_start["attn"]["proj"], last_end["attn"]["proj"])
+    assert not np.array_equal(last_start["attn"]["qkv"]["kernel"], last_end["attn"]["qkv"]["kernel"])
+    held = {x.shape for x in jax.tree.leaves(end.opt_state)}
+    assert last_end["mlp"]["fc2"]["kernel"].shape not in held or len(jax.tree.leaves(end.opt_state)) < 2 * 27
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted(data_dir):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config = small_config("finetune", "data.std=(0.0,1.0,1.0)", "train.ema=0.5")
+    (start, *_), (end, losses, *_) = (run_steps(config, data_dir, mesh, steps) for steps in (0, 3))
+    assert np.isnan(losses).all()  # nothing was counted
+    assert int(end.skipped) == int(end.skipped_in_a_row) == int(end.step) == 3
+    assert same_bits(start.params, end.params)
+    assert same_bits(start.opt_state, end.opt_state)
+
+
+def test_a_run_of_skipped_updates_stops_and_names_the_step(tmp_path, data_dir):
+    config = small_config("finetune", "data.std=(0.0,1.0,1.0)", "train.max_skipped=2")
+    with pytest.raises(FloatingPointError, match=r"not finite in the 2 steps up to step 2.*optim\.base_lr"):
+        train(config, tmp_path, data_dir=data_dir)
+    _, params = load_params(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_batch_that_does_not_fit_the_devices(tmp_path, data_dir):
+    with pytest.raises(ValueError, match="choose a multiple of 8"):
+        train(small_config("finetune", "train.batch_size=12"), tmp_path, data_dir=data_dir)
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="choose a folder you may write to"):
+        train(small_config("finetune"), tmp_path / "file" / "run", data_dir=data_dir)

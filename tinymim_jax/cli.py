@@ -1,0 +1,232 @@
+"""The `tinymim` command."""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import re
+import sys
+
+# What a user can mend: shown as one message without a traceback.
+_USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
+
+EXIT_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 75, 130
+
+_DESCRIPTION = """\
+Distil a masked-image-modelling ViT into a small one by its token relations (TinyMIM, arXiv 2301.01296).
+
+  tinymim prepare imagenet2012
+  tinymim convert --from mae --input mae_pretrain_vit_large.pth --output teachers/mae_vit_large
+  tinymim train --config configs/distill_b.py --workdir runs/b distill.teacher.path=teachers/mae_vit_large
+  tinymim train --config configs/finetune_b.py --workdir runs/b_finetuned init=runs/b
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 130 interrupted."""
+    parser = _parser()
+    options = parser.parse_args(_overrides_last(sys.argv[1:] if arguments is None else arguments))
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
+    )
+    logging.getLogger("tinymim_jax").setLevel(logging.INFO)
+    try:
+        status = options.run(options)
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    except _USER_ERRORS as error:
+        # XLA's errors are RuntimeErrors too, but there the traceback is what helps.
+        if options.debug or type(error).__name__ == "JaxRuntimeError":
+            raise
+        print(f"tinymim {options.command}: {error}", file=sys.stderr)
+        status = EXIT_ERROR
+    sys.exit(status)
+
+
+def _overrides_last(words: list[str]) -> list[str]:
+    """argparse takes positional words in one run only; people write key=value between flags as well."""
+    overrides = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
+    return [word for word in words if word not in overrides] + overrides
+
+
+def _train(options: argparse.Namespace) -> int:
+    from tinymim_jax.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    _start_jax(options)
+    from tinymim_jax.train import Interrupted, train
+
+    try:
+        train(config, options.workdir, data_dir=options.data_dir, workers=options.workers, fsdp=options.fsdp)
+    except Interrupted as stop:
+        logging.getLogger("tinymim_jax").warning("%s", stop)
+        return EXIT_PREEMPTED
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from tinymim_jax.config import apply_overrides, from_json, load_config
+
+    if options.config:
+        config = load_config(options.config, options.overrides)
+    else:
+        path = pathlib.Path(options.checkpoint) / "config.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: name the experiment with --config, or give the workdir of a run"
+            )
+        config = from_json(json.loads(path.read_text()))
+        apply_overrides(config, options.overrides)
+    _start_jax(options)
+    from tinymim_jax.evaluate import evaluate_checkpoint
+
+    result = evaluate_checkpoint(
+        config, options.checkpoint, data_dir=options.data_dir, workers=options.workers
+    )
+    print(json.dumps(result))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from tinymim_jax.convert import convert_file
+    from tinymim_jax.params_io import save_params
+
+    image_size = tuple(options.image_size) if options.image_size else None
+    model, params = convert_file(options.family, options.input, heads=options.heads, image_size=image_size)
+    save_params(options.output, params, model)
+    encoder = model["encoder"]
+    parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
+    print(
+        f"{options.output}: {parts}; width {encoder['embed_dim']}, {encoder['depth']} blocks, heads {encoder['heads']}"
+    )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from tinymim_jax.convert import to_safetensors, to_torch
+    from tinymim_jax.params_io import load_params
+
+    model, params = load_params(options.checkpoint)
+    to_safetensors(options.output, to_torch(options.family, model, params))
+    print(f"{options.output}: {options.family} names, as PyTorch loads them with safetensors.torch.load_file")
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from tinymim_jax.data.sources import prepare
+
+    print(prepare(options.source, data_dir=options.data_dir))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    _start_jax(options)
+    from tinymim_jax.demo import demo
+
+    demo(options.workdir, seeds=options.seeds)
+    return 0
+
+
+def _start_jax(options: argparse.Namespace) -> None:
+    """Joins the other processes and turns on the compile cache, before anything touches a device."""
+    import jax
+
+    from tinymim_jax.sharding import initialize_distributed
+
+    initialize_distributed()
+    if options.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(options.compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinymim", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", _train, "run an experiment; run the same command again to resume it")
+    train.add_argument(
+        "--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, such as configs/distill_b.py"
+    )
+    train.add_argument("--workdir", required=True, help="where everything about this run is kept")
+    train.add_argument(
+        "--fsdp", type=int, default=1, metavar="N", help="split large parameters over N devices (default 1)"
+    )
+    _runtime(train)
+    _overrides(train)
+
+    evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint on the evaluation split")
+    evaluate.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    evaluate.add_argument(
+        "--config", metavar="FILE[:ARGUMENT]", help="experiment (default: the run's own config.json)"
+    )
+    _runtime(evaluate)
+    _overrides(evaluate)
+
+    convert = _command(
+        commands, "convert", _convert, "read a PyTorch checkpoint (.pth or .safetensors), without PyTorch"
+    )
+    convert.add_argument(
+        "--from", dest="family", required=True, choices=("mae", "tinymim", "vit"), help="whose names it has"
+    )
+    convert.add_argument("--input", required=True, metavar="FILE")
+    convert.add_argument("--output", required=True, metavar="DIR")
+    convert.add_argument(
+        "--heads", help="attention heads, one number or one for each block (2,2,2,4); default by width"
+    )
+    convert.add_argument(
+        "--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="when the grid is not square"
+    )
+
+    export = _command(commands, "export", _export, "write a checkpoint with PyTorch's names, as .safetensors")
+    export.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    export.add_argument(
+        "--to", dest="family", required=True, choices=("mae", "tinymim", "vit"), help="whose names to use"
+    )
+    export.add_argument("--output", required=True, metavar="FILE.safetensors")
+
+    prepare = _command(commands, "prepare", _prepare, "write a TFDS data set as ArrayRecord, once")
+    prepare.add_argument(
+        "source", help="name of a TFDS classification set, such as imagenet2012 or cifar10; or digits"
+    )
+    prepare.add_argument(
+        "--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    )
+
+    demo = _command(
+        commands, "demo", _demo, "the whole method on handwritten digits, in minutes on two cores"
+    )
+    demo.add_argument("--workdir", default="runs/demo", help="where it is kept (default runs/demo)")
+    demo.add_argument("--seeds", type=int, default=3, help="runs of each fine-tuning (default 3)")
+    _runtime(demo)
+    return parser
+
+
+def _command(commands, name: str, run, description: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=description, description=description[0].upper() + description[1:] + "."
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _runtime(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    )
+    command.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode images; 0: none extra"
+    )
+    cache = "~/.cache/tinymim_jax"
+    command.add_argument(
+        "--compile_cache", default=cache, metavar="DIR", help=f"compiled steps (default {cache}; '' for none)"
+    )
+
+
+def _overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes of the config: optim.base_lr=1e-3"
+    )

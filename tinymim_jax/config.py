@@ -1,0 +1,92 @@
+"""Experiment files: Python modules with `get_config()`, changed by `key=value` words on the command line."""
+
+import ast
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tinymim_jax.errors import unknown
+
+
+def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The locked config of FILE.py, or FILE.py:ARGUMENT (passed to get_config), changed by "key=value" words."""
+    file, _, argument = spec.partition(":")
+    path = pathlib.Path(file).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--config {file}: no such file. Shipped ones are in the repository's configs/"
+        )
+    module = _import(path)
+    if not hasattr(module, "get_config"):
+        raise AttributeError(f"--config {file} has no function get_config(); see configs/base.py")
+    config = module.get_config(argument) if argument else module.get_config()
+    apply_overrides(config, overrides)
+    return config.lock()
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """The locked config that a run wrote to its config.json."""
+    return ConfigDict(values).lock()
+
+
+def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
+    """Sets dotted keys from "key=value" words; values are Python literals, anything else is a string."""
+    names = _flat_names(config)
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not an override: write key=value, for example optim.base_lr=1e-3")
+        if key not in names:
+            raise unknown("override", key, names)
+        _set(config, key, _parse(text))
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    *parents, name = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    old = config[name]
+    if isinstance(old, bool) != isinstance(value, bool) and old is not None:
+        raise TypeError(f"{key}={value!r} has the wrong type: it is {old!r} now")
+    if isinstance(old, str) and not isinstance(value, str):
+        raise TypeError(f"{key}={value!r} has the wrong type: it is the string {old!r} now")
+    try:
+        config[name] = value
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{key}={value!r} has the wrong type: it is {old!r} now") from error
+
+
+def _parse(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _flat_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for key in config:
+        value = config[key]
+        names += (
+            _flat_names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+        )
+    return names
+
+
+def _import(path: pathlib.Path) -> Any:
+    # `from configs.base import ...` must work from wherever the command is run.
+    root = str(path.parent.parent)
+    sys.path.insert(0, root)
+    try:
+        spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(root)
+    return module

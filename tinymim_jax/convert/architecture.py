@@ -1,0 +1,130 @@
+"""The architecture record: made from the sizes that tensors show and the heads that they do not, and read back."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tinymim_jax.convert.errors import ConvertError
+from tinymim_jax.convert.names import DECODER_HEADS, Family, Sizes
+
+Heads = int | str | Sequence[int]
+
+
+def make_record(
+    family: Family,
+    parts: set[str],
+    sizes: Sizes,
+    heads: Heads | None,
+    decoder_heads: int | None,
+    image_size: tuple[int, int] | None,
+) -> dict:
+    """The record of a model of `family` that has these optional parts and sizes (see names).
+
+    Raises:
+      ConvertError: heads or image_size do not fit, or are needed because they have no default.
+    """
+    depth = sizes["blocks."]
+    if heads is None:
+        usual, last = _published(family.heads, sizes["d"], "--heads 6, or 6*11,12 block by block")
+        heads = [usual] * (depth - 1) + [last]
+    model: dict[str, Any] = {
+        "encoder": {
+            "embed_dim": sizes["d"],
+            "depth": depth,
+            "heads": parse_heads(heads, depth, sizes["d"]),
+            "patch_size": sizes["p"],
+            "image_size": _image_size(sizes["n"] - 1, sizes["p"], image_size),
+            "mlp_ratio": _ratio(sizes["m"], sizes["d"]),
+            "pos_embed": "learned",
+            "final_norm": "mean" not in parts,
+        }
+    }
+    if "decoder" in parts:
+        width = sizes["e"]
+        usual = _published(DECODER_HEADS, width, "--decoder_heads 16") if decoder_heads is None else decoder_heads
+        (checked,) = parse_heads(usual, 1, width)
+        model["decoder"] = {"embed_dim": width, "depth": sizes["decoder_blocks."], "heads": checked}
+    if parts & {"mean", "head"}:
+        model["classifier"] = {"classes": sizes.get("k", 0), "pool": "mean" if "mean" in parts else "cls"}
+    return model
+
+
+def parts_of(model: Mapping) -> set[str]:
+    """The optional parts that a record has."""
+    parts = {"decoder"} if "decoder" in model else set()
+    classifier = model.get("classifier", {"classes": 0, "pool": "cls"})
+    return parts | {classifier["pool"]} | ({"head"} if classifier["classes"] else set())
+
+
+def sizes_of(model: Mapping) -> dict[str, int]:
+    """The sizes of a record, by the letters of the name tables."""
+    encoder, decoder = model["encoder"], model.get("decoder", {"embed_dim": 0, "depth": 0})
+    rows, columns = grid_of(encoder)
+    return {
+        "d": encoder["embed_dim"],
+        "m": int(encoder["embed_dim"] * encoder["mlp_ratio"]),
+        "n": 1 + rows * columns,
+        "p": encoder["patch_size"],
+        "k": model.get("classifier", {"classes": 0})["classes"],
+        "e": decoder["embed_dim"],
+        "blocks.": encoder["depth"],
+        "decoder_blocks.": decoder["depth"],
+    }
+
+
+def grid_of(encoder: Mapping) -> tuple[int, int]:
+    """Patches (rows, columns) of a record's encoder."""
+    height, width = encoder["image_size"]
+    return height // encoder["patch_size"], width // encoder["patch_size"]
+
+
+def parse_heads(heads: Heads, depth: int, embed_dim: int) -> list[int]:
+    """Attention heads of each block, from one number, a list, or a text such as '6', '2,2,4' or '6*11,12'."""
+    if isinstance(heads, str):
+        if not re.fullmatch(r"\d{1,4}(\*\d{1,4})?(,\d{1,4}(\*\d{1,4})?)*", heads):
+            raise ConvertError(f"heads={heads!r} is not understood: write 6, or 6,6,12, or 6*11,12")
+        counted = [item.partition("*") for item in heads.split(",")]
+        heads = [int(number) for number, _, times in counted for _ in range(int(times or 1))]
+        heads = heads[0] if len(heads) == 1 and depth > 1 else heads
+    blocks = [heads] * depth if isinstance(heads, int) else list(heads)
+    if len(blocks) != depth:
+        raise ConvertError(f"heads names {len(blocks)} blocks and the model has {depth}: give one number or {depth}")
+    for number in blocks:
+        if number < 1 or embed_dim % number:
+            raise ConvertError(f"heads={number} does not divide the width {embed_dim}")
+    return blocks
+
+
+def _published(table: Mapping[int, Any], width: int, remedy: str) -> Any:
+    if width not in table:
+        widths = ", ".join(map(str, table))
+        raise ConvertError(
+            f"no published model is {width} wide ({widths} are), so the attention heads must be named: {remedy}"
+        )
+    return table[width]
+
+
+def _image_size(patches: int, patch_size: int, image_size: tuple[int, int] | None) -> list[int]:
+    """[height, width] in pixels of images that a position table for so many patches is meant for."""
+    if image_size is None:
+        side = math.isqrt(patches)
+        if not patches or side * side != patches:
+            raise ConvertError(
+                f"the position table is for {patches} patches, which is no square: name the image size, for example "
+                f"--image_size {patch_size},{patches * patch_size}"
+            )
+        return [side * patch_size, side * patch_size]
+    height, width = image_size
+    if height % patch_size or width % patch_size or height * width != patches * patch_size**2:
+        raise ConvertError(
+            f"image_size={height}x{width} does not fit: the position table is for {patches} patches of {patch_size} "
+            "pixels"
+        )
+    return [height, width]
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """mlp_ratio such that int(width * ratio), by which models are built, gives `hidden` again."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -1,0 +1,84 @@
+"""`digits`: 1,797 handwritten digits of 8 x 8 pixels, small enough to prepare anywhere without a download."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+TEST_EXAMPLES = 500
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """The test set of the UCI "Optical Recognition of Handwritten Digits" data, as scikit-learn ships it.
+
+    Splits `train` (1,297) and `test` (500). `image`: 8 x 8 grey PNG; `label`: 0 to 9.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None  # nothing is downloaded, so TFDS need not search this package for a file of checksums
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits of 8 x 8 pixels, the copy inside scikit-learn.",
+            homepage="https://archive.ics.uci.edu/dataset/80",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+                }
+            ),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        images, labels = load()
+        in_test = held_out(labels, TEST_EXAMPLES)
+        return {
+            "train": self._generate_examples(images, labels, np.flatnonzero(~in_test)),
+            "test": self._generate_examples(images, labels, np.flatnonzero(in_test)),
+        }
+
+    def _generate_examples(self, images, labels, chosen) -> Iterator[tuple[int, dict]]:
+        for index in chosen:
+            # Encoded bytes: given an array, TFDS would import TensorFlow to write the PNG.
+            yield int(index), {"image": png(images[index]), "label": int(labels[index])}
+
+
+def load() -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 `[1797, 8, 8]`, the 17 grey levels spread over 0 to 255, and labels int64 `[1797]`.
+
+    Raises ImportError, with the remedy, where scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the 'digits' set is made from scikit-learn's copy, and scikit-learn is not installed; "
+            "run: pip install 'tinymim-jax[demo]'"
+        ) from error
+    levels, labels = load_digits(return_X_y=True)  # 0.0 to 16.0, [1797, 64]
+    return np.rint(levels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8), labels.astype(np.int64)
+
+
+def held_out(labels: np.ndarray, count: int) -> np.ndarray:
+    """Which examples form the test split: bool `[examples]`, exactly `count` of them True.
+
+    Evenly spaced among the examples sorted by class, so every class gives its share to within one example,
+    and nothing depends on a random generator that may change.
+    """
+    by_class = np.argsort(labels, kind="stable")
+    share = np.arange(len(labels) + 1) * count // len(labels)
+    chosen = np.zeros(len(labels), bool)
+    chosen[by_class] = np.diff(share) == 1
+    return chosen
+
+
+def png(image: np.ndarray) -> io.BytesIO:
+    """A grey uint8 `[height, width]` array as a PNG file, to be read from its start."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    buffer.seek(0)
+    return buffer

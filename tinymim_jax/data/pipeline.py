@@ -1,0 +1,213 @@
+"""Batches, a pure function of (seed, global index): equal for any number of processes, workers and restarts.
+
+A **Batch** is a dict of numpy arrays, here and wherever the word is used:
+
+    image  uint8 [batch, height, width, 3]   RGB, not normalised
+    label  int32 [batch]                     -1 where the set has no labels
+    valid  bool  [batch]                     False marks padding: zeros that must count for nothing
+
+`batch` is the local batch: of `process_count` processes, process p holds rows `[p * local, (p + 1) * local)`
+of the global one, `local = batch_size / process_count`. What else is random (jitter, mixup, masks) is drawn
+on the device.
+
+Batch `step` of training holds examples `[step * batch_size, (step + 1) * batch_size)` of the shuffled,
+repeated source. The step number alone is the position; no iterator state is ever saved.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags
+
+from tinymim_jax.data.examples import Source
+from tinymim_jax.data.rows import Rows
+from tinymim_jax.data.transforms import View
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    source: Source,
+    *,
+    augment: View,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+    prefetch: int = 2,
+) -> "Batches":
+    """Shuffled training batches without end, from `start_step` on; every row is valid.
+
+    Args:
+        source: may be smaller than the batch, which then holds records more than once, in different views.
+        augment: usually an `Augment`.
+        batch_size: the global one; `process_count` must divide it.
+        seed: of the order and of the views; not negative.
+        workers: processes that decode; with 0, threads of this process do. They are spawned: a script that
+            uses them needs its `if __name__ == "__main__":`.
+        threads: in each process that decodes.
+        prefetch: parts of a batch (of up to 256 rows) that each such process holds ready.
+
+    Raises ValueError for arguments out of range. For what iterating may raise, see `Batches`.
+    """
+    rows = Rows(
+        source,
+        augment,
+        batch_size=batch_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return Batches(rows, start_step=start_step, workers=workers, threads=threads, prefetch=prefetch)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    view: View,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+    prefetch: int = 2,
+) -> "Batches":
+    """Every example of `source` exactly once, in order; the last batch is padded with rows not valid.
+
+    Each process gets `ceil(len(source) / batch_size)` batches. Arguments and errors as for `train_batches`.
+    """
+    rows = Rows(
+        source,
+        view,
+        batch_size=batch_size,
+        seed=None,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return Batches(rows, start_step=0, workers=workers, threads=threads, prefetch=prefetch)
+
+
+class Batches(Iterator[Batch]):
+    """Iterator of local batches, decoded ahead of time. Close it, or use `with`: that ends its workers.
+
+    A record that cannot be read or decoded is replaced by the next one that can, image and label, and logged
+    with its name and the reason when first met. RuntimeError is raised, and the iterator closed, once more
+    than 0.1 % of the source's records, and more than three, have been met in this process; also when a worker
+    dies.
+    """
+
+    def __init__(self, rows: Rows, *, start_step: int, workers: int, threads: int, prefetch: int):
+        for name, value, least in (
+            ("start_step", start_step, 0),
+            ("workers", workers, 0),
+            ("threads", threads, 1),
+            ("prefetch", prefetch, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        self._rows = rows
+        self._step = start_step
+        self._damaged: dict[int, str] = {}
+        self._substitutions = 0
+        self._closed = False
+        self._parts = _read_ahead(rows, start_step * rows.parts_per_batch, workers, threads, prefetch)
+
+    @property
+    def substitutions(self) -> int:
+        """Rows served so far, in this process, that hold another record than their own."""
+        return self._substitutions
+
+    def __next__(self) -> Batch:
+        if self._step == self._rows.steps:
+            self.close()
+            raise StopIteration
+        if self._closed:
+            raise ValueError("these batches are closed")
+        try:
+            parts = [self._next_part() for _ in range(self._rows.parts_per_batch)]
+            batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            self._account(batch.pop("substituted"))
+        except BaseException:
+            self.close()
+            raise
+        self._step += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads and worker processes; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._parts.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _next_part(self) -> Batch:
+        try:
+            part = next(self._parts)
+        except (StopIteration, RuntimeError) as error:
+            raise RuntimeError(
+                f"an input worker died before step {self._step} ({str(error) or 'it left no message'}). "
+                "Usual causes: out of memory; /dev/shm too small (docker run --shm-size=16g); a script that "
+                "starts training outside `if __name__ == '__main__':`"
+            ) from error
+        if "error" in part:
+            raise RuntimeError(f"the input pipeline failed before step {self._step}:\n{part['error']}")
+        return part
+
+    def _account(self, substituted: np.ndarray) -> None:
+        damaged = substituted[substituted >= 0].tolist()
+        self._substitutions += len(damaged)
+        for index in damaged:
+            if index not in self._damaged:
+                self._damaged[index] = f"{self._rows.source.describe(index)}: {self._rows.failure(index)}"
+                log.warning("cannot decode %s; the next good record stands in", self._damaged[index])
+        total = len(self._rows.source)
+        if len(self._damaged) > max(3, total // 1000):
+            raise RuntimeError(
+                f"{len(self._damaged)} of {total} records cannot be decoded, more than the 0.1 % (or three) "
+                "that others may stand in for; repair the set or prepare it again:\n  "
+                + "\n  ".join(list(self._damaged.values())[:100])
+            )
+
+
+def _read_ahead(rows: Rows, first_part: int, workers: int, threads: int, prefetch: int):
+    parts = grain.MapDataset.source(rows)[first_part:]
+    ahead = parts.to_iter_dataset(grain.ReadOptions(threads, max(prefetch, threads)))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's app.run would parse
+        options = grain.MultiprocessingOptions(num_workers=min(workers, len(parts)))
+        ahead = ahead.mp_prefetch(options, worker_init_fn=_start_worker)
+    return iter(ahead)
+
+
+def _start_worker(worker_index: int, worker_count: int) -> None:
+    del worker_index, worker_count
+    # A cluster's SIGTERM, like Ctrl-C, reaches the whole process group, but the main process may still want
+    # batches on its way to a checkpoint. It ends its workers itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    # A main process that is killed, or leaves by os._exit, cannot end its workers: they would stay for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,128 @@
+"""Which examples make up which rows of which batch, and decoding them: random access, without state."""
+
+import math
+import traceback
+from typing import Any
+
+import numpy as np
+from grain import MapDataset
+
+from tinymim_jax.data.examples import Source
+from tinymim_jax.data.transforms import View, decode
+
+# Work is handed out in parts of a batch of at most so many rows. At 224 pixels that is 38 MB: a decoding
+# process holds a few of them however large the batch is, and the first batch is the work of several.
+MAX_PART_ROWS = 256
+# A damaged record is replaced by the next one that can be decoded, looked for no further than this.
+MAX_LOOKAHEAD = 100
+
+
+class Rows:
+    """The sequence that Grain reads ahead: the parts, in order, of one process's local batches.
+
+    A part is a Batch (see pipeline.py) with one more key, `substituted` int64 `[rows]`: the index of the
+    damaged record that another one stands in for, else -1. Nothing is raised, since an exception can end a
+    Grain worker without a word: a dict with the traceback under `error` takes the part's place.
+
+    With a `seed` the source is repeated for ever, each epoch in an order of its own, and example n, counted
+    from 0 over the whole run, is seen in the view drawn from a generator keyed by (seed, n). Without: once,
+    in order.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        view: View,
+        *,
+        batch_size: int,
+        seed: int | None,
+        process_index: int,
+        process_count: int,
+    ):
+        if len(source) == 0:
+            raise ValueError(f"{source.name}/{source.split} is empty")
+        if batch_size < 1 or process_count < 1 or batch_size % process_count:
+            raise ValueError(
+                f"batch_size={batch_size} is the global batch and must be a multiple of process_count={process_count}"
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index} must be 0 to {process_count - 1}")
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed={seed} must not be negative")
+        self.source = source
+        self._view = view
+        self._batch_size = batch_size
+        self._local_size = batch_size // process_count
+        self._first_row = process_index * self._local_size
+        self._order: Any = range(len(source)) if seed is None else _shuffled(len(source), seed)
+        self._view_seed = 0 if seed is None else _subseed(seed, "views")
+        self.steps = math.ceil(len(source) / batch_size) if seed is None else 2**40
+        self.parts_per_batch = math.ceil(self._local_size / MAX_PART_ROWS)
+
+    def __len__(self) -> int:
+        return self.steps * self.parts_per_batch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, part = divmod(index, self.parts_per_batch)
+        first = step * self._batch_size + self._first_row
+        begin, end = (first + self._local_size * p // self.parts_per_batch for p in (part, part + 1))
+        try:
+            return self._decode(range(begin, end))
+        except Exception:
+            return {"error": traceback.format_exc()}
+
+    def failure(self, index: int) -> str:
+        """Why record `index` of the source cannot be decoded."""
+        try:
+            decode(self.source[index]["image"])
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "it can be now: a passing failure to read it"
+
+    def _decode(self, examples: range) -> dict[str, Any]:
+        part = {
+            "image": np.zeros((len(examples), *self._view.size, 3), np.uint8),
+            "label": np.zeros(len(examples), np.int32),
+            "valid": np.zeros(len(examples), bool),
+            "substituted": np.full(len(examples), -1, np.int64),
+        }
+        for row, n in enumerate(examples):
+            if n >= len(self._order):
+                break  # the padding that ends an evaluation
+            index = int(self._order[n])
+            image, label, used = self._read(index)
+            rng = np.random.Generator(np.random.Philox(key=[self._view_seed, n]))
+            part["image"][row] = self._view(image, rng)
+            part["label"][row] = label
+            part["valid"][row] = True
+            if used != index:
+                part["substituted"][row] = index
+        return part
+
+    def _read(self, index: int) -> tuple[np.ndarray, int, int]:
+        """Image, label and index of the first record from `index` on, cyclically, that can be decoded."""
+        total = len(self.source)
+        reach = min(MAX_LOOKAHEAD, total)
+        for ahead in range(reach):
+            used = (index + ahead) % total
+            try:
+                example = self.source[used]
+                return decode(example["image"]), example["label"], used
+            except Exception:  # decoders raise all sorts of them; for the reason, see `failure`
+                continue
+        raise RuntimeError(
+            f"neither {self.source.describe(index)} ({self.failure(index)}) nor any of the {reach - 1} after it "
+            "can be decoded"
+        )
+
+
+def _shuffled(length: int, seed: int) -> MapDataset:
+    """Record indices for ever, a permutation of its own for each epoch, computed one index at a time."""
+    return MapDataset.range(length).shuffle(seed=_subseed(seed, "order")).repeat()
+
+
+def _subseed(seed: int, purpose: str) -> int:
+    # Grain shuffles epoch e by (its seed + e): were it given the run's seeds 0, 1, 2 as they are, the second
+    # epoch of one run would have the order of the next run's first.
+    words = [seed, int.from_bytes(purpose.encode(), "little")]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -1,0 +1,141 @@
+"""From a config to the objects of a run: sources, task, schedule, optimizer, batches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from tinymim_jax import optim
+from tinymim_jax.data.examples import Source
+from tinymim_jax.data.pipeline import Batches, eval_batches, train_batches
+from tinymim_jax.data.sources import open_source
+from tinymim_jax.data.transforms import Augment, EvalView
+from tinymim_jax.errors import unknown
+from tinymim_jax.progress import steps
+from tinymim_jax.tasks import TASKS
+from tinymim_jax.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config means once its data sets are open.
+
+    batch_size: images of one update, over all processes.
+    total_steps, eval_every: in updates; eval_every is 0 when only the end is evaluated.
+    schedule: update number -> learning rate.
+    """
+
+    config: ConfigDict
+    train_source: Source
+    eval_source: Source
+    task: Task
+    batch_size: int
+    total_steps: int
+    eval_every: int
+    schedule: optax.Schedule
+
+
+def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Experiment:
+    """Opens the data and builds the task; nothing touches the accelerator."""
+    if config.task not in TASKS:
+        raise unknown("task", config.task, TASKS)
+    data = config.data
+    train_source = open_source(
+        data.source,
+        split=data.train_split,
+        data_dir=data_dir,
+        examples=data.examples or None,
+        seed=config.seed,
+    )
+    eval_source = open_source(data.source, split=data.eval_split, data_dir=data_dir)
+    batch_size = config.train.batch_size
+    if batch_size % config.train.accumulate:
+        raise ValueError(
+            f"train.batch_size={batch_size} cannot be worked off in train.accumulate={config.train.accumulate} equal "
+            "parts: choose a divisor"
+        )
+
+    def in_steps(duration: str, name: str) -> int:
+        return steps(duration, examples=len(train_source), batch_size=batch_size, name=name)
+
+    total_steps = in_steps(config.train.duration, "train.duration")
+    peak = config.optim.base_lr * batch_size / 256
+    warmup_steps = in_steps(config.optim.warmup, "optim.warmup")
+    return Experiment(
+        config=config,
+        train_source=train_source,
+        eval_source=eval_source,
+        task=TASKS[config.task](config, train_source.classes),
+        batch_size=batch_size,
+        total_steps=total_steps,
+        eval_every=in_steps(config.train.eval_every, "train.eval_every"),
+        schedule=optim.warmup_cosine(peak, warmup_steps, total_steps, config.optim.final_lr),
+    )
+
+
+def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> optax.GradientTransformation:
+    """AdamW over the parameters at `paths`, as `config.optim` says."""
+    settings = experiment.config.optim
+    params = jax.eval_shape(experiment.task.init, jax.random.key(0))
+    trained, _ = optim.split(params, paths)
+    return optim.adamw(
+        experiment.schedule,
+        trained,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        no_decay=settings.no_decay,
+        layer_decay=settings.layer_decay,
+        depth=experiment.task.model["encoder"]["depth"],
+        clip_norm=settings.clip_norm,
+    )
+
+
+def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of one batch over all processes, for tracing."""
+    size, (height, width) = experiment.batch_size, experiment.config.model.image_size
+    return {
+        "image": jax.ShapeDtypeStruct((size, height, width, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "valid": jax.ShapeDtypeStruct((size,), jnp.bool_),
+    }
+
+
+def training_batches(experiment: Experiment, *, start_step: int, workers: int) -> Batches:
+    """This process's rows of every global batch, from `start_step` on, for ever."""
+    data = experiment.config.data
+    augment = Augment(
+        image_size=tuple(experiment.config.model.image_size),
+        crop_scale=tuple(data.crop_scale),
+        crop_ratio=tuple(data.crop_ratio),
+        flip=data.flip,
+    )
+    return train_batches(
+        experiment.train_source,
+        augment=augment,
+        batch_size=experiment.batch_size,
+        seed=experiment.config.seed,
+        start_step=start_step,
+        workers=workers,
+        **_this_process(),
+    )
+
+
+def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
+    """This process's rows of the evaluation split, padded to whole batches."""
+    config = experiment.config
+    view = EvalView(image_size=tuple(config.model.image_size), resize=config.data.eval_resize)
+    return eval_batches(
+        experiment.eval_source,
+        view=view,
+        batch_size=experiment.batch_size,
+        workers=workers,
+        **_this_process(),
+    )
+
+
+def _this_process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}

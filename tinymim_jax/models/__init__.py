@@ -1,0 +1,1 @@
+"""Networks (flax.linen): they know no task, no data and no configuration file."""

@@ -1,0 +1,177 @@
+"""The pre-norm transformer block, what it shows of itself, and how a stack of blocks is run."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tinymim_jax.ops.attention import attention
+
+Tokens = Float[Array, "batch tokens dim"]
+HeadFeatures = Float[Array, "batch tokens heads head_dim"]
+PathScales = Float[Array, "2 batch"]
+
+LAYER_NORM_EPS = 1e-6
+
+# What the backward pass may keep instead of computing it again.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@flax.struct.dataclass
+class Tap:
+    """What one block shows. Under jit, whatever is not read is never computed.
+
+    q, k, v: [batch, tokens, heads, head_dim], before any product.
+    attention, ffn: output of each branch before its residual sum, [batch, tokens, dim].
+    middle, output: the residual stream after the attention branch and after the whole block, [batch, tokens, dim].
+    """
+
+    q: HeadFeatures
+    k: HeadFeatures
+    v: HeadFeatures
+    attention: Tokens
+    middle: Tokens
+    ffn: Tokens
+    output: Tokens
+
+
+def dense(features: int, dtype: Any) -> nn.Dense:
+    """Xavier-uniform kernel, zero bias."""
+    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform())
+
+
+def layer_norm(dtype: Any) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics, output in `dtype`."""
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for q, k and v."""
+
+    dim: int
+    heads: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.dim % self.heads:
+            raise ValueError(
+                f"heads={self.heads} does not divide the width {self.dim}: choose a divisor of it"
+            )
+        self.qkv = dense(3 * self.dim, self.dtype)
+        self.proj = dense(self.dim, self.dtype)
+
+    def __call__(self, x: Tokens) -> tuple[HeadFeatures, HeadFeatures, HeadFeatures, Tokens]:
+        batch, tokens, dim = x.shape
+        # The projection's columns are ordered (q|k|v, head, channel), as in the PyTorch checkpoints.
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        return q, k, v, self.proj(attention(q, k, v).reshape(batch, tokens, dim))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    dim: int
+    hidden_dim: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.fc1 = dense(self.hidden_dim, self.dtype)
+        self.fc2 = dense(self.dim, self.dtype)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) (vit.py of the TinyMIM release)."""
+
+    dim: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.norm1 = layer_norm(self.dtype)
+        self.attn = Attention(self.dim, self.heads, self.dtype)
+        self.norm2 = layer_norm(self.dtype)
+        self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype)
+
+    def __call__(self, x: Tokens, path_scales: PathScales | None = None) -> Tap:
+        """`path_scales` multiply the two residual branches image by image (drop path); None leaves them whole."""
+        q, k, v, attended = self.attn(self.norm1(x))
+        middle = x + _scaled(attended, path_scales, 0)
+        ffn = self.mlp(self.norm2(middle))
+        output = middle + _scaled(ffn, path_scales, 1)
+        return Tap(q=q, k=k, v=v, attention=attended, middle=middle, ffn=ffn, output=output)
+
+
+def _scaled(branch: Tokens, path_scales: PathScales | None, index: int) -> Tokens:
+    if path_scales is None:
+        return branch
+    return branch * path_scales[index, :, None, None].astype(branch.dtype)
+
+
+def run_blocks(
+    blocks: Sequence[Block],
+    x: Tokens,
+    path_scales: Float[Array, "blocks 2 batch"] | None = None,
+    *,
+    scan: bool = False,
+    remat: str = "none",
+) -> Tokens:
+    """The residual stream after all of `blocks`, which are bound submodules of one parent.
+
+    Args:
+      blocks: they keep parameters of their own, so checkpoints and layer decay do not depend on how they are run.
+      x: tokens that enter the first block.
+      path_scales: drop path factors of these blocks.
+      scan: run neighbours of equal shape as one `lax.scan`, compiled once; their parameters are stacked in the step.
+      remat: a name in REMAT_POLICIES.
+    """
+    if not blocks:
+        return x
+    if blocks[0].is_initializing():
+        for block in blocks:
+            x = block(x).output
+        return x
+    for start, stop in _runs([block.heads for block in blocks]):
+        step = _block_step(blocks[start].clone(parent=None, name=None), scan, remat)
+        params = [block.variables["params"] for block in blocks[start:stop]]
+        scales = None if path_scales is None else path_scales[start:stop]
+        if scan and stop - start > 1:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+            x, _ = jax.lax.scan(step, x, (stacked, scales))
+        else:
+            for i, block_params in enumerate(params):
+                x, _ = step(x, (block_params, None if scales is None else scales[i]))
+    return x
+
+
+def _block_step(block: Block, scan: bool, remat: str) -> Callable:
+    def step(x: Tokens, inputs: tuple) -> tuple[Tokens, None]:
+        params, scales = inputs
+        return block.apply({"params": params}, x, scales).output, None
+
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat={remat!r} is unknown. Choices: {', '.join(map(repr, REMAT_POLICIES))}")
+    if remat == "none":
+        return step
+    # Inside a scan nothing can be merged across iterations, so the barriers that prevent it only cost time.
+    return functools.partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=not scan)(step)
+
+
+def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbours with the same head count, as [start, stop) ranges."""
+    bounds = [0, *(i for i in range(1, len(heads)) if heads[i] != heads[i - 1]), len(heads)]
+    return list(itertools.pairwise(bounds))

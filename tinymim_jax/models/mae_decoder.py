@@ -1,0 +1,68 @@
+"""The masked autoencoder: an encoder of the visible patches and a small decoder of the hidden ones."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tinymim_jax.models.blocks import Block, dense, layer_norm, run_blocks
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.masking import Masking, take_tokens
+from tinymim_jax.ops.posembed import sincos_table
+
+Tokens = Float[Array, "batch tokens dim"]
+
+
+class MaeDecoder(nn.Module):
+    """Latent tokens of the visible patches to pixels of every patch (models_mae.py: forward_decoder)."""
+
+    grid: tuple[int, int]
+    patch_size: int
+    embed_dim: int = 512
+    depth: int = 8
+    heads: int = 16
+    scan: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.embed = dense(self.embed_dim, self.dtype)
+        self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
+        self.blocks = [Block(self.embed_dim, self.heads, dtype=self.dtype) for _ in range(self.depth)]
+        self.norm = layer_norm(self.dtype)
+        self.pred = dense(self.patch_size**2 * 3, self.dtype)
+
+    def __call__(
+        self, latent: Tokens, restore: Int[Array, "batch patches"]
+    ) -> Float[Array, "batch patches pixels"]:
+        """Predicted pixels [batch, patches, patch_size^2 * 3] from `latent` [batch, 1 + kept, encoder width]."""
+        x = self.embed(latent)
+        batch, kept = x.shape[0], x.shape[1] - 1
+        hidden = jnp.broadcast_to(
+            self.mask_token.astype(self.dtype), (batch, restore.shape[1] - kept, self.embed_dim)
+        )
+        patches = take_tokens(jnp.concatenate([x[:, 1:], hidden], axis=1), restore)
+        x = jnp.concatenate([x[:, :1], patches], axis=1)
+        x = x + jnp.asarray(sincos_table(self.embed_dim, self.grid), self.dtype)
+        x = run_blocks(self.blocks, x, scan=self.scan, remat=self.remat)
+        return self.pred(self.norm(x)[:, 1:])
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder and decoder together; the parameters are `encoder/...` and `decoder/...`."""
+
+    encoder: ViT
+    decoder: MaeDecoder
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width 3"],
+        masking: Masking,
+        *,
+        drop_key: jax.Array | None = None,
+    ) -> Float[Array, "batch patches pixels"]:
+        """Predicted pixels of every patch, [batch, patches, patch_size^2 * 3]."""
+        latent = self.encoder(images, keep=masking.keep, drop_key=drop_key)
+        return self.decoder(latent, masking.restore)

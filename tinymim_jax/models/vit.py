@@ -1,0 +1,165 @@
+"""The Vision Transformer encoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tinymim_jax.models.blocks import Block, Tap, dense, layer_norm, run_blocks
+from tinymim_jax.ops.drop_path import drop_path_rates, drop_path_scales
+from tinymim_jax.ops.masking import take_tokens
+from tinymim_jax.ops.patches import patchify
+from tinymim_jax.ops.posembed import sincos_table
+
+# Width, blocks and attention heads of the published sizes, and two smaller ones of ours (pico, nano).
+PRESETS: dict[str, dict[str, int]] = {
+    "pico": {"embed_dim": 96, "depth": 12, "heads": 4},
+    "nano": {"embed_dim": 128, "depth": 12, "heads": 4},
+    "Ti": {"embed_dim": 192, "depth": 12, "heads": 3},
+    "S": {"embed_dim": 384, "depth": 12, "heads": 6},
+    "B": {"embed_dim": 768, "depth": 12, "heads": 12},
+    "L": {"embed_dim": 1024, "depth": 24, "heads": 16},
+    "H": {"embed_dim": 1280, "depth": 32, "heads": 16},
+}
+
+Images = Float[Array, "batch height width 3"]
+Tokens = Float[Array, "batch tokens dim"]
+
+
+class ViT(nn.Module):
+    """Patches in, tokens out, CLS first.
+
+    Attributes:
+      embed_dim, depth, mlp_ratio: as usual.
+      heads: attention heads of each block (one number for all, or one for each).
+      patch_size, image_size: pixels; the image (height, width) may be oblong.
+      pos_embed: 'sincos' is a fixed table and no parameter; 'learned' is a parameter that starts as that table.
+      drop_path, drop_path_schedule: see ops.drop_path.
+      final_norm: LayerNorm over the tokens at the end; a mean-pool classifier has none.
+      scan, remat: how the blocks are run, see models.blocks.run_blocks.
+      dtype: of the computation; parameters are float32.
+    """
+
+    embed_dim: int = 768
+    depth: int = 12
+    heads: int | Sequence[int] = 12
+    patch_size: int = 16
+    image_size: tuple[int, int] = (224, 224)
+    mlp_ratio: float = 4.0
+    pos_embed: str = "sincos"
+    drop_path: float = 0.0
+    drop_path_schedule: str = "linear"
+    final_norm: bool = True
+    scan: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (rows, columns)."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def block_heads(self) -> tuple[int, ...]:
+        """Attention heads of each block."""
+        heads = (self.heads,) * self.depth if isinstance(self.heads, int) else tuple(self.heads)
+        if len(heads) != self.depth:
+            raise ValueError(
+                f"heads names {len(heads)} blocks but depth={self.depth}: give one number or {self.depth}"
+            )
+        return heads
+
+    def record(self) -> dict:
+        """The architecture as plain JSON: what travels beside parameters so that they can be used without a config."""
+        return {
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "heads": list(self.block_heads),
+            "patch_size": self.patch_size,
+            "image_size": list(self.image_size),
+            "mlp_ratio": self.mlp_ratio,
+            "pos_embed": self.pos_embed,
+            "final_norm": self.final_norm,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict, **overrides: Any) -> "ViT":
+        """The encoder that `record` describes; `overrides` are attributes (dtype, scan, image_size, ...)."""
+        fields = dict(record, heads=tuple(record["heads"]), image_size=tuple(record["image_size"]))
+        return cls(**(fields | overrides))
+
+    def setup(self):
+        if self.pos_embed not in ("sincos", "learned"):
+            raise ValueError(f"pos_embed={self.pos_embed!r} is unknown. Choices: 'sincos', 'learned'")
+        self.patch_embed = dense(self.embed_dim, self.dtype)
+        self.cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
+        table = sincos_table(self.embed_dim, self.grid)
+        if self.pos_embed == "learned":
+            self.positions = self.param("pos_embed", lambda key: jnp.asarray(table))
+        else:
+            self.positions = table
+        self.blocks = [Block(self.embed_dim, h, self.mlp_ratio, self.dtype) for h in self.block_heads]
+        if self.final_norm:
+            self.norm = layer_norm(self.dtype)
+
+    def __call__(
+        self,
+        images: Images,
+        *,
+        keep: Int[Array, "batch kept"] | None = None,
+        drop_key: jax.Array | None = None,
+    ) -> Tokens:
+        """All tokens after the last block (and the final norm), [batch, 1 + patches, embed_dim].
+
+        Args:
+          images: normalised pixels.
+          keep: positions of the visible patches; the others are never embedded.
+          drop_key: random key of drop path; None switches it off.
+        """
+        x, scales = self.embed(images, keep), self._path_scales(images, drop_key)
+        x = run_blocks(self.blocks, x, scales, scan=self.scan, remat=self.remat)
+        return self.norm(x) if self.final_norm else x
+
+    def encode(
+        self,
+        images: Images,
+        *,
+        tap: int,
+        keep: Int[Array, "batch kept"] | None = None,
+        drop_key: jax.Array | None = None,
+    ) -> Tap:
+        """What block `tap`, counted from 1, shows; later blocks are not run."""
+        if not 1 <= tap <= self.depth:
+            raise ValueError(f"tap={tap} is not a block of this encoder: choose 1 to {self.depth}")
+        x, scales = self.embed(images, keep), self._path_scales(images, drop_key)
+        before = None if scales is None else scales[: tap - 1]
+        x = run_blocks(self.blocks[: tap - 1], x, before, scan=self.scan, remat=self.remat)
+        return self.blocks[tap - 1](x, None if scales is None else scales[tap - 1])
+
+    def embed(self, images: Images, keep: Int[Array, "batch kept"] | None = None) -> Tokens:
+        """CLS and patch tokens with their positions, as they enter the first block."""
+        if images.shape[1:3] != tuple(self.image_size):
+            height, width = images.shape[1:3]
+            raise ValueError(
+                f"got images of {height}x{width}, but this encoder was built for "
+                f"{self.image_size[0]}x{self.image_size[1]}: change the image size of the data or of the model"
+            )
+        patches = patchify(images, self.patch_size)
+        positions = jnp.asarray(self.positions, self.dtype)
+        patch_positions = positions[:, 1:]
+        if keep is not None:
+            patches = take_tokens(patches, keep)
+            batch_positions = jnp.broadcast_to(patch_positions, (images.shape[0], *patch_positions.shape[1:]))
+            patch_positions = take_tokens(batch_positions, keep)
+        tokens = self.patch_embed(patches.astype(self.dtype)) + patch_positions
+        cls = self.cls_token.astype(self.dtype) + positions[:, :1]
+        return jnp.concatenate([jnp.broadcast_to(cls, (tokens.shape[0], 1, self.embed_dim)), tokens], axis=1)
+
+    def _path_scales(self, images: Images, drop_key: jax.Array | None) -> Array | None:
+        if drop_key is None or self.drop_path == 0:
+            return None
+        rates = drop_path_rates(self.drop_path, self.depth, self.drop_path_schedule)
+        return drop_path_scales(drop_key, rates, images.shape[0])

@@ -1,0 +1,53 @@
+"""Per-image random masking (MAE release, models_mae.py: random_masking)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Masking(NamedTuple):
+    """Which patches an encoder sees.
+
+    keep: int32 [batch, kept], positions of the visible patches in the order in which the encoder receives them.
+    restore: int32 [batch, patches], `concatenate([visible, hidden])[restore]` is the original order.
+    hidden: bool [batch, patches], True = removed from the encoder.
+    """
+
+    keep: Int[Array, "batch kept"]
+    restore: Int[Array, "batch patches"]
+    hidden: Bool[Array, "batch patches"]
+
+
+def kept_patches(patches: int, mask_ratio: float) -> int:
+    """How many of `patches` stay visible: rounded down, as published. Raises ValueError when none or too many would."""
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio={mask_ratio} must lie in [0, 1)")
+    kept = int(patches * (1 - mask_ratio))
+    if kept == 0:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} hides all of {patches} patches: lower it or use smaller patches"
+        )
+    return kept
+
+
+def masking_from_noise(noise: Float[Array, "batch patches"], mask_ratio: float) -> Masking:
+    """Keeps the patches with the smallest noise, each image by its own."""
+    patches = noise.shape[1]
+    kept = kept_patches(patches, mask_ratio)
+    order = jnp.argsort(noise, axis=1)
+    restore = jnp.argsort(order, axis=1)
+    return Masking(keep=order[:, :kept], restore=restore, hidden=restore >= kept)
+
+
+def random_masking(key: jax.Array, batch: int, patches: int, mask_ratio: float) -> Masking:
+    """Uniformly random visible patches, independent for every image."""
+    return masking_from_noise(jax.random.uniform(key, (batch, patches)), mask_ratio)
+
+
+def take_tokens(
+    tokens: Float[Array, "batch tokens dim"], positions: Int[Array, "batch chosen"]
+) -> Float[Array, "batch chosen dim"]:
+    """Row `positions[b, i]` of `tokens[b]`."""
+    return jnp.take_along_axis(tokens, positions[:, :, None], axis=1)

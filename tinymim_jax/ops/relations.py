@@ -1,0 +1,28 @@
+"""Token relations: how every token of a block relates to every other, head by head (paper, section 3.1)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+HeadFeatures = Float[Array, "batch tokens heads head_dim"]
+Logits = Float[Array, "batch heads queries keys"]
+
+
+def relation_logits(left: HeadFeatures, right: HeadFeatures) -> Logits:
+    """Scaled products `left . right / sqrt(head_dim)`, float32 [batch, heads, tokens, tokens]."""
+    scale = left.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", left, right, preferred_element_type=jnp.float32)
+    return logits * scale
+
+
+def relation_kl(student: Logits, teacher: Logits) -> Float[Array, "batch"]:
+    """KL(teacher || student) of the softmaxes, summed over keys, averaged over heads and queries, for each image.
+
+    Both arguments are logits: the logarithm of a softmax that underflowed would be -inf, as in the authors' code.
+    """
+    log_student = jax.nn.log_softmax(student.astype(jnp.float32), axis=-1)
+    log_teacher = jax.nn.log_softmax(teacher.astype(jnp.float32), axis=-1)
+    divergence = jnp.sum(
+        jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1
+    )  # [batch, heads, queries]
+    return jnp.mean(divergence, axis=(1, 2))

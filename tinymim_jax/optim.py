@@ -1,0 +1,118 @@
+"""Numbers to an optimizer: AdamW, its schedule, and which parameter gets how much of what."""
+
+from collections.abc import Callable, Collection
+
+import flax.traverse_util as traverse
+import jax
+import numpy as np
+import optax
+
+Params = dict
+Path = tuple[str, ...]
+
+# Not decayed besides 1-D parameters (norms, biases). The published pre-training does decay the CLS token.
+NO_DECAY = {"pretrain": (), "finetune": ("pos_embed", "cls_token")}
+
+
+def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> optax.Schedule:
+    """Linear from exactly 0 to `peak`, then half a cosine to `final` (MAE release, util/lr_sched.py), step by step."""
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"a warm-up of {warmup_steps} steps does not fit into {total_steps} steps: shorten optim.warmup or "
+            "lengthen train.duration"
+        )
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, final)
+
+
+def adamw(
+    schedule: optax.Schedule,
+    params: Params,
+    *,
+    b1: float,
+    b2: float,
+    eps: float = 1e-8,
+    weight_decay: float,
+    no_decay: str = "pretrain",
+    layer_decay: float = 1.0,
+    depth: int = 0,
+    clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW as in torch.optim.
+
+    Args:
+      schedule: step -> learning rate, in absolute terms.
+      params: the trained parameters (names and ranks are read, not values).
+      no_decay: a key of NO_DECAY.
+      layer_decay: the learning rate of block i (from 0) is multiplied by layer_decay^(depth - i), see layer_scales.
+      depth: blocks of the encoder; used by layer_decay only.
+      clip_norm: gradients are scaled down to this global norm; 0 leaves them.
+    """
+    steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    steps += [
+        optax.scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, decay_mask(params, no_decay)),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if layer_decay != 1.0:
+        steps.append(_scale_leaves(layer_scales(params, layer_decay, depth)))
+    return optax.chain(*steps)
+
+
+def decay_mask(params: Params, no_decay: str) -> Params:
+    """True where weight decay applies: everything that is not 1-D, less the names of NO_DECAY[no_decay]."""
+    names = NO_DECAY[no_decay]
+    return _map_paths(lambda path, leaf: np.ndim(leaf) != 1 and path[-1] not in names, params)
+
+
+def layer_scales(params: Params, decay: float, depth: int) -> Params:
+    """Learning-rate factor of each parameter: decay^(depth + 1 - i) (MAE release, util/lr_decay.py).
+
+    i is 0 for the embeddings, k + 1 for block k; everything after the blocks has factor 1.
+    """
+    return _map_paths(lambda path, leaf: decay ** (depth + 1 - _layer(path, depth)), params)
+
+
+def reached(function: Callable, params: Params, *args) -> frozenset[Path]:
+    """Paths of the parameters on which the value of `function(params, *args)` depends.
+
+    The others get no gradient. A plain optimizer would still decay them towards zero (a tapped block's MLP shrinks
+    270-fold in 300 epochs), so they are left out of it, as torch leaves out parameters whose gradient is None.
+    """
+    flat = traverse.flatten_dict(params)
+    jaxpr = jax.make_jaxpr(lambda leaves, *rest: function(traverse.unflatten_dict(leaves), *rest))(flat, *args).jaxpr
+    live = {id(v) for v in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(v) in live for v in equation.outvars):
+            live.update(id(v) for v in equation.invars)
+    # A dict is flattened in sorted order, so the leading inputs are the sorted paths.
+    return frozenset(path for path, v in zip(sorted(flat), jaxpr.invars) if id(v) in live)
+
+
+def split(params: Params, paths: Collection[Path]) -> tuple[Params, Params]:
+    """(parameters at `paths`, the others), each a nested dict."""
+    flat = traverse.flatten_dict(params)
+    inside = {path: leaf for path, leaf in flat.items() if path in paths}
+    outside = {path: leaf for path, leaf in flat.items() if path not in paths}
+    return traverse.unflatten_dict(inside), traverse.unflatten_dict(outside)
+
+
+def join(first: Params, second: Params) -> Params:
+    """The inverse of `split`."""
+    return traverse.unflatten_dict({**traverse.flatten_dict(first), **traverse.flatten_dict(second)})
+
+
+def _layer(path: Path, depth: int) -> int:
+    names = [name for name in path if name != "encoder"]
+    if names[0] in ("cls_token", "pos_embed", "patch_embed"):
+        return 0
+    if names[0].startswith("blocks_"):
+        return int(names[0].removeprefix("blocks_")) + 1
+    return depth + 1
+
+
+def _map_paths(function: Callable, params: Params) -> Params:
+    return traverse.path_aware_map(function, params)
+
+
+def _scale_leaves(scales: Params) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales))

@@ -1,0 +1,65 @@
+"""Durations as people write them, and the line that says how far a run is."""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(epochs?|steps?)\s*")
+
+
+def steps(duration: str, *, examples: int, batch_size: int, name: str = "duration") -> int:
+    """Steps of a duration such as "300 epochs" or "700 steps"; epochs are rounded down to whole steps."""
+    match = _DURATION.fullmatch(duration)
+    if match is None:
+        raise ValueError(f"{name}={duration!r} is not a duration: write it like '300 epochs' or '700 steps'")
+    amount, unit = float(match[1]), match[2]
+    return int(amount * examples / batch_size) if unit.startswith("epoch") else int(amount)
+
+
+def span(seconds: float) -> str:
+    """85 -> '1m25s', 7300 -> '2h01m', 200000 -> '2d07h'."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+class Progress:
+    """Speed and remaining time of a run, measured between calls of `report`."""
+
+    def __init__(self, total_steps: int, batch_size: int, start_step: int):
+        self._total, self._batch_size = total_steps, batch_size
+        self._step, self._time, self._waited = start_step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside the block as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def restart(self, step: int) -> None:
+        """Measures from here on: what came before was compiling or an evaluation."""
+        self._step, self._time, self._waited = step, time.perf_counter(), 0.0
+
+    def report(self, step: int) -> tuple[dict[str, float], str]:
+        """(images/s, share of time waiting for data, seconds left), and the same as text."""
+        now = time.perf_counter()
+        elapsed = max(now - self._time, 1e-9)
+        per_step = elapsed / max(step - self._step, 1)
+        numbers = {
+            "images_per_second": self._batch_size / per_step,
+            "data_wait": self._waited / elapsed,
+            "eta_seconds": per_step * (self._total - step),
+        }
+        self.restart(step)
+        text = (
+            f"{numbers['images_per_second']:,.0f} images/s | data wait {numbers['data_wait']:.0%} | "
+            f"ETA {span(numbers['eta_seconds'])}"
+        )
+        return numbers, text

@@ -1,0 +1,177 @@
+"""Where arrays live: the mesh, one rule for parameters, the batch, and joining a job of several processes."""
+
+import functools
+import logging
+import math
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+
+_JOIN_SECONDS = 1800  # hosts of a large job may queue for a while
+_HEARTBEAT_SECONDS = 30  # a dead host is noticed after this long
+_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+_log = logging.getLogger(__name__)
+
+
+def initialize_distributed() -> None:
+    """Starts JAX's coordination service, for one process as for many; call it before anything else of JAX.
+
+    The service is what turns SIGTERM into a saved checkpoint, so a process on its own needs it too. A second
+    call does nothing. The job is described by JAX_COORDINATOR_ADDRESS (`host:port` of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX itself under Slurm, Cloud TPU, Open MPI and
+    Kubernetes; otherwise this process runs alone. Slurm and Open MPI give each of several processes on a host
+    one GPU: start one task per GPU, or set JAX_LOCAL_DEVICE_IDS.
+
+    Raises:
+      ValueError: the environment describes a job of several processes incompletely.
+      RuntimeError: JAX was used before this call, and the job has several processes.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if os.environ.get("http_proxy") or os.environ.get("https_proxy"):
+        # gRPC sends even loopback traffic to an HTTP proxy, and hangs. Nothing else reads grpc_proxy.
+        os.environ.setdefault("grpc_proxy", "")
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=_JOIN_SECONDS,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
+    expected, process_id = _expected_processes(), _number("JAX_PROCESS_ID")
+    try:
+        if expected == 1:
+            return _initialize_alone(initialize)
+        if expected:
+            _log.info("Waiting up to %d minutes for all %d processes.", _JOIN_SECONDS // 60, expected)
+        initialize(num_processes=expected, process_id=process_id)
+    except ValueError as error:
+        if expected is None and not any(map(os.environ.get, _ENVIRONMENT)):
+            return _initialize_alone(initialize)  # JAX found no cluster
+        got = ", ".join(f"{name}={os.environ.get(name)!r}" for name in _ENVIRONMENT)
+        raise ValueError(
+            f"The environment does not describe a job of several processes: {error} Got {got}. "
+            f"Set all three in each process (ids from 0), or none of them to run alone."
+        ) from error
+    except Exception as error:
+        if expected is None or expected == 1:
+            if "must be called before" in str(error):
+                return _warn_unserviced()  # a notebook on one machine, most likely
+            error.add_note("To run as a single process, whatever the surroundings, set JAX_NUM_PROCESSES=1.")
+        raise
+
+
+def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of axes ("data", "fsdp"), both Auto: `fsdp` devices share one copy of the parameters.
+
+    Devices (all of the job by default) are laid out process by process whatever the topology: row i of a
+    global batch is row i for any number of processes, and an fsdp group stays on one host where it can.
+
+    Raises:
+      ValueError: the number of devices is not divisible by `fsdp`.
+    """
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    count = len(devices)
+    if fsdp < 1 or count % fsdp:
+        choices = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise ValueError(f"fsdp={fsdp} does not divide the {count} devices. Choices: {choices}")
+    # JAX's default, Explicit axes, breaks flax.linen modules.
+    return Mesh(np.asarray(devices).reshape(count // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def state_sharding(mesh: Mesh, abstract_tree: Any, min_size: int = 2**18) -> Any:
+    """A tree of NamedSharding, decided by each leaf's shape alone.
+
+    Parameters, optimizer moments and moving average agree without knowing of each other. Leaves of fewer than
+    `min_size` elements are replicated: gathering them costs more than they hold. Larger ones are split over
+    "fsdp" along their largest divisible dimension, the last of equals.
+
+    Args:
+      abstract_tree: anything with `.shape` at its leaves: arrays or jax.ShapeDtypeStruct.
+    """
+    fsdp = mesh.shape["fsdp"]
+    return jax.tree.map(lambda x: NamedSharding(mesh, _leaf_spec(x.shape, fsdp, min_size)), abstract_tree)
+
+
+def place_batch(mesh: Mesh, local_batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays, split over all devices, from the rows that this process holds.
+
+    Every process gives equally many rows; process p holds [p * rows, (p + 1) * rows) of the global batch.
+
+    Raises:
+      ValueError: the rows cannot be dealt out evenly to this process's devices.
+    """
+    devices = len(mesh.local_devices)
+    for name, rows in local_batch.items():
+        if len(rows) % devices:
+            raise ValueError(
+                f"batch[{name!r}] has {len(rows)} rows for the {devices} devices of this process. "
+                f"Choose a batch size that is a multiple of {mesh.size}, the number of all devices."
+            )
+    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a training loop means
+        return {name: place(rows) for name, rows in local_batch.items()}
+
+
+def _leaf_spec(shape: tuple[int, ...], fsdp: int, min_size: int) -> PartitionSpec:
+    divisible = [(size, axis) for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or math.prod(shape) < min_size or not divisible:
+        return PartitionSpec()
+    _, axis = max(divisible)
+    return PartitionSpec(*[None] * axis, "fsdp")
+
+
+def _expected_processes() -> int | None:
+    """Size of the job where the environment states it."""
+    if (count := _number("JAX_NUM_PROCESSES")) is not None:
+        return count
+    if os.environ.get("SLURM_STEP_NODELIST"):  # set by srun, not by sbatch: the tasks do run
+        return _number("SLURM_NTASKS")
+    return _number("OMPI_COMM_WORLD_SIZE")
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} is not a number. Set it to an integer from 0, or unset it.")
+    return int(text)
+
+
+def _initialize_alone(initialize: functools.partial) -> None:
+    with socket.socket() as reservation:
+        # gRPC shares ports: this keeps the number from being given away until the service has taken it.
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reservation.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reservation.getsockname()[1]}"
+        initialize(
+            address,
+            num_processes=1,
+            process_id=0,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=address,  # the default is open to the whole network
+        )
+
+
+def _warn_unserviced() -> None:
+    _log.warning(
+        "JAX was in use before initialize_distributed(): training works, but SIGTERM ends it unsaved. "
+        "Call initialize_distributed() first."
+    )

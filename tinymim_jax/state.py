@@ -1,0 +1,192 @@
+"""What training carries from step to step, how it is made on a mesh, and the step itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from tinymim_jax import optim
+from tinymim_jax.metrics import Averages, averages, merge
+from tinymim_jax.sharding import state_sharding
+from tinymim_jax.tasks.task import Batch, Params, Task
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A pytree, all of it checkpointed.
+
+    step: int32, updates asked for so far; it is also the position in the data.
+    params: all parameters, nested by name.
+    opt_state: of the trained parameters only.
+    extra: {"ema": moving average of the trained parameters} or {}.
+    skipped: int32, updates left out because loss or gradient was not finite.
+    skipped_in_a_row: int32, the present run of such steps.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    extra: Params
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def trained_paths(task: Task, frozen: Params, batch: Batch) -> frozenset[optim.Path]:
+    """Parameters that receive a gradient from the task's loss; nothing is computed."""
+    params = jax.eval_shape(task.init, jax.random.key(0))
+
+    def loss(params: Params, frozen: Params, batch: Batch) -> jax.Array:
+        return task.losses(params, frozen, batch, jax.random.key(0), True)["loss"]
+
+    return optim.reached(loss, params, frozen, batch)
+
+
+def new_state(
+    params: Params, optimizer: optax.GradientTransformation, paths: frozenset, *, ema: float
+) -> TrainState:
+    """The state before the first step."""
+    trained, _ = optim.split(params, paths)
+    zero = jnp.zeros((), jnp.int32)
+    extra = {"ema": jax.tree.map(jnp.copy, trained)} if ema else {}
+    return TrainState(zero, params, optimizer.init(trained), extra, zero, zero)
+
+
+def init_state(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    paths: frozenset,
+    mesh: Mesh,
+    key: jax.Array,
+    *,
+    ema: float,
+) -> tuple[TrainState, Callable[[], TrainState]]:
+    """(shapes and shardings of the state, a function that makes it on the mesh).
+
+    Nothing is computed before the function is called: a checkpoint may take its place.
+    """
+
+    def make(key: jax.Array) -> TrainState:
+        return new_state(task.init(key), optimizer, paths, ema=ema)
+
+    shapes = jax.eval_shape(make, key)
+    shardings = state_sharding(mesh, shapes)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+    def fresh() -> TrainState:
+        if task.start is None:
+            return jax.jit(make, out_shardings=shardings)(key)
+        params = task.start(jax.device_get(jax.jit(task.init)(key)))
+        place = jax.jit(lambda p: new_state(p, optimizer, paths, ema=ema), out_shardings=shardings)
+        return place(params)
+
+    return abstract, fresh
+
+
+def evaluated_params(state: TrainState) -> Params:
+    """The parameters that are evaluated and exported: the moving average where there is one."""
+    if "ema" not in state.extra:
+        return state.params
+    return optim.join(state.params, state.extra["ema"])
+
+
+def make_train_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    paths: frozenset,
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    ema: float = 0.0,
+) -> Callable[[TrainState, Averages, Params, Batch, jax.Array], tuple[TrainState, Averages, jax.Array]]:
+    """The jitted step `(state, averages, frozen, batch, root key) -> (state, averages, skipped in a row)`.
+
+    The first two arguments are donated. The third result is a copy that the host may read while the next step runs.
+
+    Args:
+      accumulate: the batch is worked off in this many equal parts, to save memory; the update is that of the whole.
+      ema: decay of the moving average; 0 keeps none.
+    """
+
+    def gradients(trained: Params, fixed: Params, frozen: Params, batch: Batch, key: jax.Array):
+        def mean_loss(trained: Params) -> tuple[jax.Array, dict]:
+            values = task.losses(optim.join(trained, fixed), frozen, batch, key, True)
+            return jnp.mean(values["loss"]), values
+
+        (_, values), grads = jax.value_and_grad(mean_loss, has_aux=True)(trained)
+        return values, grads
+
+    def step(state: TrainState, recorded: Averages, frozen: Params, batch: Batch, root: jax.Array):
+        key = jax.random.fold_in(root, state.step)
+        trained, fixed = optim.split(state.params, paths)
+        if accumulate == 1:
+            values, grads = gradients(trained, fixed, frozen, batch, key)
+        else:
+            values, grads = _accumulated(gradients, accumulate, trained, fixed, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(jnp.mean(values["loss"])) & jnp.isfinite(norm)
+        new_trained = _keep_unless(finite, optax.apply_updates(trained, updates), trained)
+        extra = {}
+        if ema:
+            extra["ema"] = jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.extra["ema"], new_trained)
+        state = TrainState(
+            step=state.step + 1,
+            params=optim.join(new_trained, fixed),
+            opt_state=_keep_unless(finite, opt_state, state.opt_state),
+            extra=extra,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        counted = jnp.broadcast_to(finite, values["loss"].shape)
+        new = averages(values, counted) | averages({"gradient_norm": norm[None]}, finite[None])
+        recorded = merge(recorded, new)
+        # Left to itself the compiler may lay the outputs out differently and the next step would compile again.
+        layout = state_sharding(mesh, (state, recorded))
+        state, recorded = jax.lax.with_sharding_constraint((state, recorded), layout)
+        return state, recorded, state.skipped_in_a_row
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_eval_step(task: Task) -> Callable[[Params, Params, Batch, jax.Array, Averages], Averages]:
+    """The jitted `(params, frozen, batch, key, averages so far) -> averages`, over the valid examples."""
+
+    def step(params: Params, frozen: Params, batch: Batch, key: jax.Array, recorded: Averages) -> Averages:
+        return merge(recorded, averages(task.losses(params, frozen, batch, key, False), batch["valid"]))
+
+    return jax.jit(step, donate_argnums=4)
+
+
+def place_frozen(frozen: Params, mesh: Mesh) -> Params:
+    """Frozen host weights on the mesh, sharded like parameters of their shape."""
+    return jax.device_put(frozen, state_sharding(mesh, frozen))
+
+
+def _keep_unless(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def _accumulated(
+    gradients: Callable, parts: int, trained: Params, fixed: Params, frozen: Params, batch: Batch, key
+):
+    """Mean gradient over `parts` slices of the batch, and the values of every example."""
+
+    # Strided slices, so that every device keeps working on its own rows.
+    sliced = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+    def body(total: Params, inputs: tuple) -> tuple[Params, dict]:
+        part, index = inputs
+        values, grads = gradients(trained, fixed, frozen, part, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda t, g: t + g / parts, total, grads), values
+
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    grads, values = jax.lax.scan(body, zeros, (sliced, jnp.arange(parts)))
+    return {name: value.reshape(-1) for name, value in values.items()}, grads
