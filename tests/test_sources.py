@@ -23,19 +23,13 @@ from tinymim_jax.data.sources import open_source, prepare
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
-# Opens the digits in a fresh interpreter that notes every attempt to import what the data package must not.
-READ_DIGITS = """
+UNWANTED = ("tensorflow", "jax", "torch")
+READ_DIGITS = f"""
 import sys
-attempts = []
-class Spy:
-    def find_spec(self, name, path=None, target=None):
-        if name in ("tensorflow", "jax", "torch"):
-            attempts.append(name)
-sys.meta_path.insert(0, Spy())
 from tinymim_jax.data.sources import open_source
 source = open_source("digits", split="train", data_dir=sys.argv[1])
 assert source[len(source) - 1]["label"] in range(10)
-print(len(source), attempts)
+print(len(source), [name for name in {UNWANTED} if name in sys.modules])
 """
 
 
@@ -43,10 +37,15 @@ print(len(source), attempts)
 def racing(tmp_path_factory) -> tuple[str, list[str]]:
     """A data_dir in which two processes prepared the digits at the same time, and what they printed."""
     data_dir = str(tmp_path_factory.mktemp("tfds") / "new" / "dir")
+    # Empty modules stand in for what must not be imported, so that each of them can be.
+    stand_ins = tmp_path_factory.mktemp("stand_ins")
+    for name in UNWANTED:
+        (stand_ins / f"{name}.py").touch()
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = os.environ | {"PYTHONPATH": str(stand_ins)}
     command = [sys.executable, "-c", READ_DIGITS, data_dir]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     outputs = []
-    for process in [subprocess.Popen(command, **pipes) for _ in range(2)]:
+    for process in [subprocess.Popen(command, **options) for _ in range(2)]:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         outputs.append(out.strip())
@@ -116,9 +115,19 @@ class ToyFiles(ToyArrays):
 
 def test_two_processes_may_prepare_at_once(racing):
     data_dir, outputs = racing
-    assert outputs == ["1297 []"] * 2  # and neither tried to import tensorflow, jax or torch
+    assert outputs == ["1297 []"] * 2  # and neither imported what it must not
     assert os.listdir(data_dir) == ["digits"]
     assert os.listdir(f"{data_dir}/digits") == ["1.0.0"]
+
+
+def test_the_later_of_two_keeps_the_earlier_ones_set(data_dir, monkeypatch):
+    directory = prepare("digits", data_dir=data_dir)
+    before = directory.stat().st_ino
+    find, looks = sources._find, iter([False, True])  # nothing there yet, then the other process is done
+    monkeypatch.setattr(sources, "_find", lambda *args: find(*args) if next(looks) else None)
+    assert prepare("digits", data_dir=data_dir) == directory
+    assert directory.stat().st_ino == before
+    assert os.listdir(data_dir) == ["digits"]
 
 
 def test_digits_are_scikit_learns(data_dir):
@@ -234,6 +243,21 @@ def copied_digits(data_dir, tmp_path):
     directory = tmp_path / "digits" / "1.0.0"
     shutil.copytree(f"{data_dir}/digits/1.0.0", directory)
     return directory
+
+
+def test_the_newest_version_of_the_default_config_is_opened(copied_digits):
+    root = copied_digits.parent.parent
+    for directory in ("set/small/1.9.0", "set/small/1.10.0", "set/large/2.0.0"):
+        shutil.copytree(copied_digits, root / directory)
+    (root / "set" / ".config").mkdir()
+    (root / "set" / ".config" / "metadata.json").write_text('{"default_config_name": "small"}')
+    for name, directory in (
+        ("set", "set/small/1.10.0"),
+        ("set/large", "set/large/2.0.0"),
+        ("set/small:1.9.*", "set/small/1.9.0"),
+        ("set/large:1.0.0", None),
+    ):
+        assert sources._find(name, root) == (directory and root / directory), name
 
 
 def test_a_set_in_another_format_is_refused(copied_digits):

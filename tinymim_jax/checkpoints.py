@@ -100,10 +100,10 @@ class Checkpoints:
     def save(self, step: int, state: Any, *, force: bool = False, extra: Mapping[str, Any] | None = None) -> bool:
         """Saves when it is time to; call it after every step, on every process, with consecutive steps.
 
-        It is time when `every_seconds` have passed since the last save or the start, when the machine is
-        about to be taken away (see `preempted`), or when `force` says so (on all processes alike); a step is
-        saved only once. The state is copied before the call returns and may then be donated; it is written in the background. Deciding
-        costs microseconds, and a broadcast now and then if there are several processes.
+        It is time when `every_seconds` have passed since the last save or the start, when the machine is about to be
+        taken away (see `preempted`), or when `force` says so, which all processes must agree on. A step is saved only
+        once. The state is copied before the call returns and may then be donated; it is written in the background.
+        Deciding costs microseconds, and with several processes a broadcast now and then.
 
         Args:
           extra: a few JSON values kept beside the state.

@@ -93,7 +93,7 @@ def _convert(options: argparse.Namespace) -> int:
     from tinymim_jax.params_io import save_params
 
     image_size = tuple(options.image_size) if options.image_size else None
-    model, params = convert_file(options.family, options.input, heads=options.heads, image_size=image_size)
+    model, params = convert_file(options.family, options.input, heads=options.heads, decoder_heads=options.decoder_heads, image_size=image_size)
     save_params(options.output, params, model)
     encoder = model["encoder"]
     parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--heads", help="attention heads, one number or one for each block (2,2,2,4); default by width"
     )
+    convert.add_argument("--decoder_heads", type=int, metavar="N", help="of a full MAE file; default by width")
     convert.add_argument(
         "--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="when the grid is not square"
     )

@@ -45,6 +45,7 @@ def initialize_distributed() -> None:
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
     expected, process_id = _expected_processes(), _number("JAX_PROCESS_ID")
+    alone = expected == 1 or (expected is None and not any(map(os.environ.get, _ENVIRONMENT)))
     try:
         if expected == 1:
             return _initialize_alone(initialize)
@@ -52,7 +53,7 @@ def initialize_distributed() -> None:
             _log.info("Waiting up to %d minutes for all %d processes.", _JOIN_SECONDS // 60, expected)
         initialize(num_processes=expected, process_id=process_id)
     except ValueError as error:
-        if expected is None and not any(map(os.environ.get, _ENVIRONMENT)):
+        if alone:
             return _initialize_alone(initialize)  # JAX found no cluster
         got = ", ".join(f"{name}={os.environ.get(name)!r}" for name in _ENVIRONMENT)
         raise ValueError(
@@ -60,7 +61,7 @@ def initialize_distributed() -> None:
             f"Set all three in each process (ids from 0), or none of them to run alone."
         ) from error
     except Exception as error:
-        if expected is None or expected == 1:
+        if alone:
             if "must be called before" in str(error):
                 return _warn_unserviced()  # a notebook on one machine, most likely
             error.add_note("To run as a single process, whatever the surroundings, set JAX_NUM_PROCESSES=1.")

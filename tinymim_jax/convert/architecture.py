@@ -112,7 +112,7 @@ def _image_size(patches: int, patch_size: int, image_size: tuple[int, int] | Non
         if not patches or side * side != patches:
             raise ConvertError(
                 f"the position table is for {patches} patches, which is no square: name the image size, for example "
-                f"--image_size {patch_size},{patches * patch_size}"
+                f"--image_size {patch_size} {patches * patch_size}"
             )
         return [side * patch_size, side * patch_size]
     height, width = image_size

@@ -155,15 +155,16 @@ def _state_dict(data: Any) -> dict[str, Any]:
     for _ in _NESTS:
         inner = [data[nest] for nest in _NESTS if nest in data] if isinstance(data, dict) else []
         # Beside the weights, 'model' may be the name of the architecture, or the pickled model itself.
-        found = [x for x in inner if isinstance(x, dict)] or [x for x in inner if isinstance(x, Opaque)]
-        data = found[0] if found else data
+        inner = [x for x in inner if isinstance(x, dict)] or [x for x in inner if isinstance(x, Opaque)]
+        data = inner[0] if inner else data
     if isinstance(data, Opaque):
         raise ConvertError(
             f"the file holds a whole pickled object ({printable(data.name)}), not its state dict: load it where that "
             "class is defined and save torch.save({'model': model.state_dict()}, 'NEW')"
         )
     if not isinstance(data, dict) or not data:
-        raise ConvertError(f"the file holds no state dict but {'nothing' if data == {} else type(data).__name__}")
+        found = "nothing" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise ConvertError(f"the file holds no state dict but {found}")
     for prefix in _PREFIXES:
         if all(isinstance(name, str) and name.startswith(prefix) for name in data):
             data = {name.removeprefix(prefix): value for name, value in data.items()}

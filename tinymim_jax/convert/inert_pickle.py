@@ -12,8 +12,8 @@ from typing import Any
 
 from tinymim_jax.convert.errors import ConvertError, printable
 
-# Generous for a checkpoint: ViT-H with its optimizer takes 30,000 instructions.
-MAX_WORK = 2_000_000
+# Generous: a tensor takes some 40 instructions, an MAE of ViT-L with its optimizer 50,000.
+MAX_WORK = 1_000_000
 MAX_DEPTH = 200
 # Tuples and integers are hashed afresh at each use, equal strings compared byte by byte: long keys cost time.
 _MAX_KEY_LENGTH = 1024

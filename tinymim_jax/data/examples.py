@@ -6,6 +6,8 @@ from typing import TypedDict
 
 import numpy as np
 
+from tinymim_jax.data.draws import permutation, philox
+
 
 class Example(TypedDict):
     """One record: `image`, the bytes of an image file as stored, and `label`, -1 where the set has none."""
@@ -71,8 +73,7 @@ def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
     if not 0 < examples <= len(source):
         raise ValueError(f"examples={examples}: {source.name}/{source.split} can give 1 to {len(source)}")
     share, spare = divmod(examples, source.classes)
-    # Sorted raw Philox output, not Generator.permutation: numpy promises that the former never changes.
-    order = np.argsort(np.random.Philox(key=[seed, 0]).random_raw(len(source)), kind="stable")
+    order = permutation(len(source), philox(seed, "subset"))
     chosen: list[int] = []
     counts: collections.Counter[int] = collections.Counter()
     for index in map(int, order):

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 
 import grain
@@ -120,8 +121,9 @@ class Batches(Iterator[Batch]):
         self._step = start_step
         self._damaged: dict[int, str] = {}
         self._substitutions = 0
-        self._closed = False
         self._parts = _read_ahead(rows, start_step * rows.parts_per_batch, workers, threads, prefetch)
+        # Also when this object is collected and, since Grain's own clean-up comes too late for it, at exit.
+        self._close = weakref.finalize(self, self._parts.close)
 
     @property
     def substitutions(self) -> int:
@@ -132,7 +134,7 @@ class Batches(Iterator[Batch]):
         if self._step == self._rows.steps:
             self.close()
             raise StopIteration
-        if self._closed:
+        if not self._close.alive:
             raise ValueError("these batches are closed")
         try:
             parts = [self._next_part() for _ in range(self._rows.parts_per_batch)]
@@ -146,9 +148,7 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Ends the threads and worker processes; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._parts.close()
+        self._close()
 
     def __enter__(self) -> "Batches":
         return self
@@ -198,6 +198,7 @@ def _read_ahead(rows: Rows, first_part: int, workers: int, threads: int, prefetc
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
     del worker_index, worker_count
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # or kornia starts a thread per core, in every worker
     # A cluster's SIGTERM, like Ctrl-C, reaches the whole process group, but the main process may still want
     # batches on its way to a checkpoint. It ends its workers itself.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

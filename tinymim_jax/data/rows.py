@@ -5,8 +5,8 @@ import traceback
 from typing import Any
 
 import numpy as np
-from grain import MapDataset
 
+from tinymim_jax.data.draws import ShuffledIndices, philox
 from tinymim_jax.data.examples import Source
 from tinymim_jax.data.transforms import View, decode
 
@@ -47,15 +47,15 @@ class Rows:
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be 0 to {process_count - 1}")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed={seed} must not be negative")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed} must be 0 to 2**64 - 1")
         self.source = source
         self._view = view
         self._batch_size = batch_size
         self._local_size = batch_size // process_count
         self._first_row = process_index * self._local_size
-        self._order: Any = range(len(source)) if seed is None else _shuffled(len(source), seed)
-        self._view_seed = 0 if seed is None else _subseed(seed, "views")
+        self._seed = seed
+        self._shuffled = None if seed is None else ShuffledIndices(len(source), seed)
         self.steps = math.ceil(len(source) / batch_size) if seed is None else 2**40
         self.parts_per_batch = math.ceil(self._local_size / MAX_PART_ROWS)
 
@@ -87,11 +87,11 @@ class Rows:
             "substituted": np.full(len(examples), -1, np.int64),
         }
         for row, n in enumerate(examples):
-            if n >= len(self._order):
+            if self._shuffled is None and n >= len(self.source):
                 break  # the padding that ends an evaluation
-            index = int(self._order[n])
+            index = n if self._shuffled is None else self._shuffled[n]
             image, label, used = self._read(index)
-            rng = np.random.Generator(np.random.Philox(key=[self._view_seed, n]))
+            rng = np.random.Generator(philox(self._seed or 0, "view", n))
             part["image"][row] = self._view(image, rng)
             part["label"][row] = label
             part["valid"][row] = True
@@ -114,15 +114,3 @@ class Rows:
             f"neither {self.source.describe(index)} ({self.failure(index)}) nor any of the {reach - 1} after it "
             "can be decoded"
         )
-
-
-def _shuffled(length: int, seed: int) -> MapDataset:
-    """Record indices for ever, a permutation of its own for each epoch, computed one index at a time."""
-    return MapDataset.range(length).shuffle(seed=_subseed(seed, "order")).repeat()
-
-
-def _subseed(seed: int, purpose: str) -> int:
-    # Grain shuffles epoch e by (its seed + e): were it given the run's seeds 0, 1, 2 as they are, the second
-    # epoch of one run would have the order of the next run's first.
-    words = [seed, int.from_bytes(purpose.encode(), "little")]
-    return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from tinymim_jax.checkpoint_format import CheckpointError
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import color_jitter, normalize
@@ -79,9 +80,9 @@ def _load_teacher(teacher: ConfigDict) -> Loaded:
         )
     try:
         return load(teacher.path)
-    except FileNotFoundError as error:
+    except CheckpointError as error:
         hint = f"\nTo get it: {how_to_get(teacher.name, teacher.path)}" if teacher.name else ""
-        raise FileNotFoundError(f"distill.teacher.path: {error}{hint}") from error
+        raise CheckpointError(f"distill.teacher.path: {error}{hint}") from error
 
 
 def _teacher(loaded: Loaded, config: ConfigDict) -> tuple[ViT, int]:

@@ -1,0 +1,383 @@
+"""Round trips bit by bit, every kind of damage, and what interrupts a save: kill -9, SIGTERM, a full disk."""
+
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from test_sharding import free_port, output_of, run_python
+
+from tinymim_jax.checkpoint_format import CheckpointError, digest, read_arrays
+from tinymim_jax.checkpoints import Checkpoints
+from tinymim_jax.sharding import make_mesh, state_sharding
+
+# Reads that fail leave callbacks behind inside Orbax, which find their event loop closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@flax.struct.dataclass
+class State:
+    """The shape of a training state: a dataclass over nested dicts and optax's named tuples, some of them empty."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    extra: Any
+
+
+def make_state(seed, width=512):
+    rng = np.random.default_rng(seed)
+    params = {
+        "encoder": {
+            "kernel": rng.normal(size=(width, 64)).astype(np.float32),
+            "cls_token": rng.normal(size=(1, 1, 7)).astype(np.float32),
+        },
+        "head": {"bias": rng.normal(size=(5,)).astype(jnp.bfloat16)},
+    }
+    # A NaN with a payload, a signed zero and a denormal: equal bits, not equal values.
+    params["encoder"]["kernel"].view(np.uint32)[0, :3] = [0x7FC12345, 0x80000000, 1]
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), {"encoder": True, "head": False})
+    )
+    return State(jnp.int32(seed), params, optimizer.init(params), {"ema": {"head": params["head"]}})
+
+
+def place(state, fsdp):
+    return jax.device_put(state, state_sharding(make_mesh(fsdp), state, min_size=64))
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_same_bits(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    """A directory with steps 1, 2 and 3, made from seeds 1, 2 and 3; to be copied, not changed."""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    with Checkpoints(directory) as checkpoints:
+        for step in (1, 2, 3):
+            assert checkpoints.save(step, place(make_state(step), 2), force=True, extra={"teacher": f"t{step}"})
+    return directory
+
+
+@pytest.fixture
+def run(three_steps, tmp_path):
+    return pathlib.Path(shutil.copytree(three_steps, tmp_path / "checkpoints"))
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_restored_bit_by_bit_on_any_layout(three_steps, fsdp):
+    want = place(make_state(3), fsdp)
+    with Checkpoints(three_steps) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        got = checkpoints.restore(abstract(want))
+    assert_same_bits(got, want)
+    assert jax.tree.map(lambda x: x.sharding, got) == jax.tree.map(lambda x: x.sharding, want)
+    assert digest(got) == digest(make_state(3))
+    assert checkpoints.extra == {"teacher": "t3"}
+
+
+def test_nothing_saved_is_none(tmp_path):
+    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+        assert checkpoints.restore(abstract(place(make_state(1), 1))) is None
+        assert checkpoints.latest_step() is None
+        assert checkpoints.extra == {}
+
+
+def largest_file(directory):
+    """The file that holds most of the numbers; noise fills it, so its middle is a number that is in use."""
+    return max((directory / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def flip_bit(directory):
+    path = largest_file(directory)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(bytes(content))
+
+
+def truncate(directory):
+    path = largest_file(directory)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty_step(directory):
+    shutil.rmtree(directory)
+    directory.mkdir()
+
+
+def rewrite_manifest(directory):
+    path = directory / "manifest" / "metadata"
+    path.write_text(path.read_text().replace("[512, 64]", "[64, 512]"))
+
+
+def lose_state(directory):
+    shutil.rmtree(directory / "state")
+
+
+DAMAGES = [flip_bit, truncate, empty_step, rewrite_manifest, lose_state]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_newest_is_set_aside_and_the_one_before_used(run, damage, caplog):
+    damage(run / "3")
+    want = place(make_state(2), 2)
+    with Checkpoints(run) as checkpoints:
+        assert_same_bits(checkpoints.restore(abstract(want)), want)
+        assert checkpoints.extra == {"teacher": "t2"}
+        assert checkpoints.latest_step() == 2
+        assert sorted(path.name for path in run.iterdir()) == ["1", "2", "3.damaged"]
+        assert "CHECKPOINT 3 IS DAMAGED" in caplog.text
+        assert "3.damaged" in caplog.text
+        # The run comes by step 3 again and saves it anew.
+        again = place(make_state(3), 2)
+        assert checkpoints.save(3, again, force=True)
+        checkpoints.wait()
+        assert_same_bits(checkpoints.restore(abstract(again)), again)
+
+
+def test_a_flipped_bit_that_reads_without_complaint_is_caught_by_the_digest(tmp_path, caplog):
+    rng = np.random.default_rng(0)  # uniform bits do not compress: they are stored as they are
+    states = [place({"noise": rng.integers(2**31, size=2**16, dtype=np.int32)}, 1) for _ in range(2)]
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, state in enumerate(states):
+            checkpoints.save(step, state, force=True)
+    flip_bit(tmp_path / "1")
+    read = read_arrays(epath.Path(tmp_path) / "1" / "state", {"noise": None})["noise"]
+    assert (read != np.asarray(states[1]["noise"])).sum() == 1
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same_bits(checkpoints.restore(abstract(states[0])), states[0])
+    assert "1 of its arrays are not what was saved, the first is noise" in caplog.text
+
+
+def test_two_damaged_the_second_time_as_well(run):
+    (run / "3.damaged").mkdir()
+    flip_bit(run / "3")
+    empty_step(run / "2")
+    with Checkpoints(run) as checkpoints:
+        assert int(checkpoints.restore(abstract(place(make_state(1), 1))).step) == 1
+    assert sorted(path.name for path in run.iterdir()) == ["1", "2.damaged", "3.damaged"]
+    assert (run / "3.damaged" / "state").exists()
+
+
+def test_all_damaged_is_an_error_and_changes_nothing(run):
+    for step, damage in zip("123", (flip_bit, truncate, empty_step)):
+        damage(run / step)
+    for _ in range(2):  # a job that is started again must not find an empty directory and begin from scratch
+        with Checkpoints(run) as checkpoints, pytest.raises(CheckpointError) as caught:
+            checkpoints.restore(abstract(place(make_state(3), 1)))
+        assert re.search(
+            r"No checkpoint in .* is intact:\n  3: .*\n  2: .*\n  1: .*\nPut back a copy", str(caught.value)
+        )
+        assert sorted(path.name for path in run.iterdir()) == ["1", "2", "3"]
+
+
+def test_another_architecture_is_an_error_that_lists_the_differences(run):
+    other = make_state(3, width=16)
+    other.params["encoder"]["norm"] = {"scale": np.ones(4, np.float32)}
+    other.params["head"] = {"bias": np.zeros(5, np.float32)}
+    other = other.replace(opt_state=())
+    with Checkpoints(run) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(abstract(place(other, 1)))
+    text = str(caught.value)
+    assert "missing (wanted, not stored): 1\n    params/encoder/norm/scale" in text
+    assert "unused (stored, not wanted): 5\n    opt_state/1/inner_state/0/count" in text
+    assert "params/encoder/kernel: stored [512, 64], wanted [16, 64]" in text
+    assert "params/head/bias: stored bfloat16, wanted float32" in text
+    assert "another --workdir" in text
+    assert sorted(path.name for path in run.iterdir()) == ["1", "2", "3"]  # not taken for damage
+
+
+def test_saves_by_the_clock_and_keeps_the_last(tmp_path):
+    now = [1000.0]
+    state = place(make_state(0), 1)
+    with Checkpoints(tmp_path, keep=2, every_seconds=600, clock=lambda: now[0]) as checkpoints:
+        saved = []
+        for step in range(1, 41):
+            now[0] += 100
+            if checkpoints.save(step, state, force=step == 40):
+                saved.append(step)
+                checkpoints.wait()
+        assert saved == [6, 12, 18, 24, 30, 36, 40]
+        assert not checkpoints.save(40, state, force=True)  # once is enough
+        assert not checkpoints.preempted
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["36", "40"]
+    # Starting anew starts the clock anew: nothing is saved at the first call.
+    with Checkpoints(tmp_path, every_seconds=600, clock=lambda: now[0]) as checkpoints:
+        checkpoints.restore(abstract(state))
+        assert not checkpoints.save(41, state)
+
+
+def test_a_state_may_be_donated_at_once(tmp_path):
+    advance = jax.jit(lambda state: jax.tree.map(lambda x: x * 3 + 1, state), donate_argnums=0)
+    rng = np.random.default_rng(0)
+    state = place({f"p{i}": rng.normal(size=(512, 1024)).astype(np.float32) for i in range(8)}, 2)
+    want = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        layout = abstract(state)
+        checkpoints.save(1, state, force=True)
+        for _ in range(4):
+            state = advance(state)
+        checkpoints.wait()
+        assert_same_bits(checkpoints.restore(layout), want)
+
+
+def go_on(checkpoints, state):
+    for step in range(3, 600):
+        assert not checkpoints.save(step, state)
+        time.sleep(0.05)
+
+
+def test_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+    small = place(make_state(1), 1)
+    large = place({"noise": np.random.default_rng(0).normal(size=(2**19,))}, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, keep=1, every_seconds=1e9) as checkpoints:
+        checkpoints.save(1, small, force=True)
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
+        try:
+            checkpoints.save(2, large, force=True)
+            # It fails in the background; the next steps find out without being asked to save.
+            with pytest.raises(CheckpointError, match="free some space") as caught:
+                go_on(checkpoints, large)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "Checkpoints saved before are intact" in str(caught.value)
+        assert checkpoints.latest_step() == 1
+        assert_same_bits(checkpoints.restore(abstract(small)), small)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(2, small, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # the unfinished one was swept out
+
+
+def test_unwritable_directory_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="directory that you may write to"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_an_exception_in_the_loop_is_not_hidden_and_the_save_is_completed(tmp_path):
+    state = place(make_state(1), 1)
+    stumble = pytest.raises(FloatingPointError)
+    with stumble, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, force=True)
+        raise FloatingPointError
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same_bits(checkpoints.restore(abstract(state)), state)
+
+
+LOOP = """
+import sys, time
+from tinymim_jax.sharding import initialize_distributed, make_mesh, state_sharding
+initialize_distributed()
+import jax, jax.numpy as jnp
+from tinymim_jax.checkpoints import Checkpoints
+mesh = make_mesh(2)
+make = lambda step: {"params": {"w": jnp.arange(2.0 ** 18).reshape(512, 512) * step}, "step": step}
+shardings = state_sharding(mesh, jax.eval_shape(make, jnp.int32(0)))
+make = jax.jit(make, out_shardings=shardings)
+advance = jax.jit(lambda state: make(state["step"] + 1), donate_argnums=0, out_shardings=shardings)
+state = make(jnp.int32(0))
+like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+with Checkpoints(sys.argv[1], every_seconds=float(sys.argv[2])) as checkpoints:
+    restored = checkpoints.restore(like)
+    state = state if restored is None else restored
+    print("START", int(state["step"]), flush=True)
+    for _ in range(100000):
+        state = advance(state)
+        step = int(state["step"])
+        before = checkpoints.latest_step()
+        if checkpoints.save(step, state) and before:
+            print("SAVED", before, flush=True)
+        if checkpoints.preempted:
+            checkpoints.wait()
+            print("STOPPED", step, flush=True)
+            break
+        time.sleep(0.005)
+"""
+
+
+def loop(directory, every_seconds, **variables):
+    return run_python(f"import sys; sys.argv[1:] = [{str(directory)!r}, '{every_seconds}']\n{LOOP}", **variables)
+
+
+def read_until(process, word):
+    for line in process.stdout:
+        if line.startswith(word):
+            return int(line.split()[1])
+    raise AssertionError(f"no {word}: {process.communicate()[1]}")
+
+
+def restored_loop_state(directory):
+    want = place({"params": {"w": np.zeros((512, 512), np.float32)}, "step": np.int32(0)}, 4)
+    with Checkpoints(directory) as checkpoints:
+        state = checkpoints.restore(abstract(want))
+    step = int(state["step"])
+    np.testing.assert_array_equal(state["params"]["w"], np.arange(2.0**18, dtype=np.float32).reshape(512, 512) * step)
+    return step
+
+
+def test_kill_in_the_middle_of_saves_loses_nothing(tmp_path):
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    reached = 0
+    for _ in range(2):
+        process = loop(tmp_path, 0, devices=2)
+        assert read_until(process, "START") >= reached
+        complete = max(read_until(process, "SAVED") for _ in range(3))
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        complete = max([complete, *(int(line.split()[1]) for line in output_of(process)[1].splitlines())])
+        reached = restored_loop_state(tmp_path)
+        assert reached >= complete
+        assert all(path.name.isdecimal() for path in tmp_path.iterdir())
+
+
+def test_sigterm_to_one_process_alone_saves_and_stops(tmp_path):
+    process = loop(tmp_path, 1e9, devices=2)
+    assert read_until(process, "START") == 0
+    process.send_signal(signal.SIGTERM)
+    stopped = read_until(process, "STOPPED")
+    assert output_of(process)[0] == 0
+    assert restored_loop_state(tmp_path) == stopped
+
+
+def test_two_processes_save_together_and_set_aside_together(tmp_path):
+    """By process 0's clock, then by a SIGTERM to process 1; the state is restored on other devices each time."""
+    job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    like = {"params": {"w": np.zeros((512, 512), np.float32)}, "step": np.int32(0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (5, 6):
+            like["params"]["w"] = np.arange(2.0**18, dtype=np.float32).reshape(512, 512) * step
+            checkpoints.save(step, place(like | {"step": np.int32(step)}, 8), force=True)
+    truncate(tmp_path / "6")
+    pair = [loop(tmp_path, every, devices=4, JAX_PROCESS_ID=str(p), **job) for p, every in enumerate((0.2, 0.0))]
+    assert [read_until(process, "START") for process in pair] == [5, 5]
+    assert (tmp_path / "6.damaged").exists()
+    saved = [[read_until(process, "SAVED") for _ in range(2)] for process in pair]
+    assert saved[0] == saved[1]
+    pair[1].send_signal(signal.SIGTERM)
+    stopped = [read_until(process, "STOPPED") for process in pair]
+    assert stopped[0] == stopped[1]
+    for process in pair:
+        status, _, err = output_of(process)
+        assert status == 0, err
+    assert restored_loop_state(tmp_path) == stopped[0]

@@ -1,0 +1,152 @@
+"""The command as a user types it, and the commands that the README shows."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+
+import numpy as np
+import pytest
+from runs import SMALL
+
+from tinymim_jax import cli
+from tinymim_jax.params_io import load_params
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture(autouse=True)
+def _stay_alone(monkeypatch):
+    # Joining a job of one process must come before the first use of a device; the tests around this one used some.
+    monkeypatch.setattr("tinymim_jax.sharding.initialize_distributed", lambda: None)
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def readme_commands() -> list[list[str]]:
+    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line]
+
+
+def test_every_command_of_the_readme_parses(readme_commands):
+    parser, seen = cli._parser(), set()
+    for words in readme_commands:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        else:
+            assert words[0] == "tinymim", words
+            options = parser.parse_args(cli._overrides_last(words[1:]))
+            seen.add(options.command)
+            if getattr(options, "config", None):
+                from tinymim_jax.config import load_config
+
+                load_config(options.config, options.overrides)
+    assert {"prepare", "convert", "train", "evaluate", "export"} <= seen
+
+
+def test_the_digits_commands_of_the_readme_run(readme_commands, tmp_path, data_dir, capsys, golden):
+    """In order, as written, only shrunk and with folders moved."""
+    trains = [w[1:] for w in readme_commands if w[:2] == ["tinymim", "train"] and "digits" in " ".join(w)]
+    assert len(trains) == 3
+    for words in trains:
+        words = [word.replace("runs/", f"{tmp_path}/") for word in words]
+        small = [word for word in SMALL if "checkpoint" not in word]
+        if "mae" in " ".join(words):
+            small += ["mae.decoder_dim=8", "mae.decoder_depth=1", "mae.decoder_heads=2"]
+        code, out, err = run(capsys, *words, "--data_dir", data_dir, "--compile_cache", "", *small)
+        assert code == 0, err
+        assert "step 4/4" in out
+    run_folder = tmp_path / "classifier"
+    code, out, err = run(capsys, "evaluate", run_folder, "--data_dir", data_dir, "--compile_cache", "")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result == pytest.approx(json.loads((run_folder / "result.json").read_text()))
+    code, _, err = run(capsys, "export", run_folder, "--to", "vit", "--output", tmp_path / "out.safetensors")
+    assert code == 0, err
+    # And back: what was exported is a legal file to convert.
+    heads = ",".join(map(str, load_params(run_folder)[0]["encoder"]["heads"]))
+    words = ["convert", "--from", "vit", "--input", tmp_path / "out.safetensors", "--output", tmp_path / "back"]
+    code, _, err = run(capsys, *words, "--heads", heads)
+    assert code == 0, err
+    there, back = load_params(run_folder)[1], load_params(tmp_path / "back")[1]
+    np.testing.assert_array_equal(there["head"]["kernel"], back["head"]["kernel"])
+
+
+def test_convert_as_a_user(golden, tmp_path, capsys):
+    words = ["convert", "--from", "mae", "--input", golden.path("teacher.pth"), "--output", tmp_path / "teacher"]
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (1, "")
+    assert "--heads" in err
+    code, out, _ = run(capsys, *words, "--heads", golden.meta["teacher"]["heads"])
+    assert code == 0
+    assert f"{golden.meta['teacher']['depth']} blocks" in out
+    model, params = load_params(tmp_path / "teacher")
+    assert model["encoder"]["embed_dim"] == golden.meta["teacher"]["embed_dim"] == params["encoder"]["cls_token"].shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--config", "configs/nothing.py", "--workdir", "x"], "no such file"),
+        (["train", "--config", "configs/distill_b.py", "--workdir", "x", "optim.lr=1"], "did you mean"),
+        (["train", "--config", "configs/digits.py:finetune", "--workdir", "x", "data.source=imagenet2012"], "tinymim prepare"),
+        (["evaluate", "nowhere"], "--config"),
+        (["export", "nowhere", "--to", "vit", "--output", "x.safetensors"], "nowhere"),
+        (["convert", "--from", "mae", "--input", "nothing.pth", "--output", "x"], "nothing.pth"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(words, message, tmp_path, capsys):
+    words = [str(tmp_path / "x") if word == "x" else word for word in words]
+    data = ["--data_dir", tmp_path, "--compile_cache", ""] if words[0] in ("train", "evaluate") else []
+    code, _, err = run(capsys, *words, *data)
+    assert code == 1
+    assert err.startswith(f"tinymim {words[0]}: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "x" / "checkpoints").exists()
+
+
+def test_help_teaches(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for word in ("train", "evaluate", "convert", "export", "prepare", "demo", "configs/distill_b.py"):
+        assert word in out
+    _, out, _ = run(capsys, "train", "--help")
+    assert "resume" in out
+    assert "KEY=VALUE" in out
+
+
+def test_overrides_may_stand_between_flags():
+    words = ["--config", "a.py", "optim.base_lr=1", "--workdir", "w"]
+    assert cli._overrides_last(words) == ["--config", "a.py", "--workdir", "w", "optim.base_lr=1"]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").iterdir()), ids=lambda p: p.name)
+def test_launch_scripts_are_sound_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_launch_scripts_say_what_they_would_run():
+    words = ["train", "--config", "a b.py"]
+    local = subprocess.run([ROOT / "launch/local.sh", "--dry_run", "2", *words], capture_output=True, text=True, check=True)
+    lines = local.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("JAX_NUM_PROCESSES=2" in line and f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(lines))
+    environment = os.environ | {"TPU": "slice", "ZONE": "zone"}
+    tpu = subprocess.run(
+        [ROOT / "launch/tpu_vm.sh", "--dry_run", *words], capture_output=True, text=True, check=True, env=environment
+    )
+    assert tpu.stdout.count("gcloud compute tpus tpu-vm") == 4
+    assert "a\\\\\\ b.py" in tpu.stdout or "a\\ b.py" in tpu.stdout

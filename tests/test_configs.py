@@ -1,0 +1,155 @@
+"""Every shipped config: it builds at full size, and the loop reads every key."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from runs import small_config
+
+import tinymim_jax.experiment as experiment_module
+import tinymim_jax.tasks.distill as distill_module
+from tinymim_jax.config import load_config
+from tinymim_jax.data.examples import Source
+from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.state import trained_paths
+from tinymim_jax.tasks.encoder import Loaded
+from tinymim_jax.teachers import TEACHERS
+from tinymim_jax.train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = [f"configs/digits.py:{name}" for name in ("mae_teacher", "mae_student", "distill", "finetune")]
+SPECS = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py")) if p.stem not in ("__init__", "digits")]
+
+
+class FakeImageNet(Source):
+    """The length and classes of ImageNet-1K, without its images."""
+
+    name, split = "imagenet2012", "train"
+    class_names = tuple(str(i) for i in range(1000))
+
+    def __len__(self) -> int:
+        return 1281167
+
+    def __getitem__(self, index):
+        raise IndexError(index)
+
+
+def fake_teacher(config) -> Loaded:
+    """The config's teacher with weights that take no memory."""
+    row = TEACHERS[config.distill.teacher.name or "mae_vit_base"]
+    heads = row.embed_dim // 64
+    vit = ViT(embed_dim=row.embed_dim, depth=row.depth, heads=heads, image_size=(224, 224), pos_embed="learned")
+    shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
+    params = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    return Loaded("fake", {"encoder": vit.record()}, {"encoder": params})
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_shipped_configs_build_at_full_size(spec, monkeypatch):
+    config = load_config(str(ROOT / spec), ["distill.teacher.path=fake"] if "distill" in spec or "base" in spec else [])
+    if spec == "configs/base.py":
+        assert load_config(str(ROOT / spec)).task == "distill"
+        return
+    monkeypatch.setattr(experiment_module, "open_source", lambda *_, **__: FakeImageNet())
+    if config.task == "distill":
+        monkeypatch.setattr(distill_module, "load", lambda path: fake_teacher(config))
+    experiment = build_experiment(config)
+    assert experiment.total_steps == int(float(config.train.duration.split()[0]) * 1281167 / config.train.batch_size)
+    frozen = jax.eval_shape(experiment.task.load_frozen) if config.task != "distill" else experiment.task.load_frozen()
+    paths = trained_paths(experiment.task, frozen, batch_shapes(experiment))
+    params = jax.eval_shape(experiment.task.init, jax.random.key(0))
+    optimizer = build_optimizer(experiment, paths)
+    assert jax.eval_shape(optimizer.init, params) is not None
+    untrained = len(jax.tree.leaves(params)) - len(paths)
+    # TinyMIM: the last block's projection, norm and MLP and the final norm; every other task trains everything.
+    assert untrained == (10 if config.task == "distill" else 0)
+
+
+class Recorded:
+    """A ConfigDict that remembers which of its keys were read."""
+
+    def __init__(self, config: ConfigDict, seen: set, prefix: str = ""):
+        self._config, self._seen, self._prefix = config, seen, prefix
+
+    def __getattr__(self, name):
+        return self[name]
+
+    def __getitem__(self, name):
+        if name in ("to_dict", "copy_and_resolve_references"):
+            return getattr(self._config, name)
+        value = self._config[name]
+        if isinstance(value, ConfigDict):
+            return Recorded(value, self._seen, f"{self._prefix}{name}.")
+        self._seen.add(f"{self._prefix}{name}")
+        return value
+
+    def keys(self):
+        return self._config.keys()
+
+
+def flat_keys(config: ConfigDict, prefix: str = "") -> set[str]:
+    keys = set()
+    for name, value in config.items():
+        keys |= flat_keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {f"{prefix}{name}"}
+    return keys
+
+
+def test_every_key_is_read_by_something(tmp_path, data_dir):
+    train(small_config("mae_teacher", "train.duration=2 steps"), tmp_path / "teacher", data_dir=data_dir)
+    runs = {
+        "mae_teacher": [],
+        "distill": [f"distill.teacher.path={tmp_path / 'teacher'}"],
+        "finetune": [f"init={tmp_path / 'teacher'}"],
+    }
+    for name, overrides in runs.items():
+        config, seen = small_config(name, *overrides, "train.duration=2 steps", "train.eval_every=1 steps"), set()
+        train(Recorded(config, seen), tmp_path / name, data_dir=data_dir)
+        assert flat_keys(config) - seen == set(), name
+
+
+def test_configs_of_a_task_have_the_same_keys():
+    base = {name: load_config(str(ROOT / f"configs/{file}")) for name, file in
+            {"mae": "mae_b.py", "distill": "distill_b.py", "classify": "finetune_b.py"}.items()}  # fmt: skip
+    for spec in [*SPECS, *DIGITS]:
+        config = load_config(str(ROOT / spec))
+        if spec != "configs/base.py":
+            assert flat_keys(config) == flat_keys(base[config.task]), spec
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["optim.base_rl=1"], ValueError, r"did you mean 'optim\.base_lr'"),
+        (["optim.base_lr"], ValueError, r"write key=value"),
+        (["optim.base_lr=fast"], TypeError, r"wrong type: it is 0\.00015 now"),
+        (["train.batch_size=1.5"], TypeError, r"wrong type"),
+        (["data.flip=2"], TypeError, r"wrong type"),
+        (["data.source=5"], TypeError, r"is the string 'imagenet2012'"),
+        (["model.depth=deep"], TypeError, r"wrong type"),
+    ],
+)
+def test_mistaken_overrides(words, error, message):
+    with pytest.raises(error, match=message):
+        load_config(str(ROOT / "configs/distill_s.py"), words)
+
+
+def test_overrides_are_read_as_python_and_the_config_is_locked():
+    words = ["optim.base_lr=1", "model.heads=(2,4)", "data.flip=false", "data.crop_scale=(0.5, 1)", "model.depth=3"]
+    config = load_config(str(ROOT / "configs/distill_s.py"), words)
+    assert (config.optim.base_lr, config.model.heads, config.data.flip) == (1.0, (2, 4), False)
+    assert (config.data.crop_scale, config.model.depth) == ((0.5, 1), 3)
+    with pytest.raises((KeyError, AttributeError)):
+        config.optim.momentum = 0.9
+
+
+def test_missing_files_and_functions(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_config(str(tmp_path / "nothing.py"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(AttributeError, match=r"no function get_config\(\)"):
+        load_config(str(tmp_path / "empty.py"))
+    with pytest.raises(ValueError, match="Choices: mae_teacher"):
+        load_config(str(ROOT / "configs/digits.py") + ":teacher")
