@@ -9,7 +9,7 @@ demo: setup  ## the whole method on handwritten digits: about 6 minutes on two c
 test: setup  ## lint and the whole suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 types: setup  ## pyright fetches Node.js when there is none
 	$(BIN)/pyright

@@ -1,5 +1,7 @@
 """Every key of an experiment, with what it means. Nothing here depends on where the experiment runs.
 
+Experiments are the other files of this folder: each starts from distill(), mae() or classify().
+
 Durations are written "300 epochs" or "700 steps". Learning rates are given for 256 images and scaled by the batch.
 Values are those of TinyMIM's pre-training unless a comment says otherwise.
 """
@@ -8,9 +10,10 @@ import ml_collections
 from ml_collections import config_dict
 
 
-def get_config() -> ml_collections.ConfigDict:
+def common(task: str) -> ml_collections.ConfigDict:
+    """What all tasks have."""
     config = ml_collections.ConfigDict()
-    config.task = "distill"  # mae | distill | classify
+    config.task = task  # mae | distill | classify
     config.seed = 0  # everything random follows from it
     config.init = ""  # checkpoint that the weights start from; empty: from scratch
 
@@ -70,7 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 def distill() -> ml_collections.ConfigDict:
     """TinyMIM pre-training."""
-    config = get_config()
+    config = common("distill")
     config.distill = ml_collections.ConfigDict()
     config.distill.target = "qk_vv"  # a row of TARGETS
     config.distill.student_tap = config_dict.placeholder(int)  # block counted from 1; None: the last
@@ -90,8 +93,7 @@ def distill() -> ml_collections.ConfigDict:
 
 def mae() -> ml_collections.ConfigDict:
     """MAE pre-training (arXiv 2111.06377)."""
-    config = get_config()
-    config.task = "mae"
+    config = common("mae")
     config.model.drop_path = 0.0
     config.optim.warmup = "40 epochs"
     config.train.duration = "800 epochs"
@@ -106,8 +108,7 @@ def mae() -> ml_collections.ConfigDict:
 
 def classify() -> ml_collections.ConfigDict:
     """Fine-tuning of an encoder with a new head."""
-    config = get_config()
-    config.task = "classify"
+    config = common("classify")
     config.model.pos_embed = "learned"
     config.model.drop_path_schedule = "linear"
     config.data.crop_scale = (0.08, 1.0)

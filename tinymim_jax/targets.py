@@ -9,7 +9,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from tinymim_jax.models.blocks import Tap
-from tinymim_jax.ops.relations import Logits, relation_kl, relation_logits
+from tinymim_jax.ops.relations import relation_kl, relation_logits
 
 Extracted = dict[str, Array]
 
@@ -43,7 +43,7 @@ def relations(*names: str) -> Target:
     return Target(names, extract, loss)
 
 
-def _relation_loss(student: Logits, teacher: Logits) -> Float[Array, "batch"]:
+def _relation_loss(student: Array, teacher: Array) -> Float[Array, "batch"]:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"the student's tapped block has {student.shape[1]} heads and the teacher's {teacher.shape[1]}: relations "
