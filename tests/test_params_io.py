@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checkpoints import flip_bit, lose_state, make_state, place, rewrite_manifest, truncate
-from test_sharding import output_of, run_python
+from processes import output_of, run_python
+from saved_states import flip_bit, lose_state, make_state, place, rewrite_manifest, truncate
 
 from tinymim_jax import checkpoint_format as stored
 from tinymim_jax.checkpoint_format import CheckpointError, digest

@@ -1,15 +1,11 @@
 """The mesh, the parameter rule, batches of one and of two processes, and joining a job."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from processes import free_port, output_of, run_python
 
 from tinymim_jax.sharding import (
     batch_sharding,
@@ -19,28 +15,6 @@ from tinymim_jax.sharding import (
     replicated,
     state_sharding,
 )
-
-JOB_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "XLA_FLAGS")
-
-
-def run_python(code, *, devices=1, **variables):
-    """A Python process of its own, outside any job, on `devices` CPU devices."""
-    environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=environment | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def output_of(process):
-    out, err = process.communicate(timeout=100)
-    return process.returncode, out, err
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
@@ -169,9 +143,3 @@ def test_a_misspelt_variable_is_named(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' is not a number"):
         initialize_distributed()
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -173,8 +174,9 @@ def writing(directory: epath.Path) -> Iterator[None]:
             remedy = "The disk is full, or a quota: free some space or choose another directory."
         elif code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             remedy = "It must be a directory that you may write to: make it so or choose another."
+        what = os.strerror(code) if code else error
         raise CheckpointError(
-            f"Cannot write to {directory}: {error}\n{remedy} Checkpoints saved before are intact."
+            f"Cannot write to {directory}: {what}\n{remedy} What was saved before is intact."
         ) from error
 
 

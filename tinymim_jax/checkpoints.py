@@ -20,8 +20,9 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The newest few states of one training run, in `directory/<step>/`. Every process makes one.
 
-    Only the training process may open a directory like this (it removes what a killed save left behind); others read
-    with `params_io.load_params`. Use it as a context manager, or call `close`.
+    A step holds `state/`, the tree as nested dicts by name, and `manifest/`, a digest of each of its arrays. Only the
+    training process may open such a directory (it removes what a killed save left behind); others read it with
+    `params_io.load_params`. Use it as a context manager, or call `close`.
 
     Args:
       directory: shared by all processes; made if missing.
@@ -32,7 +33,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Any,
+        directory: epath.PathLike,
         *,
         keep: int = 3,
         every_seconds: float = 600.0,
@@ -54,6 +55,11 @@ class Checkpoints:
         )
         with stored.writing(self._directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+        if not self._directory.exists():  # process 0 has made it
+            raise CheckpointError(
+                f"Process {jax.process_index()} does not see {self._directory}: it must lie on storage that all "
+                f"processes share. Choose another --workdir."
+            )
 
     @property
     def preempted(self) -> bool:

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 _CONVERT = "tinymim convert --from {{mae,tinymim,vit}} --input {file} --output DIRECTORY"
 
 
-def save_params(directory: Any, params: Any, model: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Writes an export: `directory/params/` and `directory/model.json`, the latter with a digest of the former.
 
     It appears whole or not at all. One process calls this.
@@ -34,7 +34,8 @@ def save_params(directory: Any, params: Any, model: Mapping[str, Any], *, overwr
     directory = _resolved(directory)
     _check_free(directory, overwrite)
     temporary = directory.parent / f".{directory.name}.writing-{os.getpid()}"
-    this = jax.process_index()
+    old = directory.parent / f".{directory.name}.old-{os.getpid()}"
+    params, this = jax.device_get(params), jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"export{this}"
     )
@@ -43,18 +44,20 @@ def save_params(directory: Any, params: Any, model: Mapping[str, Any], *, overwr
         try:
             temporary.mkdir(parents=True)
             with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-                checkpointer.save(temporary / "params", args=ocp.args.PyTreeSave(jax.device_get(params)))
+                checkpointer.save(temporary / "params", args=ocp.args.PyTreeSave(params))
             record = {**model, "digest": digest(params)}
             (temporary / "model.json").write_text(json.dumps(record, indent=2) + "\n")
             if directory.exists():
-                directory.rmtree()
+                directory.rename(old)
             temporary.rename(directory)
+            if old.exists():
+                old.rmtree()
         finally:
             if temporary.exists():
                 temporary.rmtree()
 
 
-def load_params(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """(architecture record, parameters as nested dicts of numpy arrays) of an export or of a training run.
 
     Of a run, the newest intact checkpoint is taken and only its parameters are read; where it keeps a moving
@@ -178,5 +181,5 @@ def _below(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}/") for prefix in prefixes)
 
 
-def _resolved(path: Any) -> epath.Path:
+def _resolved(path: epath.PathLike) -> epath.Path:
     return epath.Path(path).expanduser().resolve()

@@ -1,0 +1,38 @@
+"""Python processes of their own, for tests that kill, interrupt or pair them."""
+
+import atexit
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+
+JOB_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "XLA_FLAGS")
+
+
+def run_python(code, *, devices=1, **variables):
+    """A Python process of its own, outside any job, on `devices` CPU devices; killed with this one at the latest."""
+    environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115, a pipe that nobody empties would stop the process
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment | variables, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+    process.errors = errors
+    atexit.register(process.kill)
+    return process
+
+
+def output_of(process):
+    """(exit status, the rest of stdout, all of stderr) once the process has ended."""
+    out, _ = process.communicate(timeout=100)
+    process.errors.seek(0)
+    return process.returncode, out, process.errors.read()
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
