@@ -79,9 +79,7 @@ def distill() -> ml_collections.ConfigDict:
     config.distill.student_tap = config_dict.placeholder(int)  # block counted from 1; None: the last
     config.distill.last_heads = "teacher"  # heads of the student's last block: teacher (adaptive block) | own
     config.distill.teacher = ml_collections.ConfigDict()
-    config.distill.teacher.name = (
-        ""  # a row of TEACHERS: its tapped block, its address; empty: any checkpoint
-    )
+    config.distill.teacher.name = ""  # a row of TEACHERS: its tapped block, its address; empty: any checkpoint
     config.distill.teacher.path = ""  # what `tinymim convert` wrote, or a run of ours
     config.distill.teacher.tap = config_dict.placeholder(int)  # None: the row's, or the last block
     config.distill.jitter = ml_collections.ConfigDict()  # of the student's view; the teacher sees it clean

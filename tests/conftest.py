@@ -21,9 +21,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The signatures of ops, models and targets are enforced here and cost nothing in production.
-_HOOK = install_import_hook(
-    ["tinymim_jax.ops", "tinymim_jax.models", "tinymim_jax.targets"], "beartype.beartype"
-)
+_HOOK = install_import_hook(["tinymim_jax.ops", "tinymim_jax.models", "tinymim_jax.targets"], "beartype.beartype")
 _HOOK.__enter__()
 
 

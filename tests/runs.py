@@ -44,9 +44,7 @@ def run_steps(config, data_dir, mesh, steps: int):
     optimizer = build_optimizer(experiment, paths)
     root = jax.random.key(config.seed)
     _, fresh = init_state(task, optimizer, paths, mesh, root, ema=config.train.ema)
-    step = make_train_step(
-        task, optimizer, paths, mesh, accumulate=config.train.accumulate, ema=config.train.ema
-    )
+    step = make_train_step(task, optimizer, paths, mesh, accumulate=config.train.accumulate, ema=config.train.ema)
     state, losses = fresh(), []
     with training_batches(experiment, start_step=0, workers=0) as batches:
         for _ in range(steps):

@@ -65,9 +65,8 @@ def test_the_digits_commands_of_the_readme_run(readme_commands, tmp_path, data_d
         small = [word for word in SMALL if "checkpoint" not in word]
         if "mae" in " ".join(words):
             small += ["mae.decoder_dim=8", "mae.decoder_depth=1", "mae.decoder_heads=2"]
-        code, out, err = run(capsys, *words, "--data_dir", data_dir, "--compile_cache", "", *small)
+        code, _, err = run(capsys, *words, "--data_dir", data_dir, "--compile_cache", "", *small)
         assert code == 0, err
-        assert "step 4/4" in out
     run_folder = tmp_path / "classifier"
     code, out, err = run(capsys, "evaluate", run_folder, "--data_dir", data_dir, "--compile_cache", "")
     assert code == 0, err
@@ -93,7 +92,8 @@ def test_convert_as_a_user(golden, tmp_path, capsys):
     assert code == 0
     assert f"{golden.meta['teacher']['depth']} blocks" in out
     model, params = load_params(tmp_path / "teacher")
-    assert model["encoder"]["embed_dim"] == golden.meta["teacher"]["embed_dim"] == params["encoder"]["cls_token"].shape[-1]
+    width = golden.meta["teacher"]["embed_dim"]
+    assert model["encoder"]["embed_dim"] == width == params["encoder"]["cls_token"].shape[-1]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_convert_as_a_user(golden, tmp_path, capsys):
     [
         (["train", "--config", "configs/nothing.py", "--workdir", "x"], "no such file"),
         (["train", "--config", "configs/distill_b.py", "--workdir", "x", "optim.lr=1"], "did you mean"),
-        (["train", "--config", "configs/digits.py:finetune", "--workdir", "x", "data.source=imagenet2012"], "tinymim prepare"),
+        (["train", "--config", "configs/finetune_t.py", "--workdir", "x"], "tinymim prepare imagenet2012"),
         (["evaluate", "nowhere"], "--config"),
         (["export", "nowhere", "--to", "vit", "--output", "x.safetensors"], "nowhere"),
         (["convert", "--from", "mae", "--input", "nothing.pth", "--output", "x"], "nothing.pth"),
@@ -140,7 +140,8 @@ def test_launch_scripts_are_sound_bash(script):
 
 def test_launch_scripts_say_what_they_would_run():
     words = ["train", "--config", "a b.py"]
-    local = subprocess.run([ROOT / "launch/local.sh", "--dry_run", "2", *words], capture_output=True, text=True, check=True)
+    command = [ROOT / "launch/local.sh", "--dry_run", "2", *words]
+    local = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = local.stdout.splitlines()
     assert len(lines) == 2
     assert all("JAX_NUM_PROCESSES=2" in line and f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(lines))

@@ -119,7 +119,7 @@ def loss_and_grad(golden, tinymim):
 
 def by_torch_name(tree, student) -> dict:
     """{path: array} of a tree of ours from {torch name: array}, for arrays that may be only some of the parameters."""
-    model, params = from_torch("tinymim", tree, heads=list(student.block_heads))
+    _, params = from_torch("tinymim", tree, heads=list(student.block_heads))
     return flatten_dict(params["encoder"])
 
 

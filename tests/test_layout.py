@@ -80,9 +80,7 @@ def test_configs_import_configs_alone():
 
 def test_importing_everything_imports_no_tensorflow():
     modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in FILES
-        if path.stem not in ("__main__",)
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.stem not in ("__main__",)
     ]
     code = "import sys\n" + "\n".join(f"import {m.removesuffix('.__init__')}" for m in modules)
     code += "\nbad = {'tensorflow', 'torch'} & set(sys.modules)\nassert not bad, bad"

@@ -23,11 +23,7 @@ def params():
 def encoder_size(dim: int, depth: int, patch_size: int) -> int:
     """Parameters of an encoder at 224 px with its position table, written out by hand."""
     block = (
-        2 * 2 * dim
-        + (dim * 3 * dim + 3 * dim)
-        + (dim * dim + dim)
-        + (dim * 4 * dim + 4 * dim)
-        + (4 * dim * dim + dim)
+        2 * 2 * dim + (dim * 3 * dim + 3 * dim) + (dim * dim + dim) + (dim * 4 * dim + 4 * dim) + (4 * dim * dim + dim)
     )
     tokens = (224 // patch_size) ** 2 + 1
     return depth * block + (3 * patch_size**2 * dim + dim) + dim + tokens * dim + 2 * dim
@@ -44,9 +40,7 @@ def test_presets_have_exactly_the_published_parameters(name):
     published = {"B": 85.8, "L": 303.3, "H": 630.8}
     if name in published:
         assert round(count / 1e6, 1) == published[name]
-    fixed = jax.eval_shape(
-        encoder.clone(pos_embed="sincos").init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))
-    )
+    fixed = jax.eval_shape(encoder.clone(pos_embed="sincos").init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert "pos_embed" not in fixed["params"]
 
 
@@ -204,7 +198,5 @@ def test_bfloat16_computation_keeps_float32_parameters_and_logits():
     variables = network.init(jax.random.key(0), IMAGES)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert network.apply(variables, IMAGES).dtype == jnp.float32
-    tap = TINY.clone(dtype=jnp.bfloat16).apply(
-        TINY.init(jax.random.key(0), IMAGES), IMAGES, tap=2, method="encode"
-    )
+    tap = TINY.clone(dtype=jnp.bfloat16).apply(TINY.init(jax.random.key(0), IMAGES), IMAGES, tap=2, method="encode")
     assert tap.q.dtype == jnp.bfloat16

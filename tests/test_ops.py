@@ -13,9 +13,7 @@ from tinymim_jax.ops.keys import named
 def test_patchify_cuts_rows_of_patches_and_back():
     images = np.random.default_rng(0).normal(size=(2, 6, 9, 3)).astype(np.float32)
     got = patches.patchify(jnp.asarray(images), 3)
-    want = np.stack(
-        [images[:, y : y + 3, x : x + 3].reshape(2, -1) for y in (0, 3) for x in (0, 3, 6)], axis=1
-    )
+    want = np.stack([images[:, y : y + 3, x : x + 3].reshape(2, -1) for y in (0, 3) for x in (0, 3, 6)], axis=1)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(patches.unpatchify(got, 3, (2, 3)), images)
 
@@ -72,9 +70,7 @@ def test_relation_kl_is_the_mean_divergence():
     p = np.exp(teacher) / np.exp(teacher).sum(-1, keepdims=True)
     q = np.exp(student) / np.exp(student).sum(-1, keepdims=True)
     want = (p * np.log(p / q)).sum(-1).mean((1, 2))
-    np.testing.assert_allclose(
-        relations.relation_kl(jnp.asarray(student), jnp.asarray(teacher)), want, rtol=1e-5
-    )
+    np.testing.assert_allclose(relations.relation_kl(jnp.asarray(student), jnp.asarray(teacher)), want, rtol=1e-5)
 
 
 def test_relation_kl_survives_an_underflowing_softmax():
@@ -87,9 +83,7 @@ def test_relation_kl_survives_an_underflowing_softmax():
 def test_relation_logits_scale_by_the_own_head_dim():
     q, k = np.random.default_rng(2).normal(size=(2, 2, 5, 3, 16)).astype(np.float32)
     want = np.einsum("bqhd,bkhd->bhqk", q, k) / 4
-    np.testing.assert_allclose(
-        relations.relation_logits(jnp.asarray(q), jnp.asarray(k)), want, rtol=2e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(relations.relation_logits(jnp.asarray(q), jnp.asarray(k)), want, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -69,8 +69,8 @@ def test_pretraining_decays_the_cls_token_but_no_vector():
 def test_adamw_in_numpy():
     """Two steps with decay, layer decay and clipping, written out."""
     rng = np.random.default_rng(0)
-    params = {"encoder": {"blocks_0": {"k": rng.normal(size=(3, 2)).astype(np.float32)}}, "head": {"k": np.ones((2, 2))}}
-    params = jax.tree.map(jnp.asarray, params)
+    encoder = {"blocks_0": {"k": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
+    params = {"encoder": encoder, "head": {"k": jnp.ones((2, 2))}}
     settings = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.1, "layer_decay": 0.5, "depth": 1, "clip_norm": 1.0}
     optimizer = optim.adamw(lambda step: 0.01 * (step + 1), params, **settings)
     state, want = optimizer.init(params), {k: np.asarray(v) for k, v in flatten_dict(params).items()}

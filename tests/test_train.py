@@ -139,9 +139,7 @@ def test_fsdp_splits_large_parameters_and_their_moments(data_dir):
 def test_accumulated_parts_give_the_update_of_the_whole(data_dir):
     mesh = make_mesh(devices=jax.devices()[:1])
     whole, losses, *_ = run_steps(small_config("finetune", "model.drop_path=0.0"), data_dir, mesh, 2)
-    parts, got, *_ = run_steps(
-        small_config("finetune", "model.drop_path=0.0", "train.accumulate=4"), data_dir, mesh, 2
-    )
+    parts, got, *_ = run_steps(small_config("finetune", "model.drop_path=0.0", "train.accumulate=4"), data_dir, mesh, 2)
     np.testing.assert_allclose(got, losses, rtol=1e-5)
     # Adam divides by the gradient's size: where that is tiny, rounding shows.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), parts.params, whole.params)

@@ -27,9 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 130 interrupted."""
     parser = _parser()
     options = parser.parse_args(_overrides_last(sys.argv[1:] if arguments is None else arguments))
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logging.getLogger("tinymim_jax").setLevel(logging.INFO)
     try:
         status = options.run(options)
@@ -81,9 +79,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     _start_jax(options)
     from tinymim_jax.evaluate import evaluate_checkpoint
 
-    result = evaluate_checkpoint(
-        config, options.checkpoint, data_dir=options.data_dir, workers=options.workers
-    )
+    result = evaluate_checkpoint(config, options.checkpoint, data_dir=options.data_dir, workers=options.workers)
     print(json.dumps(result))
     return 0
 
@@ -93,7 +89,13 @@ def _convert(options: argparse.Namespace) -> int:
     from tinymim_jax.params_io import save_params
 
     image_size = tuple(options.image_size) if options.image_size else None
-    model, params = convert_file(options.family, options.input, heads=options.heads, decoder_heads=options.decoder_heads, image_size=image_size)
+    model, params = convert_file(
+        options.family,
+        options.input,
+        heads=options.heads,
+        decoder_heads=options.decoder_heads,
+        image_size=image_size,
+    )
     save_params(options.output, params, model)
     encoder = model["encoder"]
     parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
@@ -160,9 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint on the evaluation split")
     evaluate.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
-    evaluate.add_argument(
-        "--config", metavar="FILE[:ARGUMENT]", help="experiment (default: the run's own config.json)"
-    )
+    evaluate.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment (default: the run's own config.json)")
     _runtime(evaluate)
     _overrides(evaluate)
 
@@ -190,16 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", required=True, metavar="FILE.safetensors")
 
     prepare = _command(commands, "prepare", _prepare, "write a TFDS data set as ArrayRecord, once")
-    prepare.add_argument(
-        "source", help="name of a TFDS classification set, such as imagenet2012 or cifar10; or digits"
-    )
-    prepare.add_argument(
-        "--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
-    )
+    prepare.add_argument("source", help="name of a TFDS classification set, such as imagenet2012 or cifar10; or digits")
+    prepare.add_argument("--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
 
-    demo = _command(
-        commands, "demo", _demo, "the whole method on handwritten digits, in minutes on two cores"
-    )
+    demo = _command(commands, "demo", _demo, "the whole method on handwritten digits, in minutes on two cores")
     demo.add_argument("--workdir", default="runs/demo", help="where it is kept (default runs/demo)")
     demo.add_argument("--seeds", type=int, default=3, help="runs of each fine-tuning (default 3)")
     _runtime(demo)
@@ -207,17 +201,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, run, description: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name, help=description, description=description[0].upper() + description[1:] + "."
-    )
+    command = commands.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
     command.set_defaults(run=run)
     return command
 
 
 def _runtime(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
-    )
+    command.add_argument("--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     command.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode images; 0: none extra"
     )
@@ -228,6 +218,4 @@ def _runtime(command: argparse.ArgumentParser) -> None:
 
 
 def _overrides(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="changes of the config: optim.base_lr=1e-3"
-    )
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the config: optim.base_lr=1e-3")

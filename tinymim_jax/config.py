@@ -17,9 +17,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     file, _, argument = spec.partition(":")
     path = pathlib.Path(file).resolve()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"--config {file}: no such file. Shipped ones are in the repository's configs/"
-        )
+        raise FileNotFoundError(f"--config {file}: no such file. Shipped ones are in the repository's configs/")
     module = _import(path)
     if not hasattr(module, "get_config"):
         raise AttributeError(f"--config {file} has no function get_config(); see configs/base.py")
@@ -71,9 +69,7 @@ def _flat_names(config: ConfigDict, prefix: str = "") -> list[str]:
     names = []
     for key in config:
         value = config[key]
-        names += (
-            _flat_names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
-        )
+        names += _flat_names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
     return names
 
 

@@ -20,9 +20,7 @@ def averages(values: Mapping[str, jax.Array], counted: jax.Array) -> Averages:
         if value.shape != counted.shape:
             raise ValueError(f"metric {name!r} has shape {value.shape}, but its mask has {counted.shape}")
     return {
-        name: clu_metrics.Average.from_model_output(
-            jnp.where(counted, value, 0).astype(jnp.float32), mask=counted
-        )
+        name: clu_metrics.Average.from_model_output(jnp.where(counted, value, 0).astype(jnp.float32), mask=counted)
         for name, value in values.items()
     }
 

@@ -45,9 +45,7 @@ def trained_paths(task: Task, frozen: Params, batch: Batch) -> frozenset[optim.P
     return optim.reached(loss, params, frozen, batch)
 
 
-def new_state(
-    params: Params, optimizer: optax.GradientTransformation, paths: frozenset, *, ema: float
-) -> TrainState:
+def new_state(params: Params, optimizer: optax.GradientTransformation, paths: frozenset, *, ema: float) -> TrainState:
     """The state before the first step."""
     trained, _ = optim.split(params, paths)
     zero = jnp.zeros((), jnp.int32)
@@ -74,9 +72,7 @@ def init_state(
 
     shapes = jax.eval_shape(make, key)
     shardings = state_sharding(mesh, shapes)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def fresh() -> TrainState:
         if task.start is None:
@@ -172,15 +168,11 @@ def _keep_unless(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def _accumulated(
-    gradients: Callable, parts: int, trained: Params, fixed: Params, frozen: Params, batch: Batch, key
-):
+def _accumulated(gradients: Callable, parts: int, trained: Params, fixed: Params, frozen: Params, batch: Batch, key):
     """Mean gradient over `parts` slices of the batch, and the values of every example."""
 
     # Strided slices, so that every device keeps working on its own rows.
-    sliced = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
-    )
+    sliced = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
 
     def body(total: Params, inputs: tuple) -> tuple[Params, dict]:
         part, index = inputs

@@ -116,9 +116,7 @@ def _loop(
                 batch = next(batches)
             # The step before this one is looked at once this one is under way: the device never waits for the host.
             before = skipped_in_a_row
-            state, recorded, skipped_in_a_row = train_step(
-                state, recorded, frozen, place_batch(mesh, batch), root
-            )
+            state, recorded, skipped_in_a_row = train_step(state, recorded, frozen, place_batch(mesh, batch), root)
             _check_finite(before, step - 1, settings.max_skipped)
             if step == start + 1:
                 report.first_step(step, recorded)
@@ -130,9 +128,7 @@ def _loop(
             checkpoints.save(step, state, force=stop.requested or step == total, extra=extra)
             if (stop.requested or checkpoints.preempted) and step < total:
                 checkpoints.wait()
-                raise Interrupted(
-                    f"stopped after step {step}, all saved: run the same command again to go on"
-                )
+                raise Interrupted(f"stopped after step {step}, all saved: run the same command again to go on")
         _check_finite(skipped_in_a_row, total, settings.max_skipped)
         result = _evaluate(experiment, eval_step, state, frozen, mesh, workers)
         report.evaluation(total, result)
@@ -226,18 +222,11 @@ def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     if path.exists():
         found = json.loads(path.read_text())
-        changes = sorted(
-            k for k in _flat(found) | _flat(wanted) if _flat(found).get(k) != _flat(wanted).get(k)
-        )
+        changes = sorted(k for k in _flat(found) | _flat(wanted) if _flat(found).get(k) != _flat(wanted).get(k))
         if changes:
-            rows = [
-                f"  {key}: {_flat(found).get(key)!r} there, {_flat(wanted).get(key)!r} here"
-                for key in changes
-            ]
+            rows = [f"  {key}: {_flat(found).get(key)!r} there, {_flat(wanted).get(key)!r} here" for key in changes]
             raise ValueError(
-                f"{workdir} holds another experiment:\n"
-                + "\n".join(rows)
-                + "\nChoose another --workdir, or delete it"
+                f"{workdir} holds another experiment:\n" + "\n".join(rows) + "\nChoose another --workdir, or delete it"
             )
         return
     try:

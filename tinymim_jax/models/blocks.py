@@ -64,9 +64,7 @@ class Attention(nn.Module):
 
     def setup(self):
         if self.dim % self.heads:
-            raise ValueError(
-                f"heads={self.heads} does not divide the width {self.dim}: choose a divisor of it"
-            )
+            raise ValueError(f"heads={self.heads} does not divide the width {self.dim}: choose a divisor of it")
         self.qkv = dense(3 * self.dim, self.dtype)
         self.proj = dense(self.dim, self.dtype)
 

@@ -34,15 +34,11 @@ class MaeDecoder(nn.Module):
         self.norm = layer_norm(self.dtype)
         self.pred = dense(self.patch_size**2 * 3, self.dtype)
 
-    def __call__(
-        self, latent: Tokens, restore: Int[Array, "batch patches"]
-    ) -> Float[Array, "batch patches pixels"]:
+    def __call__(self, latent: Tokens, restore: Int[Array, "batch patches"]) -> Float[Array, "batch patches pixels"]:
         """Predicted pixels [batch, patches, patch_size^2 * 3] from `latent` [batch, 1 + kept, encoder width]."""
         x = self.embed(latent)
         batch, kept = x.shape[0], x.shape[1] - 1
-        hidden = jnp.broadcast_to(
-            self.mask_token.astype(self.dtype), (batch, restore.shape[1] - kept, self.embed_dim)
-        )
+        hidden = jnp.broadcast_to(self.mask_token.astype(self.dtype), (batch, restore.shape[1] - kept, self.embed_dim))
         patches = take_tokens(jnp.concatenate([x[:, 1:], hidden], axis=1), restore)
         x = jnp.concatenate([x[:, :1], patches], axis=1)
         x = x + jnp.asarray(sincos_table(self.embed_dim, self.grid), self.dtype)

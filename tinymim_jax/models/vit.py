@@ -67,9 +67,7 @@ class ViT(nn.Module):
         """Attention heads of each block."""
         heads = (self.heads,) * self.depth if isinstance(self.heads, int) else tuple(self.heads)
         if len(heads) != self.depth:
-            raise ValueError(
-                f"heads names {len(heads)} blocks but depth={self.depth}: give one number or {self.depth}"
-            )
+            raise ValueError(f"heads names {len(heads)} blocks but depth={self.depth}: give one number or {self.depth}")
         return heads
 
     def record(self) -> dict:

@@ -26,9 +26,7 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
         raise ValueError(f"mask_ratio={mask_ratio} must lie in [0, 1)")
     kept = int(patches * (1 - mask_ratio))
     if kept == 0:
-        raise ValueError(
-            f"mask_ratio={mask_ratio} hides all of {patches} patches: lower it or use smaller patches"
-        )
+        raise ValueError(f"mask_ratio={mask_ratio} hides all of {patches} patches: lower it or use smaller patches")
     return kept
 
 

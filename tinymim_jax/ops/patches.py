@@ -32,6 +32,4 @@ def unpatchify(
         raise ValueError(f"{count} patches do not fill a grid of {rows}x{columns}")
     channels = pixels // patch_size**2
     blocks = patches.reshape(batch, rows, columns, patch_size, patch_size, channels)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(
-        batch, rows * patch_size, columns * patch_size, channels
-    )
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * patch_size, columns * patch_size, channels)

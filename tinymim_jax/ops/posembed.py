@@ -58,9 +58,7 @@ def resize_table(
     patches = old[0] * old[1]
     prefix = table.shape[1] - patches
     if prefix < 0:
-        raise ValueError(
-            f"a position table of {table.shape[1]} tokens is too short for a grid of {old[0]}x{old[1]}"
-        )
+        raise ValueError(f"a position table of {table.shape[1]} tokens is too short for a grid of {old[0]}x{old[1]}")
     if old == new:
         return table
     grid = table[:, prefix:].reshape(old[0], old[1], table.shape[2])

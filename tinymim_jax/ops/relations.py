@@ -22,7 +22,5 @@ def relation_kl(student: Logits, teacher: Logits) -> Float[Array, "batch"]:
     """
     log_student = jax.nn.log_softmax(student.astype(jnp.float32), axis=-1)
     log_teacher = jax.nn.log_softmax(teacher.astype(jnp.float32), axis=-1)
-    divergence = jnp.sum(
-        jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1
-    )  # [batch, heads, queries]
+    divergence = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)  # [batch, heads, queries]
     return jnp.mean(divergence, axis=(1, 2))

@@ -63,9 +63,7 @@ def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     choice = config.classify.heads
     if choice == "official":
         if encoder.embed_dim not in OFFICIAL_HEADS:
-            raise ValueError(
-                f"classify.heads='official' is published for widths {tuple(OFFICIAL_HEADS)} only"
-            )
+            raise ValueError(f"classify.heads='official' is published for widths {tuple(OFFICIAL_HEADS)} only")
         return encoder.clone(heads=OFFICIAL_HEADS[encoder.embed_dim])
     if choice != "keep":
         raise unknown("classify.heads", choice, ("keep", "official"))

@@ -42,9 +42,7 @@ def build(config: ConfigDict, classes: int) -> Task:
     def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
         clean = batch["image"]
         view = color_jitter(named(key, "jitter"), clean, **jitter) if train else clean
-        seen_by_teacher = teacher.apply(
-            {"params": frozen}, normalize(clean, mean, std), tap=tap, method="encode"
-        )
+        seen_by_teacher = teacher.apply({"params": frozen}, normalize(clean, mean, std), tap=tap, method="encode")
         seen_by_student = student.apply(
             {"params": params["encoder"]},
             normalize(view, mean, std),

@@ -93,7 +93,7 @@ def fill_encoder(params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bo
     if same_heads and tuple(loaded.model["encoder"]["heads"]) != encoder.block_heads:
         raise ValueError(
             f"{loaded.path} was trained with {loaded.model['encoder']['heads']} attention heads, block by block, and "
-            f"the config asks for {list(encoder.block_heads)}: the shapes agree but q, k and v would be cut differently. "
+            f"the config asks for {list(encoder.block_heads)}: shapes agree but q, k and v would be cut differently. "
             "Set model.heads to the former"
         )
     unused = () if encoder.final_norm else ("norm",)

@@ -53,9 +53,7 @@ def build(config: ConfigDict, classes: int) -> Task:
         if loaded.model.get("decoder") != decoder_record:
             return params
         # Converted files hold the decoder's fixed position table as well.
-        return params | {
-            "decoder": merge(params["decoder"], loaded.params["decoder"], allow_unused=("pos_embed",))
-        }
+        return params | {"decoder": merge(params["decoder"], loaded.params["decoder"], allow_unused=("pos_embed",))}
 
     return Task(
         model={"encoder": encoder.record(), "decoder": decoder_record},
