@@ -22,8 +22,8 @@ def mae_teacher():
     config.model.variant = "nano"
     config.model.depth = 6
     config.optim.base_lr = 4e-3
-    config.train.duration = "700 steps"
-    config.optim.warmup = "70 steps"
+    config.train.duration = "500 steps"
+    config.optim.warmup = "50 steps"
     return _decoder(config)
 
 
@@ -49,6 +49,7 @@ def distill():
 def finetune():
     """A classifier from 100 labels, ten of each digit. init names a pre-trained student; empty: from scratch."""
     config = _student(_small(base.classify()))
+    config.model.drop_path = 0.0
     config.data.examples = 100
     config.data.crop_scale = (0.6, 1.0)
     config.optim.base_lr = 4e-3

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tinymim_jax.ops.attention import attention
+from tinymim_jax.ops.gelu import gelu
+from tinymim_jax.ops.layer_norm import layer_norm
+from tinymim_jax.ops.platform import on_cpu
 
 Tokens = Float[Array, "batch tokens dim"]
 HeadFeatures = Float[Array, "batch tokens heads head_dim"]
 PathScales = Float[Array, "2 batch"]
-
-LAYER_NORM_EPS = 1e-6
 
 # What the backward pass may keep instead of computing it again.
 REMAT_POLICIES = {
@@ -45,14 +46,31 @@ class Tap:
     output: Tokens
 
 
-def dense(features: int, dtype: Any) -> nn.Dense:
-    """Xavier-uniform kernel, zero bias."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform())
+class Dense(nn.Module):
+    """A linear layer: Xavier-uniform kernel, zero bias, computed in `dtype`."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch features"]:
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        rows = x.reshape(-1, x.shape[-1]) if on_cpu() else x
+        return (rows @ kernel + bias).reshape(*x.shape[:-1], self.features)
 
 
-def layer_norm(dtype: Any) -> nn.LayerNorm:
-    """LayerNorm with float32 statistics, output in `dtype`."""
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False)
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with float32 statistics; the output has `dtype`."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return layer_norm(x, scale, bias).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -65,8 +83,8 @@ class Attention(nn.Module):
     def setup(self):
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the width {self.dim}: choose a divisor of it")
-        self.qkv = dense(3 * self.dim, self.dtype)
-        self.proj = dense(self.dim, self.dtype)
+        self.qkv = Dense(3 * self.dim, dtype=self.dtype)
+        self.proj = Dense(self.dim, dtype=self.dtype)
 
     def __call__(self, x: Tokens) -> tuple[HeadFeatures, HeadFeatures, HeadFeatures, Tokens]:
         batch, tokens, dim = x.shape
@@ -84,11 +102,11 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.fc1 = dense(self.hidden_dim, self.dtype)
-        self.fc2 = dense(self.dim, self.dtype)
+        self.fc1 = Dense(self.hidden_dim, dtype=self.dtype)
+        self.fc2 = Dense(self.dim, dtype=self.dtype)
 
     def __call__(self, x: Tokens) -> Tokens:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -100,9 +118,9 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.norm1 = layer_norm(self.dtype)
+        self.norm1 = LayerNorm(self.dtype)
         self.attn = Attention(self.dim, self.heads, self.dtype)
-        self.norm2 = layer_norm(self.dtype)
+        self.norm2 = LayerNorm(self.dtype)
         self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype)
 
     def __call__(self, x: Tokens, path_scales: PathScales | None = None) -> Tap:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinymim_jax.models.blocks import layer_norm
+from tinymim_jax.models.blocks import LayerNorm
 from tinymim_jax.models.vit import ViT
 
 POOLS = ("mean", "cls")
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
         if self.encoder.final_norm != (self.pool == "cls"):
             raise ValueError(f"pool={self.pool!r} needs an encoder with final_norm={self.pool == 'cls'}")
         if self.pool == "mean":
-            self.fc_norm = layer_norm(jnp.float32)
+            self.fc_norm = LayerNorm()
         self.head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(self.head_std))
 
     def __call__(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinymim_jax.models.blocks import Block, dense, layer_norm, run_blocks
+from tinymim_jax.models.blocks import Block, Dense, LayerNorm, run_blocks
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.masking import Masking, take_tokens
 from tinymim_jax.ops.posembed import sincos_table
@@ -28,11 +28,11 @@ class MaeDecoder(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.embed = dense(self.embed_dim, self.dtype)
+        self.embed = Dense(self.embed_dim, dtype=self.dtype)
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
         self.blocks = [Block(self.embed_dim, self.heads, dtype=self.dtype) for _ in range(self.depth)]
-        self.norm = layer_norm(self.dtype)
-        self.pred = dense(self.patch_size**2 * 3, self.dtype)
+        self.norm = LayerNorm(self.dtype)
+        self.pred = Dense(self.patch_size**2 * 3, dtype=self.dtype)
 
     def __call__(self, latent: Tokens, restore: Int[Array, "batch patches"]) -> Float[Array, "batch patches pixels"]:
         """Predicted pixels [batch, patches, patch_size^2 * 3] from `latent` [batch, 1 + kept, encoder width]."""

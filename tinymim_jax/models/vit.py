@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinymim_jax.models.blocks import Block, Tap, dense, layer_norm, run_blocks
+from tinymim_jax.models.blocks import Block, Dense, LayerNorm, Tap, run_blocks
 from tinymim_jax.ops.drop_path import drop_path_rates, drop_path_scales
 from tinymim_jax.ops.masking import take_tokens
 from tinymim_jax.ops.patches import patchify
@@ -92,7 +92,7 @@ class ViT(nn.Module):
     def setup(self):
         if self.pos_embed not in ("sincos", "learned"):
             raise ValueError(f"pos_embed={self.pos_embed!r} is unknown. Choices: 'sincos', 'learned'")
-        self.patch_embed = dense(self.embed_dim, self.dtype)
+        self.patch_embed = Dense(self.embed_dim, dtype=self.dtype)
         self.cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
         table = sincos_table(self.embed_dim, self.grid)
         if self.pos_embed == "learned":
@@ -101,7 +101,7 @@ class ViT(nn.Module):
             self.positions = table
         self.blocks = [Block(self.embed_dim, h, self.mlp_ratio, self.dtype) for h in self.block_heads]
         if self.final_norm:
-            self.norm = layer_norm(self.dtype)
+            self.norm = LayerNorm(self.dtype)
 
     def __call__(
         self,

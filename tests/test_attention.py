@@ -1,0 +1,84 @@
+"""The forms written for the CPU against the plain ones, and against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from tinymim_jax.ops import platform
+from tinymim_jax.ops.attention import attention, attention_for_cpu
+from tinymim_jax.ops.gelu import gelu
+from tinymim_jax.ops.layer_norm import layer_norm, layer_norm_for_cpu
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Makes the ops take the forms that accelerators get."""
+    for module in ("attention", "layer_norm"):
+        monkeypatch.setattr(f"tinymim_jax.ops.{module}.on_cpu", lambda: False)
+
+
+def heads(scale: float = 1.0, dtype=jnp.float32):
+    shape = (2, 7, 3, 8)
+    return tuple(jnp.asarray(scale * RNG.normal(size=shape), dtype) for _ in range(3))
+
+
+def test_attention_in_numpy():
+    q, k, v = heads()
+    logits = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    want = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    np.testing.assert_allclose(attention_for_cpu(q, k, v), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_attention_and_its_gradient_do_not_depend_on_the_form(plain, dtype, tolerance):
+    """bfloat16 keeps 8 bits; the two forms round at different places."""
+    arguments, cotangent = heads(dtype=dtype), heads()[0].astype(dtype)
+    want, want_vjp = jax.vjp(attention, *arguments)
+    got, got_vjp = jax.vjp(attention_for_cpu, *arguments)
+    for a, b in zip((got, *got_vjp(cotangent)), (want, *want_vjp(cotangent)), strict=True):
+        assert a.dtype == b.dtype == dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+def test_attention_survives_large_logits():
+    q, k, v = heads(scale=100.0)
+    value, grads = jax.value_and_grad(lambda *a: jnp.sum(attention_for_cpu(*a) ** 2), argnums=(0, 1, 2))(q, k, v)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_and_its_gradient(plain, dtype):
+    x = jnp.asarray(3 + 2 * RNG.normal(size=(4, 5, 16)), dtype)
+    scale, bias = (jnp.asarray(RNG.normal(size=16), jnp.float32) for _ in range(2))
+    x64 = np.asarray(x, np.float64)
+    want = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-6) * scale + bias
+
+    def own(x, scale, bias):
+        return layer_norm_for_cpu(x.astype(jnp.float32), scale, bias)
+
+    np.testing.assert_allclose(own(x, scale, bias), want, atol=1e-5)
+    cotangent = jnp.asarray(RNG.normal(size=x.shape), jnp.float32)
+    _, plain_vjp = jax.vjp(layer_norm, x, scale, bias)
+    _, own_vjp = jax.vjp(own, x, scale, bias)
+    for a, b in zip(own_vjp(cotangent), plain_vjp(cotangent), strict=True):
+        assert a.dtype == b.dtype
+        # Rounding of x's gradient to its own dtype aside, equal to float32 accuracy.
+        tolerance = 1e-2 if a.dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(np.float32(a), np.float32(b), atol=tolerance * np.abs(np.float32(b)).max())
+
+
+def test_gelu_is_exact():
+    x = np.linspace(-6, 6, 101)
+    want = x * 0.5 * (1 + erf(x / np.sqrt(2)))
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), want, atol=1e-6)
+
+
+def test_the_form_follows_the_backend():
+    assert platform.on_cpu() == (jax.default_backend() == "cpu")
