@@ -6,7 +6,7 @@ FILE:mae_teacher, FILE:mae_student, FILE:distill and FILE:finetune name the four
 from configs import base
 
 # Grey scans of 8 x 8 pixels, enlarged: a shifted or squeezed digit is the same digit, a mirrored one is not.
-IMAGE_SIZE = (32, 32)
+IMAGE_SIZE = (24, 24)
 
 
 def get_config(experiment: str = "distill"):
@@ -31,8 +31,8 @@ def mae_student():
     """MAE directly on the student: what distillation has to beat."""
     config = _decoder(_student(_small(base.mae())))
     config.optim.base_lr = 4e-3
-    config.train.duration = "500 steps"
-    config.optim.warmup = "50 steps"
+    config.train.duration = "400 steps"
+    config.optim.warmup = "40 steps"
     return config
 
 
@@ -41,8 +41,8 @@ def distill():
     config = _student(_small(base.distill()))
     config.model.drop_path = 0.0
     config.optim.base_lr = 8e-3
-    config.train.duration = "500 steps"
-    config.optim.warmup = "50 steps"
+    config.train.duration = "400 steps"
+    config.optim.warmup = "40 steps"
     return config
 
 
@@ -52,9 +52,9 @@ def finetune():
     config.model.drop_path = 0.0
     config.data.examples = 100
     config.data.crop_scale = (0.6, 1.0)
-    config.optim.base_lr = 4e-3
+    config.train.batch_size = 32
+    config.optim.base_lr = 8e-3
     config.optim.warmup = "15 steps"
-    config.optim.layer_decay = 0.75
     config.train.duration = "150 steps"
     return config
 
@@ -65,7 +65,7 @@ def _small(config):
     config.model.dtype = "float32"
     config.data.source = "digits"
     config.data.eval_split = "test"
-    config.data.eval_resize = 32
+    config.data.eval_resize = 24
     config.data.flip = False
     config.data.crop_scale = (0.5, 1.0)
     config.data.mean = (0.5, 0.5, 0.5)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from tinymim_jax.models.vit import ViT
@@ -19,8 +19,8 @@ from step import needed_flops, step_flops  # noqa: E402
 
 def test_needed_flops_are_the_compilers():
     encoder = ViT(embed_dim=64, depth=4, heads=2, patch_size=8, image_size=(64, 64))
-    images = np.zeros((4, 64, 64, 3), np.float32)
-    params = encoder.init(jax.random.key(0), images)["params"]
+    images = jnp.zeros((4, 64, 64, 3))
+    params = jax.jit(encoder.init)(jax.random.key(0), images)["params"]
 
     def qkv(params, images):
         tap = encoder.apply({"params": params}, images, tap=3, method="encode")

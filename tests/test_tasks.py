@@ -61,6 +61,7 @@ def test_a_converted_teacher_and_a_converted_student(golden, converted, data_dir
         f"init={converted / 'student'}",
         f"distill.teacher.path={converted / 'teacher'}",
         f"distill.teacher.tap={golden.meta['teacher']['tap']}",
+        "model.scan=True",
     )
     experiment = build_experiment(config, data_dir=data_dir)
     assert experiment.task.model["encoder"]["heads"][-1] == golden.meta["teacher"]["heads"]

@@ -3,10 +3,11 @@
 import argparse
 import json
 import logging
-import os
 import pathlib
 import re
 import sys
+
+from tinymim_jax.startup import start_logging, use_compile_cache
 
 # What a user can mend: shown as one message without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
@@ -27,8 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 130 interrupted."""
     parser = _parser()
     options = parser.parse_args(_overrides_last(sys.argv[1:] if arguments is None else arguments))
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    logging.getLogger("tinymim_jax").setLevel(logging.INFO)
+    start_logging()
     try:
         status = options.run(options)
     except KeyboardInterrupt:
@@ -123,23 +123,19 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    _start_jax(options)
     from tinymim_jax.demo import demo
 
-    demo(options.workdir, seeds=options.seeds)
+    use_compile_cache(options.compile_cache)
+    demo(options.workdir, seeds=options.seeds, compile_cache=options.compile_cache)
     return 0
 
 
 def _start_jax(options: argparse.Namespace) -> None:
     """Joins the other processes and turns on the compile cache, before anything touches a device."""
-    import jax
-
     from tinymim_jax.sharding import initialize_distributed
 
     initialize_distributed()
-    if options.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(options.compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    use_compile_cache(options.compile_cache)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "the whole method on handwritten digits, in minutes on two cores")
     demo.add_argument("--workdir", default="runs/demo", help="where it is kept (default runs/demo)")
     demo.add_argument("--seeds", type=int, default=3, help="runs of each fine-tuning (default 3)")
-    _runtime(demo)
+    _compile_cache(demo)
     return parser
 
 
@@ -211,6 +207,10 @@ def _runtime(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode images; 0: none extra"
     )
+    _compile_cache(command)
+
+
+def _compile_cache(command: argparse.ArgumentParser) -> None:
     cache = "~/.cache/tinymim_jax"
     command.add_argument(
         "--compile_cache", default=cache, metavar="DIR", help=f"compiled steps (default {cache}; '' for none)"

@@ -6,8 +6,10 @@ recipe, the same learning rates to choose from and the same seeds. Rates are cho
 come from the test split.
 """
 
+import concurrent.futures
 import json
-import logging
+import multiprocessing
+import os
 import pathlib
 import time
 
@@ -15,35 +17,43 @@ import numpy as np
 from clu import parameter_overview
 
 from tinymim_jax.config import load_config
+from tinymim_jax.data.sources import open_source
 from tinymim_jax.demo_pictures import draw_losses, draw_relations
 from tinymim_jax.evaluate import evaluate_checkpoint
 from tinymim_jax.params_io import load_params
+from tinymim_jax.startup import start_logging, use_compile_cache
 from tinymim_jax.train import train
-
-log = logging.getLogger(__name__)
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
 ARMS = {"from scratch": "", "MAE directly": "mae_student", "TinyMIM": "tinymim"}
-LEARNING_RATES = (4e-3, 8e-3)
+LEARNING_RATES = (8e-3, 1.6e-2)
 
 
-def demo(workdir: str | pathlib.Path, *, seeds: int = 3) -> dict:
-    """Runs all of it, or what of it is missing, in `workdir`; prints the table and writes result.json and pictures."""
+def demo(workdir: str | pathlib.Path, *, seeds: int = 3, compile_cache: str = "") -> dict:
+    """Runs all of it, or what of it is missing, in `workdir`; prints the table and writes result.json and pictures.
+
+    Networks this small leave most of a processor idle, so several runs go on at once, each in a process of its own.
+    """
     workdir = pathlib.Path(workdir)
     if not CONFIG.exists():
         raise FileNotFoundError(f"{CONFIG} is missing: run the demo from a clone of the repository")
-    seconds = {
-        "teacher": _run(workdir / "teacher", "mae_teacher"),
-        "tinymim": _run(workdir / "tinymim", "distill", f"distill.teacher.path={workdir / 'teacher'}"),
-        "mae_student": _run(workdir / "mae_student", "mae_student"),
-    }
-    rows = [_arm(workdir, name, pretrained, seeds, seconds) for name, pretrained in ARMS.items()]
+    open_source("digits", split="test")  # made here once, not by every process
+    spawn = multiprocessing.get_context("spawn")
+    processes = min(4, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn, use_compile_cache, (compile_cache,)) as pool:
+        teacher = pool.submit(_run, workdir / "teacher", "mae_teacher")
+        direct = pool.submit(_run, workdir / "mae_student", "mae_student")
+        arms = {"": _submit_arm(pool, workdir, "", seeds)}
+        seconds = {"teacher": teacher.result()}
+        distilled = pool.submit(_run, workdir / "tinymim", "distill", f"distill.teacher.path={workdir / 'teacher'}")
+        seconds["mae_student"] = direct.result()
+        arms["mae_student"] = _submit_arm(pool, workdir, "mae_student", seeds)
+        seconds["tinymim"] = distilled.result()
+        arms["tinymim"] = _submit_arm(pool, workdir, "tinymim", seeds)
+        finetuned = {arm: {key: future.result() for key, future in runs.items()} for arm, runs in arms.items()}
     result = {
-        "rows": rows,
-        "teacher": {
-            "parameters": _encoder_size(workdir / "teacher"),
-            "seconds": round(seconds["teacher"], 1),
-        },
+        "rows": [_row(workdir, name, arm, finetuned[arm], seeds, seconds) for name, arm in ARMS.items()],
+        "teacher": {"parameters": _encoder_size(workdir / "teacher"), "seconds": round(seconds["teacher"], 1)},
         "seeds": seeds,
         "learning_rates": LEARNING_RATES,
     }
@@ -54,19 +64,26 @@ def demo(workdir: str | pathlib.Path, *, seeds: int = 3) -> dict:
     return result
 
 
-def _arm(workdir: pathlib.Path, name: str, pretrained: str, seeds: int, seconds: dict[str, float]) -> dict:
-    """Fine-tunes one kind of student at every rate and seed; test accuracy at the rate that is best on validation."""
-    init = f"init={workdir / pretrained}" if pretrained else "init="
-    validation, spent = {}, 0.0
+def _submit_arm(pool: concurrent.futures.Executor, workdir: pathlib.Path, arm: str, seeds: int) -> dict:
+    """Starts the fine-tuning of one kind of student at every rate and seed."""
+    init = f"init={workdir / arm}" if arm else "init="
+    return {
+        (rate, seed): pool.submit(
+            _run, _finetuned(workdir, arm, rate, seed), "finetune", init, f"optim.base_lr={rate}", f"seed={seed}"
+        )
+        for rate in LEARNING_RATES
+        for seed in range(seeds)
+    }
+
+
+def _row(workdir: pathlib.Path, name: str, arm: str, spent: dict, seeds: int, seconds: dict[str, float]) -> dict:
+    """Test accuracy of one kind of student, at the rate that is best on validation."""
+    validation = {}
     for rate in LEARNING_RATES:
-        scores = []
-        for seed in range(seeds):
-            run = _finetuned(workdir, pretrained, rate, seed)
-            spent += _run(run, "finetune", init, f"optim.base_lr={rate}", f"seed={seed}")
-            scores.append(json.loads((run / "result.json").read_text())["top1"])
-        validation[rate] = float(np.mean(scores))
+        runs = [_finetuned(workdir, arm, rate, seed) for seed in range(seeds)]
+        validation[rate] = float(np.mean([json.loads((run / "result.json").read_text())["top1"] for run in runs]))
     best = max(validation, key=validation.__getitem__)
-    test = [100 * _test_accuracy(_finetuned(workdir, pretrained, best, seed)) for seed in range(seeds)]
+    test = [100 * _test_accuracy(_finetuned(workdir, arm, best, seed)) for seed in range(seeds)]
     return {
         "arm": name,
         "top1": round(float(np.mean(test)), 1),
@@ -74,9 +91,9 @@ def _arm(workdir: pathlib.Path, name: str, pretrained: str, seeds: int, seconds:
         "test": [round(value, 1) for value in test],
         "validation": {str(rate): round(100 * value, 1) for rate, value in validation.items()},
         "learning_rate": best,
-        "parameters": _encoder_size(_finetuned(workdir, pretrained, best, 0)),
-        "pretrain_seconds": round(seconds.get(pretrained, 0.0), 1),
-        "finetune_seconds": round(spent / (seeds * len(LEARNING_RATES)), 1),
+        "parameters": _encoder_size(_finetuned(workdir, arm, best, 0)),
+        "pretrain_seconds": round(seconds.get(arm, 0.0), 1),
+        "finetune_seconds": round(float(np.mean(list(spent.values()))), 1),
     }
 
 
@@ -84,7 +101,7 @@ def _run(workdir: pathlib.Path, experiment: str, *overrides: str) -> float:
     """Trains unless that is done; the seconds it took, from its own record."""
     clock = workdir / "seconds.txt"
     if not clock.exists():
-        log.info("== %s", workdir)
+        start_logging(f"{workdir.name:<22} ")
         began = time.perf_counter()
         train(load_config(f"{CONFIG}:{experiment}", overrides), workdir)
         clock.write_text(f"{time.perf_counter() - began:.2f}\n")

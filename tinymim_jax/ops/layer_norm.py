@@ -26,7 +26,7 @@ def layer_norm_for_cpu(x: Features, scale: Vector, bias: Vector) -> Float[Array,
     return _forward(x, scale, bias)[0]
 
 
-def _forward(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple]:
+def _forward(x: Features, scale: Vector, bias: Vector) -> tuple[Array, tuple]:
     mean = x.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + EPS)
     return (x - mean) * (inverse * scale) + bias, (x, mean, inverse, scale)
