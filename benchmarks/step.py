@@ -117,7 +117,7 @@ class _Ours:
         jax.block_until_ready(self._state)
         return time.perf_counter() - began
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> dict[str, int | None]:
         """Bytes: the device's peak where it tells, the compiler's plan, and the process's peak."""
         plan = self._step.memory_analysis()
         planned = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

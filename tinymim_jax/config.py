@@ -46,7 +46,7 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
 def _set(config: ConfigDict, key: str, value: Any) -> None:
     *parents, name = key.split(".")
     for parent in parents:
-        config = config[parent]
+        config = getattr(config, parent)
     old = config[name]
     if isinstance(old, bool) != isinstance(value, bool) and old is not None:
         raise TypeError(f"{key}={value!r} has the wrong type: it is {old!r} now")

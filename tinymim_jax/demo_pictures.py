@@ -74,8 +74,8 @@ def _encoder(run: pathlib.Path) -> tuple[ViT, dict]:
     return ViT.from_record(model["encoder"]), params["encoder"]
 
 
-def _relations(encoder: ViT, params: dict, images: Any, query: int, head: int) -> list[np.ndarray]:
-    tap = encoder.apply({"params": params}, images, tap=encoder.depth, method="encode")
+def _relations(encoder: ViT, params: Any, images: Any, query: int, head: int) -> list[np.ndarray]:
+    tap: Any = encoder.apply({"params": params}, images, tap=encoder.depth, method="encode")
     maps = []
     for left, right in ((tap.q, tap.k), (tap.v, tap.v)):
         weights = jax.nn.softmax(relation_logits(left, right), axis=-1)

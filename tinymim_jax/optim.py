@@ -1,13 +1,14 @@
 """Numbers to an optimizer: AdamW, its schedule, and which parameter gets how much of what."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import flax.traverse_util as traverse
 import jax
 import numpy as np
 import optax
 
-Params = dict
+Params = Any  # nested dicts of arrays
 Path = tuple[str, ...]
 
 # Not decayed besides 1-D parameters (norms, biases). The published pre-training does decay the CLS token.

@@ -8,6 +8,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -173,7 +174,7 @@ class _Report:
     def training(self, step: int, recorded: Averages, state: TrainState, substituted: int) -> None:
         figures = {f"train/{name}": value for name, value in compute(recorded).items()}
         speed, text = self._progress.report(step)
-        lr, skipped = float(self._experiment.schedule(step - 1)), int(state.skipped)
+        lr, skipped = float(np.asarray(self._experiment.schedule(step - 1))), int(state.skipped)
         self._writer.write(step, figures | speed | {"lr": lr, "skipped": skipped, "substituted": substituted})
         loss = figures["train/loss"]
         log.info("step %d/%d | loss %.4f | lr %.2e | %s", step, self._experiment.total_steps, loss, lr, text)

@@ -177,7 +177,8 @@ def run_blocks(
 def _block_step(block: Block, scan: bool, remat: str) -> Callable:
     def step(x: Tokens, inputs: tuple) -> tuple[Tokens, None]:
         params, scales = inputs
-        return block.apply({"params": params}, x, scales).output, None
+        tap: Any = block.apply({"params": params}, x, scales)
+        return tap.output, None
 
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat={remat!r} is unknown. Choices: {', '.join(map(repr, REMAT_POLICIES))}")

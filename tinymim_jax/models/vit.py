@@ -86,7 +86,7 @@ class ViT(nn.Module):
     @classmethod
     def from_record(cls, record: dict, **overrides: Any) -> "ViT":
         """The encoder that `record` describes; `overrides` are attributes (dtype, scan, image_size, ...)."""
-        fields = dict(record, heads=tuple(record["heads"]), image_size=tuple(record["image_size"]))
+        fields: dict[str, Any] = dict(record, heads=tuple(record["heads"]), image_size=tuple(record["image_size"]))
         return cls(**(fields | overrides))
 
     def setup(self):

@@ -1,6 +1,7 @@
 """Fine-tuning: an encoder and a new head learn the labels."""
 
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def build(config: ConfigDict, classes: int) -> Task:
     def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
         images = normalize(batch["image"], mean, std)
         drop_key = named(key, "drop_path") if train else None
-        logits = network.apply({"params": params}, images, drop_key=drop_key)
+        logits: Any = network.apply({"params": params}, images, drop_key=drop_key)
         labels = batch["label"]
         loss = cross_entropy(logits, labels, smoothing=smoothing if train else 0.0)
         return {"loss": loss, "top1": _in_top(logits, labels, 1), "top5": _in_top(logits, labels, 5)}

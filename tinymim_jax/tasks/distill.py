@@ -1,5 +1,7 @@
 """TinyMIM (arXiv 2301.01296): a small student learns the token relations of a frozen, MIM pre-trained teacher."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +44,8 @@ def build(config: ConfigDict, classes: int) -> Task:
     def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
         clean = batch["image"]
         view = color_jitter(named(key, "jitter"), clean, **jitter) if train else clean
-        seen_by_teacher = teacher.apply({"params": frozen}, normalize(clean, mean, std), tap=tap, method="encode")
-        seen_by_student = student.apply(
+        seen_by_teacher: Any = teacher.apply({"params": frozen}, normalize(clean, mean, std), tap=tap, method="encode")
+        seen_by_student: Any = student.apply(
             {"params": params["encoder"]},
             normalize(view, mean, std),
             tap=student_tap,
@@ -52,7 +54,7 @@ def build(config: ConfigDict, classes: int) -> Task:
         )
         wanted = jax.lax.stop_gradient(target.extract(seen_by_teacher))
         parts = target.loss(target.extract(seen_by_student), wanted)
-        return {"loss": sum(parts.values()), **parts}
+        return {"loss": jnp.sum(jnp.stack(list(parts.values())), axis=0), **parts}
 
     def start(params: Params) -> Params:
         return fill_encoder(params, load(config.init), student)

@@ -15,7 +15,7 @@ from tinymim_jax.params_io import load_params, merge
 
 log = logging.getLogger(__name__)
 
-Params = dict
+Params = Any  # nested dicts of arrays
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -1,5 +1,7 @@
 """Pre-training by masked image modelling (MAE, arXiv 2111.06377): pixels of hidden patches from the visible ones."""
 
+from typing import Any
+
 import jax
 from ml_collections import ConfigDict
 
@@ -41,7 +43,7 @@ def build(config: ConfigDict, classes: int) -> Task:
         images = normalize(batch["image"], mean, std)
         masking = random_masking(named(key, "masking"), images.shape[0], patches, mask_ratio)
         drop_key = named(key, "drop_path") if train else None
-        prediction = network.apply({"params": params}, images, masking, drop_key=drop_key)
+        prediction: Any = network.apply({"params": params}, images, masking, drop_key=drop_key)
         target = patchify(images, encoder.patch_size)
         return {"loss": masked_pixel_loss(prediction, target, masking.hidden, normalize=normalize_pixels)}
 

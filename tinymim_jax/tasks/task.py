@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-Batch = dict[str, jax.Array]
-Params = dict
+Batch = dict[str, Any]
+Params = Any  # nested dicts of arrays
 PerExample = dict[str, jax.Array]
 
 
