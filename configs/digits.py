@@ -40,6 +40,7 @@ def distill():
     """TinyMIM: the student learns the teacher's relations. Needs distill.teacher.path."""
     config = _student(_small(base.distill()))
     config.model.drop_path = 0.0
+    config.distill.teacher.tap = 4  # of 6: the last block serves the teacher's own decoder
     config.optim.base_lr = 8e-3
     config.train.duration = "400 steps"
     config.optim.warmup = "40 steps"
@@ -55,7 +56,7 @@ def finetune():
     config.data.eval_split = "train[80%:]"  # rates are chosen here; the test split is for the final figure
     config.data.crop_scale = (0.6, 1.0)
     config.train.batch_size = 32
-    config.optim.base_lr = 8e-3
+    config.optim.base_lr = 1.6e-2
     config.optim.warmup = "15 steps"
     config.train.duration = "150 steps"
     return config

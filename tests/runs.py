@@ -31,6 +31,8 @@ def small_config(experiment: str, *overrides: str):
     words = [*SMALL, *overrides]
     if experiment.startswith("mae"):
         words = ["mae.decoder_dim=8", "mae.decoder_depth=1", "mae.decoder_heads=2", *words]
+    if experiment == "distill":
+        words = ["distill.teacher.tap=None", *words]
     return load_config(f"configs/digits.py:{experiment}", words)
 
 

@@ -65,6 +65,8 @@ def test_the_digits_commands_of_the_readme_run(readme_commands, tmp_path, data_d
         small = [word for word in SMALL if "checkpoint" not in word]
         if "mae" in " ".join(words):
             small += ["mae.decoder_dim=8", "mae.decoder_depth=1", "mae.decoder_heads=2"]
+        if "distill" in " ".join(words):
+            small.append("distill.teacher.tap=2")
         code, _, err = run(capsys, *words, "--data_dir", data_dir, "--compile_cache", "", *small)
         assert code == 0, err
     run_folder = tmp_path / "classifier"

@@ -26,7 +26,7 @@ from tinymim_jax.train import train
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
 ARMS = {"from scratch": "", "MAE directly": "mae_student", "TinyMIM": "tinymim"}
-LEARNING_RATES = (8e-3, 1.6e-2)
+LEARNING_RATES = (1.6e-2, 3.2e-2)
 
 
 def demo(workdir: str | pathlib.Path, *, seeds: int = 3, compile_cache: str = "") -> dict:

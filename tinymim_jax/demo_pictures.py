@@ -50,9 +50,9 @@ def draw_relations(workdir: pathlib.Path, *, example: int = 3, head: int = 0) ->
     ink = np.asarray(pixels, np.float32).mean(-1).reshape(rows, size[0] // rows, columns, -1).mean((1, 3))
     query = int(np.argmax(ink))
     maps = {
-        "teacher": _relations(teacher, teacher_params, images, query, head),
-        "student before": _relations(student, fresh, images, query, head),
-        "student after": _relations(student, student_params, images, query, head),
+        "teacher": _relations(teacher, teacher_params, images, query, head, config.distill.teacher.tap),
+        "student before": _relations(student, fresh, images, query, head, student.depth),
+        "student after": _relations(student, student_params, images, query, head, student.depth),
     }
     figure, panels = plt.subplots(2, 4, figsize=(9, 4.6), layout="constrained")
     for r, relation in enumerate(("Q-K", "V-V")):
@@ -74,8 +74,8 @@ def _encoder(run: pathlib.Path) -> tuple[ViT, dict]:
     return ViT.from_record(model["encoder"]), params["encoder"]
 
 
-def _relations(encoder: ViT, params: Any, images: Any, query: int, head: int) -> list[np.ndarray]:
-    tap: Any = encoder.apply({"params": params}, images, tap=encoder.depth, method="encode")
+def _relations(encoder: ViT, params: Any, images: Any, query: int, head: int, block: int) -> list[np.ndarray]:
+    tap: Any = encoder.apply({"params": params}, images, tap=block, method="encode")
     maps = []
     for left, right in ((tap.q, tap.k), (tap.v, tap.v)):
         weights = jax.nn.softmax(relation_logits(left, right), axis=-1)
