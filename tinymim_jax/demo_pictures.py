@@ -46,7 +46,7 @@ def draw_relations(workdir: pathlib.Path, *, example: int = 3, head: int = 0) ->
     student, student_params = _encoder(workdir / "tinymim")
     fresh = student.init(jax.random.key(config.seed), images)["params"]
     rows, columns = student.grid
-    # The patch with the darkest ink: a query on the digit says more than one on the background.
+    # The patch with the most ink: a query on the digit says more than one on the background.
     ink = np.asarray(pixels, np.float32).mean(-1).reshape(rows, size[0] // rows, columns, -1).mean((1, 3))
     query = int(np.argmax(ink))
     maps = {
