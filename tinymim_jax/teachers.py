@@ -51,4 +51,5 @@ def how_to_get(name: str, path: str) -> str:
     """The commands that bring the named teacher to `path`."""
     teacher = TEACHERS[name]
     file = pathlib.PurePosixPath(teacher.url).name if teacher.url.endswith(".pth") else "FILE.pth"
-    return f"download {teacher.url}\n  tinymim convert --from {teacher.family} --input {file} --output {path}"
+    checksum = f" (its md5 begins {teacher.md5})" if teacher.md5 else ""
+    return f"download {teacher.url}{checksum}\n  tinymim convert --from {teacher.family} --input {file} --output {path}"
