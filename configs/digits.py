@@ -6,7 +6,7 @@ FILE:mae_teacher, FILE:mae_student, FILE:distill and FILE:finetune name the four
 from configs import base
 
 # Grey scans of 8 x 8 pixels, enlarged: a shifted or squeezed digit is the same digit, a mirrored one is not.
-IMAGE_SIZE = (24, 24)
+IMAGE_SIZE = (32, 32)
 
 
 def get_config(experiment: str = "distill"):
@@ -31,8 +31,8 @@ def mae_student():
     """MAE directly on the student: what distillation has to beat."""
     config = _decoder(_student(_small(base.mae())))
     config.optim.base_lr = 4e-3
-    config.train.duration = "400 steps"
-    config.optim.warmup = "40 steps"
+    config.train.duration = "450 steps"
+    config.optim.warmup = "45 steps"
     return config
 
 
@@ -41,9 +41,9 @@ def distill():
     config = _student(_small(base.distill()))
     config.model.drop_path = 0.0
     config.distill.teacher.tap = 4  # of 6: the last block serves the teacher's own decoder
-    config.optim.base_lr = 8e-3
-    config.train.duration = "400 steps"
-    config.optim.warmup = "40 steps"
+    config.optim.base_lr = 1.6e-2
+    config.train.duration = "450 steps"
+    config.optim.warmup = "45 steps"
     return config
 
 
@@ -68,7 +68,7 @@ def _small(config):
     config.model.dtype = "float32"
     config.data.source = "digits"
     config.data.eval_split = "test"
-    config.data.eval_resize = 24
+    config.data.eval_resize = IMAGE_SIZE[0]
     config.data.flip = False
     config.data.crop_scale = (0.5, 1.0)
     config.data.mean = (0.5, 0.5, 0.5)
