@@ -7,7 +7,7 @@ import pathlib
 import re
 import sys
 
-from tinymim_jax.startup import start_logging, use_compile_cache
+from tinymim_jax.startup import start_jax, start_logging
 
 # What a user can mend: shown as one message without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
@@ -125,17 +125,17 @@ def _prepare(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from tinymim_jax.demo import demo
 
-    use_compile_cache(options.compile_cache)
+    start_jax(options.compile_cache)
     demo(options.workdir, seeds=options.seeds, compile_cache=options.compile_cache)
     return 0
 
 
 def _start_jax(options: argparse.Namespace) -> None:
-    """Joins the other processes and turns on the compile cache, before anything touches a device."""
+    """Joins the other processes, then starts jax, before anything touches a device."""
     from tinymim_jax.sharding import initialize_distributed
 
     initialize_distributed()
-    use_compile_cache(options.compile_cache)
+    start_jax(options.compile_cache)
 
 
 def _parser() -> argparse.ArgumentParser:
