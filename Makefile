@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo test types setup clean
 
-demo: setup  ## the whole method on handwritten digits: about 6 minutes on two cores
+demo: setup  ## the whole method on handwritten digits: 4 to 6 minutes on two cores
 	$(BIN)/tinymim demo --workdir runs/demo
 
 test: setup  ## lint and the whole suite

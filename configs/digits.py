@@ -22,8 +22,8 @@ def mae_teacher():
     config.model.variant = "nano"
     config.model.depth = 6
     config.optim.base_lr = 4e-3
-    config.train.duration = "500 steps"
-    config.optim.warmup = "50 steps"
+    config.train.duration = "700 steps"
+    config.optim.warmup = "70 steps"
     return _decoder(config)
 
 
@@ -31,8 +31,8 @@ def mae_student():
     """MAE directly on the student: what distillation has to beat."""
     config = _decoder(_student(_small(base.mae())))
     config.optim.base_lr = 4e-3
-    config.train.duration = "450 steps"
-    config.optim.warmup = "45 steps"
+    config.train.duration = "500 steps"
+    config.optim.warmup = "50 steps"
     return config
 
 
@@ -42,8 +42,8 @@ def distill():
     config.model.drop_path = 0.0
     config.distill.teacher.tap = 4  # of 6: the last block serves the teacher's own decoder
     config.optim.base_lr = 1.6e-2
-    config.train.duration = "450 steps"
-    config.optim.warmup = "45 steps"
+    config.train.duration = "500 steps"
+    config.optim.warmup = "50 steps"
     return config
 
 
