@@ -112,6 +112,8 @@ def training_batches(experiment: Experiment, *, start_step: int, workers: int) -
         crop_scale=tuple(data.crop_scale),
         crop_ratio=tuple(data.crop_ratio),
         flip=data.flip,
+        rand_augment=data.rand_augment,
+        mean=tuple(data.mean),
     )
     return train_batches(
         experiment.train_source,

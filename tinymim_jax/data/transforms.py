@@ -6,6 +6,7 @@ depends on these alone. Colour jitter, mixup and normalising belong to the devic
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,6 +16,7 @@ from kornia_rs import imgproc
 from PIL import Image
 
 from tinymim_jax.data.decoding import Picture, decode  # noqa: F401
+from tinymim_jax.data.randaugment import RandAugment
 
 # Below this many pixels the borders, which kornia weighs in its own way, are too large a part of the result.
 _FAST_RESIZE_MIN = 64
@@ -39,18 +41,22 @@ class View(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """The training view: a random resized crop, then a horizontal flip of every second image.
+    """The training view: a random resized crop, then a horizontal flip of every second image, then RandAugment.
 
     image_size: side of the square result, or (height, width).
     crop_scale, crop_ratio: bounds of the crop's share of the area and of its width / height. The defaults are
         the published pre-training's (torchvision's RandomResizedCrop, bicubic).
     flip: False where left and right mean something, as in digits.
+    rand_augment: such as "rand-m9-mstd0.5-inc1" (`RandAugment.parse`); empty: none.
+    mean: RGB in 0..1, what RandAugment fills with.
     """
 
     image_size: int | tuple[int, int]
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    rand_augment: str = ""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
 
     def __post_init__(self):
         _height_width(self.image_size)
@@ -60,6 +66,11 @@ class Augment:
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio={self.crop_ratio}: needs 0 < lower <= upper, width over height")
+        _ = self._policy  # a mistaken string is refused here, not by a worker
+
+    @functools.cached_property
+    def _policy(self) -> RandAugment | None:
+        return RandAugment.parse(self.rand_augment, mean=self.mean) if self.rand_augment else None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -69,7 +80,8 @@ class Augment:
         picture = Picture.of(image)
         box = random_resized_crop_params(rng, *picture.size, self.crop_scale, self.crop_ratio)
         view = resized_crop(picture, box, self.size)
-        return flip_horizontally(view) if self.flip and rng.random() < 0.5 else view
+        view = flip_horizontally(view) if self.flip and rng.random() < 0.5 else view
+        return self._policy(view, rng) if self._policy else view
 
 
 @dataclasses.dataclass(frozen=True)

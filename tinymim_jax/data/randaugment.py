@@ -1,0 +1,266 @@
+"""RandAugment (arXiv 1909.13719) as timm 1.0 defines it: a few random operations on every image; numpy in, numpy out.
+
+The operations are Pillow's, or tables of 256 levels, and give timm's pixels bit for bit. What differs is where the
+random numbers come from: from the generator that is passed in and nothing else.
+"""
+
+import dataclasses
+import string
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from tinymim_jax.errors import unknown
+
+# A magnitude of this much is an operation's full strength.
+FULL_MAGNITUDE = 10.0
+# A deviation above this stands for a magnitude uniform in 0..m.
+_UNIFORM_ABOVE = 100.0
+_GRAMMAR = "rand-m9-mstd0.5-inc1: whole numbers m, n, mmax, inc (0 or 1); others p, mstd"
+_INTERPOLATIONS = {
+    "bilinear": (Image.Resampling.BILINEAR,),
+    "bicubic": (Image.Resampling.BICUBIC,),
+    "random": (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC),
+}
+_LEVELS = np.arange(256)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """`layers` times: one of `OPERATIONS`, all equally likely, done with probability `prob`.
+
+    magnitude: 0 to 10, the strength. Operations with a direction draw one of two.
+    deviation: of a normal noise added to the magnitude of each operation; infinite: uniform in 0..magnitude.
+    max_magnitude: magnitudes are cut off at 0 and here.
+    increasing: magnitude always means "more changed"; without it posterising and solarising are strongest at 0 and
+        the four enhancements go from 0.1 (less) to 1.9 (more).
+    fill: uint8 RGB of what is moved in from outside the image.
+    interpolation: of turning, shearing and shifting: bilinear | bicubic | random (one of the two each time). timm takes
+        that of the crop; the published fine-tunings (MAE's and TinyMIM's util/datasets.py) set bicubic.
+    """
+
+    magnitude: float = FULL_MAGNITUDE
+    layers: int = 2
+    prob: float = 0.5
+    deviation: float = 0.0
+    max_magnitude: float = FULL_MAGNITUDE
+    increasing: bool = False
+    fill: tuple[int, int, int] = (128, 128, 128)
+    interpolation: str = "bicubic"
+
+    def __post_init__(self):
+        if self.interpolation not in _INTERPOLATIONS:
+            raise unknown("interpolation", self.interpolation, _INTERPOLATIONS)
+        if self.layers < 1:
+            raise ValueError(f"RandAugment with n={self.layers} layers does nothing: leave it out, or choose 1 or more")
+        if not 0 <= self.prob <= 1:
+            raise ValueError(f"RandAugment's p={self.prob} is a probability: choose 0 to 1")
+        if self.max_magnitude <= 0:
+            raise ValueError(f"RandAugment's mmax={self.max_magnitude} must be positive")
+
+    @classmethod
+    def parse(cls, text: str, *, mean: Sequence[float], interpolation: str = "bicubic") -> "RandAugment":
+        """What a string of timm's means: "rand-m9-mstd0.5-inc1" and the like, sections in any order.
+
+        Args:
+            text: "rand", then -m9 (magnitude, a whole number; 10), -n2 (layers), -p0.5, -mstd0.5 (deviation, above 100
+                meaning uniform; 0), -mmax10, -inc1 (0).
+            mean: RGB in 0..1 that fills what comes from outside the image, as timm's `create_transform` does.
+
+        Raises ValueError for any other section, timm's -t (sets of operations) among them, listing what there is.
+        """
+        head, *sections = text.split("-")
+        if head != "rand":
+            raise ValueError(f"rand_augment={text!r} does not start with 'rand'. Write it like {_GRAMMAR}")
+        values: dict[str, float | int | bool] = {}
+        for section in sections:
+            key, number = section.rstrip("0123456789."), section.lstrip(string.ascii_letters)
+            if key not in _SECTIONS:
+                raise unknown(f"section of rand_augment={text!r}", key, _SECTIONS)
+            name, convert = _SECTIONS[key]
+            if name in values:
+                raise ValueError(f"rand_augment={text!r} has -{key} twice: leave one")
+            try:
+                values[name] = convert(number)
+            except (ValueError, KeyError):
+                raise ValueError(f"rand_augment={text!r}: -{key} is {number!r}. Write it like {_GRAMMAR}") from None
+        if values.get("deviation", 0) > _UNIFORM_ABOVE:
+            values["deviation"] = float("inf")
+        red, green, blue = (min(255, round(255 * value)) for value in mean)
+        return cls(**values, fill=(red, green, blue), interpolation=interpolation)  # pyright: ignore[reportArgumentType]
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 `[height, width, 3]` to the same; the image itself where nothing is done."""
+        picture = None
+        for choice in rng.integers(len(OPERATIONS), size=self.layers):
+            # All of a layer's numbers are drawn even if unused, so that no layer's draws depend on another's.
+            skipped = self.prob < 1 and rng.random() > self.prob
+            magnitude = self._magnitude(rng)
+            sign = -1 if rng.random() > 0.5 else 1
+            samplers = _INTERPOLATIONS[self.interpolation]
+            sampler = samplers[rng.integers(2)] if len(samplers) > 1 else samplers[0]
+            if not skipped:
+                operation = OPERATIONS[_NAMES[choice]]
+                picture = Image.fromarray(image) if picture is None else picture
+                argument = operation.argument(magnitude, sign, self.increasing)
+                picture = operation.apply(picture, argument, sampler, self.fill)
+        return image if picture is None else np.asarray(picture)
+
+    def _magnitude(self, rng: np.random.Generator) -> float:
+        magnitude = float(self.magnitude)
+        if self.deviation == float("inf"):
+            magnitude = rng.uniform(0, magnitude)
+        elif self.deviation > 0:
+            magnitude = rng.normal(magnitude, self.deviation)
+        return max(0.0, min(magnitude, float(self.max_magnitude)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One row of `OPERATIONS`.
+
+    argument: (magnitude, sign, increasing) -> what `apply` takes; sign is 1 or -1.
+    apply: (picture, argument, sampler, fill) -> picture of the same size.
+    """
+
+    argument: Callable[[float, int, bool], float]
+    apply: Callable[[Image.Image, float, Image.Resampling, tuple[int, int, int]], Image.Image]
+
+
+# ---------------------------------------------------------------------------------- magnitude to argument
+
+
+def _none(magnitude: float, sign: int, increasing: bool) -> float:
+    return 0.0
+
+
+def _up_to(most: float) -> Callable[[float, int, bool], float]:
+    """`most` at full magnitude, to either side."""
+    return lambda magnitude, sign, increasing: sign * (magnitude / FULL_MAGNITUDE * most)
+
+
+def _enhancement(magnitude: float, sign: int, increasing: bool) -> float:
+    """The blending factor of Pillow's enhancements, where 1 changes nothing."""
+    if increasing:
+        return max(0.1, 1.0 + sign * (magnitude / FULL_MAGNITUDE * 0.9))
+    return magnitude / FULL_MAGNITUDE * 1.8 + 0.1
+
+
+def _kept_bits(magnitude: float, sign: int, increasing: bool) -> float:
+    bits = int(magnitude / FULL_MAGNITUDE * 4)
+    return 4 - bits if increasing else bits
+
+
+def _threshold(magnitude: float, sign: int, increasing: bool) -> float:
+    level = min(256, int(magnitude / FULL_MAGNITUDE * 256))
+    return 256 - level if increasing else level
+
+
+def _addend(magnitude: float, sign: int, increasing: bool) -> float:
+    return min(128, int(magnitude / FULL_MAGNITUDE * 110))
+
+
+# --------------------------------------------------------------------------------------------- operations
+
+
+def _auto_contrast(picture: Image.Image, *_) -> Image.Image:
+    """Each channel stretched to 0..255."""
+    tables = []
+    for low, high in picture.getextrema():  # pyright: ignore[reportGeneralTypeIssues]  one pair for each channel
+        scale = 255.0 / max(high - low, 1)
+        # Rounded towards zero after adding the offset: (level - low) * scale may differ in the last bit.
+        stretched = np.clip((_LEVELS * scale + -low * scale).astype(np.int64), 0, 255)
+        tables.append(stretched if high > low else _LEVELS)
+    return _look_up(picture, np.concatenate(tables))
+
+
+def _equalize(picture: Image.Image, *_) -> Image.Image:
+    """Each channel to an even histogram, with Pillow's whole-number arithmetic."""
+    tables = []
+    for counts in np.reshape(picture.histogram(), (3, 256)):
+        used = counts[counts > 0]
+        step = (used.sum() - used[-1]) // 255
+        before = np.cumsum(counts) - counts
+        tables.append((step // 2 + before) // step if step else _LEVELS)
+    return _look_up(picture, np.concatenate(tables))
+
+
+def _invert(picture: Image.Image, *_) -> Image.Image:
+    return _look_up(picture, 255 - _LEVELS)
+
+
+def _posterize(picture: Image.Image, bits: float, *_) -> Image.Image:
+    if bits >= 8:
+        return picture
+    # 0 bits are black. Pillow 13 refuses them, and timm with it, once in some 600 images at the published setting.
+    return _look_up(picture, _LEVELS & -(2 ** (8 - int(bits))))
+
+
+def _solarize(picture: Image.Image, threshold: float, *_) -> Image.Image:
+    return _look_up(picture, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
+
+
+def _solarize_add(picture: Image.Image, addend: float, *_) -> Image.Image:
+    return _look_up(picture, np.where(_LEVELS < 128, np.minimum(_LEVELS + int(addend), 255), _LEVELS))
+
+
+def _look_up(picture: Image.Image, table: np.ndarray) -> Image.Image:
+    """Levels replaced by `table`: 256 values, or 256 for each channel."""
+    return picture.point(np.tile(table, 768 // len(table)).tolist())
+
+
+def _enhance(enhancement: type) -> Callable[..., Image.Image]:
+    return lambda picture, factor, *_: enhancement(picture).enhance(factor)
+
+
+def _rotate(picture: Image.Image, degrees: float, sampler: Image.Resampling, fill: tuple[int, int, int]) -> Image.Image:
+    return picture.rotate(degrees, resample=sampler, fillcolor=fill)
+
+
+def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[..., Image.Image]:
+    """`matrix`: (argument, width, height) -> the six numbers that take a pixel of the result to its source."""
+
+    def apply(
+        picture: Image.Image, argument: float, sampler: Image.Resampling, fill: tuple[int, int, int]
+    ) -> Image.Image:
+        numbers = matrix(argument, *picture.size)
+        return picture.transform(picture.size, Image.Transform.AFFINE, numbers, resample=sampler, fillcolor=fill)
+
+    return apply
+
+
+OPERATIONS = {
+    "AutoContrast": Operation(_none, _auto_contrast),
+    "Equalize": Operation(_none, _equalize),
+    "Invert": Operation(_none, _invert),
+    "Rotate": Operation(_up_to(30.0), _rotate),  # degrees
+    "Posterize": Operation(_kept_bits, _posterize),
+    "Solarize": Operation(_threshold, _solarize),
+    "SolarizeAdd": Operation(_addend, _solarize_add),
+    "Color": Operation(_enhancement, _enhance(ImageEnhance.Color)),
+    "Contrast": Operation(_enhancement, _enhance(ImageEnhance.Contrast)),
+    "Brightness": Operation(_enhancement, _enhance(ImageEnhance.Brightness)),
+    "Sharpness": Operation(_enhancement, _enhance(ImageEnhance.Sharpness)),
+    "ShearX": Operation(_up_to(0.3), _affine(lambda x, width, height: (1, x, 0, 0, 1, 0))),
+    "ShearY": Operation(_up_to(0.3), _affine(lambda x, width, height: (1, 0, 0, x, 1, 0))),
+    # Parts of the side. timm's `translate_const` in pixels belongs to operations that RandAugment does not use.
+    "TranslateX": Operation(_up_to(0.45), _affine(lambda x, width, height: (1, 0, x * width, 0, 1, 0))),
+    "TranslateY": Operation(_up_to(0.45), _affine(lambda x, width, height: (1, 0, 0, 0, 1, x * height))),
+}
+_NAMES = tuple(OPERATIONS)
+
+
+def _flag(text: str) -> bool:
+    return {"0": False, "1": True}[text]
+
+
+# Section of the string: field, and how its number is read.
+_SECTIONS: dict[str, tuple[str, Callable[[str], float | int | bool]]] = {
+    "m": ("magnitude", int),
+    "n": ("layers", int),
+    "p": ("prob", float),
+    "mstd": ("deviation", float),
+    "mmax": ("max_magnitude", int),
+    "inc": ("increasing", _flag),
+}
