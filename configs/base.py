@@ -40,6 +40,8 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.data.crop_scale = (0.2, 1.0)  # RandomResizedCrop
     config.data.crop_ratio = (3 / 4, 4 / 3)
     config.data.flip = True
+    config.data.crops = 1  # views of each decoded image in a batch; each counts as an example
+    config.data.upright = False  # turn pictures as their EXIF says; the published recipes do not
     config.data.rand_augment = ""  # after crop and flip, such as "rand-m9-mstd0.5-inc1" (timm's strings); empty: off
     config.data.eval_resize = 256  # short side before the centre crop
     config.data.mean = (0.485, 0.456, 0.406)

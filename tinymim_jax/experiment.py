@@ -121,6 +121,8 @@ def training_batches(experiment: Experiment, *, start_step: int, workers: int) -
         batch_size=experiment.batch_size,
         seed=experiment.config.seed,
         start_step=start_step,
+        crops=data.crops,
+        upright=data.upright,
         workers=workers,
         **_this_process(),
     )
@@ -134,6 +136,7 @@ def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
         experiment.eval_source,
         view=view,
         batch_size=experiment.batch_size,
+        upright=config.data.upright,
         workers=workers,
         **_this_process(),
     )

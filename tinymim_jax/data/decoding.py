@@ -1,6 +1,9 @@
 """From the bytes of an image file to RGB pixels, as Pillow would give them, decoding no more than is needed."""
 
+import contextlib
 import io
+import math
+from collections.abc import Iterator
 from typing import Union
 
 import numpy as np
@@ -20,18 +23,26 @@ def decode(data: bytes, *, upright: bool = False) -> np.ndarray:
     Grey is repeated, palettes looked up, CMYK converted, alpha dropped, the first frame taken. 16-bit grey
     is scaled to 8 bits, as Pillow itself does for 16-bit RGB (its conversion would clip grey to white).
     With `upright` the picture is turned as its EXIF orientation says; without, as in torchvision, it is not.
-    Raises whatever the decoder does on a damaged file, also one that is merely cut short.
+    Raises Undecodable for a damaged file, also one that is merely cut short.
     """
     return Picture(data, upright=upright).pixels()
+
+
+class Undecodable(Exception):
+    """No image, or a damaged one; the message is the decoder's."""
 
 
 class Picture:
     """An encoded image whose size is known before, and often without, its being decoded.
 
-    Raises, when made or when decoded, whatever the decoder does on a damaged file.
+    Raises Undecodable for a damaged file, when made or not before its pixels are asked for.
     """
 
     def __init__(self, data: bytes, *, upright: bool = False):
+        with _as_undecodable():
+            self._open(data, upright)
+
+    def _open(self, data: bytes, upright: bool) -> None:
         self._data = data
         self._upright = upright
         self._decoded: dict[int, np.ndarray] = {}
@@ -75,14 +86,14 @@ class Picture:
             pixel the mean of those it stands for: the decoder leaves the fine detail out, which saves most of its work.
         """
         if reduction not in self._decoded:
-            self._decoded[reduction] = self._decode(reduction)
+            with _as_undecodable():
+                self._decoded[reduction] = self._decode(reduction)
         return self._decoded[reduction]
 
     def _decode(self, reduction: int) -> np.ndarray:
         if self._is_fast:
             try:
-                pixels = simplejpeg.decode_jpeg(self._data, "RGB", min_factor=reduction)
-                return _turn(pixels, self._orientation)
+                return _turn(self._decode_fast(reduction), self._orientation)
             except ValueError:
                 if reduction > 1:
                     return np.asarray(Image.fromarray(self.pixels()).reduce(reduction))
@@ -93,6 +104,23 @@ class Picture:
                 grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
+
+    def _decode_fast(self, reduction: int) -> np.ndarray:
+        if reduction == 1:
+            return simplejpeg.decode_jpeg(self._data, "RGB")
+        stored = self._size if self._orientation < 5 else self._size[::-1]
+        height, width = (math.ceil(side / reduction) for side in stored)
+        return simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width)
+
+
+@contextlib.contextmanager
+def _as_undecodable() -> Iterator[None]:
+    try:
+        yield
+    except Undecodable:
+        raise
+    except Exception as error:  # decoders raise all sorts of them
+        raise Undecodable(f"{type(error).__name__}: {error}") from error
 
 
 def _check_size(height: int, width: int) -> None:

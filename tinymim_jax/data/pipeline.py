@@ -42,6 +42,8 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    crops: int = 1,
+    upright: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -55,6 +57,10 @@ def train_batches(
         augment: usually an `Augment`.
         batch_size: the global one; `process_count` must divide it.
         seed: of the order and of the views; not negative.
+        crops: so many views of each decoded image stand side by side in the batch, which they must divide
+            (repeated augmentation, arXiv 1901.09335). Each counts as an example: a batch holds
+            `batch_size / crops` images, and as many batches as before make an epoch.
+        upright: turn pictures as their EXIF orientation says; torchvision does not.
         workers: processes that decode; with 0, threads of this process do. They are spawned: a script that
             uses them needs its `if __name__ == "__main__":`.
         threads: in each process that decodes.
@@ -67,6 +73,8 @@ def train_batches(
         augment,
         batch_size=batch_size,
         seed=seed,
+        crops=crops,
+        upright=upright,
         process_index=process_index,
         process_count=process_count,
     )
@@ -78,6 +86,7 @@ def eval_batches(
     *,
     view: View,
     batch_size: int,
+    upright: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -93,6 +102,7 @@ def eval_batches(
         view,
         batch_size=batch_size,
         seed=None,
+        upright=upright,
         process_index=process_index,
         process_count=process_count,
     )

@@ -1,14 +1,17 @@
 """Which examples make up which rows of which batch, and decoding them: random access, without state."""
 
+import itertools
 import math
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tinymim_jax.data.decoding import Picture, Undecodable, decode
 from tinymim_jax.data.draws import ShuffledIndices, philox
 from tinymim_jax.data.examples import Source
-from tinymim_jax.data.transforms import View, decode
+from tinymim_jax.data.transforms import View
 
 # Work is handed out in parts of a batch of at most so many rows. At 224 pixels that is 38 MB: a decoding
 # process holds a few of them however large the batch is, and the first batch is the work of several.
@@ -26,7 +29,8 @@ class Rows:
 
     With a `seed` the source is repeated for ever, each epoch in an order of its own, and example n, counted
     from 0 over the whole run, is seen in the view drawn from a generator keyed by (seed, n). Without: once,
-    in order.
+    in order. With `crops` each record is seen so many times in a row, in as many views of one decoded picture,
+    and example n is record n // crops of that order. `upright`: see `decode`.
     """
 
     def __init__(
@@ -38,6 +42,8 @@ class Rows:
         seed: int | None,
         process_index: int,
         process_count: int,
+        crops: int = 1,
+        upright: bool = False,
     ):
         if len(source) == 0:
             raise ValueError(f"{source.name}/{source.split} is empty")
@@ -47,6 +53,8 @@ class Rows:
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be 0 to {process_count - 1}")
+        if crops < 1 or batch_size % crops or (seed is None and crops > 1):
+            raise ValueError(f"crops={crops} must divide batch_size={batch_size}, and is for training alone")
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed} must be 0 to 2**64 - 1")
         self.source = source
@@ -55,6 +63,8 @@ class Rows:
         self._local_size = batch_size // process_count
         self._first_row = process_index * self._local_size
         self._seed = seed
+        self._crops = crops
+        self._upright = upright
         self._shuffled = None if seed is None else ShuffledIndices(len(source), seed)
         self.steps = math.ceil(len(source) / batch_size) if seed is None else 2**40
         self.parts_per_batch = math.ceil(self._local_size / MAX_PART_ROWS)
@@ -74,7 +84,9 @@ class Rows:
     def failure(self, index: int) -> str:
         """Why record `index` of the source cannot be decoded."""
         try:
-            decode(self.source[index]["image"])
+            decode(self.source[index]["image"], upright=self._upright)
+        except Undecodable as error:
+            return str(error)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return "it can be now: a passing failure to read it"
@@ -86,30 +98,38 @@ class Rows:
             "valid": np.zeros(len(examples), bool),
             "substituted": np.full(len(examples), -1, np.int64),
         }
-        for row, n in enumerate(examples):
-            if self._shuffled is None and n >= len(self.source):
-                break  # the padding that ends an evaluation
-            index = n if self._shuffled is None else self._shuffled[n]
-            image, label, used = self._read(index)
-            rng = np.random.Generator(philox(self._seed or 0, "view", n))
-            part["image"][row] = self._view(image, rng)
-            part["label"][row] = label
-            part["valid"][row] = True
+        if self._shuffled is None:
+            examples = range(examples.start, min(examples.stop, len(self.source)))  # padding ends an evaluation
+        for position, crops in itertools.groupby(enumerate(examples), lambda row_and_n: row_and_n[1] // self._crops):
+            index = position if self._shuffled is None else self._shuffled[position]
+            rows, numbers = zip(*crops, strict=True)
+            here = slice(rows[0], rows[-1] + 1)
+            used, part["label"][here] = self._draw(index, numbers, part["image"][here])
+            part["valid"][here] = True
             if used != index:
-                part["substituted"][row] = index
+                part["substituted"][here] = index
         return part
 
-    def _read(self, index: int) -> tuple[np.ndarray, int, int]:
-        """Image, label and index of the first record from `index` on, cyclically, that can be decoded."""
+    def _draw(self, index: int, numbers: Sequence[int], images: np.ndarray) -> tuple[int, int]:
+        """Fills `images` with the views of examples `numbers`, all of record `index`; index used, and its label.
+
+        Where that record cannot be decoded, the first one after it that can, cyclically, takes its place.
+        """
         total = len(self.source)
         reach = min(MAX_LOOKAHEAD, total)
         for ahead in range(reach):
             used = (index + ahead) % total
             try:
                 example = self.source[used]
-                return decode(example["image"]), example["label"], used
-            except Exception:  # decoders raise all sorts of them; for the reason, see `failure`
+            except Exception:  # readers raise all sorts of them; for the reason, see `failure`
                 continue
+            try:
+                picture = Picture(example["image"], upright=self._upright)
+                for image, n in zip(images, numbers, strict=True):
+                    image[:] = self._view(picture, np.random.Generator(philox(self._seed or 0, "view", n)))
+            except Undecodable:
+                continue
+            return used, example["label"]
         raise RuntimeError(
             f"neither {self.source.describe(index)} ({self.failure(index)}) nor any of the {reach - 1} after it "
             "can be decoded"

@@ -35,9 +35,17 @@ def cross_entropy(
     logits: Float[Array, "batch classes"], labels: Int[Array, "batch"], *, smoothing: float = 0.0
 ) -> Float[Array, "batch"]:
     """Cross-entropy of each example; `smoothing` spreads that share of the label evenly over all classes."""
-    targets = optax.smooth_labels(_one_hot(labels, logits.shape[-1]), smoothing)
+    return soft_cross_entropy(logits, soft_targets(labels, logits.shape[-1], smoothing=smoothing))
+
+
+def soft_cross_entropy(
+    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
+) -> Float[Array, "batch"]:
+    """Cross-entropy of each example with the distribution `targets`."""
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
-def _one_hot(labels: Int[Array, "batch"], classes: int) -> Float[Array, "batch classes"]:
-    return (labels[:, None] == jnp.arange(classes)).astype(jnp.float32)
+def soft_targets(labels: Int[Array, "batch"], classes: int, *, smoothing: float) -> Float[Array, "batch classes"]:
+    """One-hot labels in float32, of which `smoothing` is spread evenly over all classes."""
+    one_hot = (labels[:, None] == jnp.arange(classes)).astype(jnp.float32)
+    return optax.smooth_labels(one_hot, smoothing)
