@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from tinymim_jax.data import rows
-from tinymim_jax.data.draws import ShuffledIndices
+from tinymim_jax.data.decoding import Picture
+from tinymim_jax.data.draws import ShuffledIndices, philox
 from tinymim_jax.data.examples import Source
 from tinymim_jax.data.pipeline import eval_batches, train_batches
 from tinymim_jax.data.transforms import Augment, EvalView
@@ -254,6 +255,54 @@ def test_evaluation_counts_every_example_once(length, batch_size, process_count,
             for image, label, valid in zip(batch["image"], batch["label"], batch["valid"]):
                 np.testing.assert_array_equal(image, pixels(label) if valid else np.zeros((8, 8, 3)))
     assert seen == list(range(length))
+
+
+# ---------------------------------------------------------------------------------------------- several crops
+
+
+def test_crops_show_each_record_so_many_times_in_a_row_in_other_views():
+    epoch = train(Numbered(8), 3, crops=3, batch_size=12)  # 4 records in each batch
+    labels = epoch["label"].reshape(12, 3)
+    assert (labels == labels[:, :1]).all()
+    assert sorted(labels[:8, 0]) == list(range(8))
+    order = ShuffledIndices(8, 0)
+    assert labels[:, 0].tolist() == [order[position] for position in range(12)]
+    for n in range(36):  # view n is drawn at (seed, n), whatever the record
+        rng = np.random.Generator(philox(0, "view", n))
+        np.testing.assert_array_equal(epoch["image"][n], AUGMENT(pixels(epoch["label"][n]), rng))
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_crops_may_straddle_processes(process_count):
+    whole = train(Numbered(8), 2, crops=6, batch_size=12)
+    shares = [
+        train(Numbered(8), 2, crops=6, batch_size=12, process_index=index, process_count=process_count)
+        for index in range(process_count)
+    ]
+    local = 12 // process_count
+    for key in whole:
+        steps = [share[key].reshape(2, local, *share[key].shape[1:]) for share in shares]
+        np.testing.assert_array_equal(np.concatenate(steps, axis=1).reshape(whole[key].shape), whole[key])
+
+
+def test_each_record_is_decoded_once_for_all_its_crops(monkeypatch):
+    opened = []
+    monkeypatch.setattr(rows, "Picture", lambda data, **options: opened.append(data) or Picture(data, **options))
+    batches = rows.Rows(Numbered(8), AUGMENT, batch_size=8, seed=0, process_index=0, process_count=1, crops=4)
+    assert len(set(batches[0]["label"].tolist())) == 2
+    assert len(opened) == 2
+
+
+def test_crops_of_a_damaged_record_are_all_replaced():
+    with train_batches(Numbered(8, damaged={3}), augment=AUGMENT, batch_size=8, crops=4, seed=0) as batches:
+        labels = np.concatenate([next(batches)["label"] for _ in range(4)])
+    assert (labels == 4).sum() == 8
+    assert (labels == 3).sum() == 0
+
+
+def test_crops_must_fit_the_batch():
+    with pytest.raises(ValueError, match="crops=3 must divide batch_size=8"):
+        train(Numbered(8), 1, crops=3)
 
 
 # ---------------------------------------------------------------------------------------------- damage

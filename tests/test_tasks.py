@@ -83,8 +83,9 @@ def test_a_converted_classifier_is_evaluated_as_it_is(golden, converted, data_di
     result = evaluate_checkpoint(small_config("finetune", *overrides), converted / name, data_dir=data_dir)
     assert result["examples"] == 13  # with batches of 8
     # Independent: the network on all 13 images in one batch.
+    from tinymim_jax.data.decoding import decode
     from tinymim_jax.data.sources import open_source
-    from tinymim_jax.data.transforms import EvalView, decode
+    from tinymim_jax.data.transforms import EvalView
     from tinymim_jax.models.heads import Classifier
     from tinymim_jax.models.vit import ViT
 

@@ -1,7 +1,5 @@
 """Transforms against torchvision's own answers (written down below), Pillow and closed forms."""
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,13 +11,6 @@ RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
-def encoded(image: np.ndarray | Image.Image, file_format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
@@ -28,51 +19,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
     return pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")
-
-
-# ---------------------------------------------------------------------------------------------- decoding
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 98, "subsampling": 0}])
-def test_decodes_jpeg_as_pillow_does(mode, options):
-    data = encoded(Image.fromarray(NOISE).convert(mode), "JPEG", **options)
-    want = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    got = transforms.decode(data)
-    assert got.dtype == np.uint8
-    np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
-@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "BMP"])
-def test_decodes_other_formats_as_pillow_does(mode, file_format):
-    picture = Image.fromarray(NOISE).convert(mode)
-    if file_format == "WEBP":
-        picture = picture.convert("RGBA" if "A" in mode else "RGB")
-    elif file_format == "BMP" and "A" in mode:
-        picture = picture.convert("L")
-    data = encoded(picture, file_format, **({"lossless": True} if file_format == "WEBP" else {}))
-    np.testing.assert_array_equal(transforms.decode(data), np.asarray(picture.convert("RGB")))
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_keeps_its_high_byte(file_format):
-    levels = (np.arange(64 * 64, dtype=np.uint32) * 16).astype(np.uint16).reshape(64, 64)
-    got = transforms.decode(encoded(Image.fromarray(levels), file_format))
-    np.testing.assert_array_equal(got, np.repeat((levels // 256).astype(np.uint8)[..., None], 3, axis=-1))
-
-
-def test_a_warning_is_no_reason_to_refuse_a_jpeg():
-    data = encoded(NOISE, "JPEG")
-    scan = data.index(b"\xff\xda")
-    with_stray_bytes = data[:scan] + b"\x00\x00\x00" + data[scan:]  # "extraneous bytes before marker"
-    np.testing.assert_array_equal(transforms.decode(with_stray_bytes), transforms.decode(data))
-
-
-@pytest.mark.parametrize("data", [b"", b"not an image", encoded(NOISE, "JPEG")[:-400], encoded(NOISE, "PNG")[:500]])
-def test_damaged_files_raise(data):
-    with pytest.raises(Exception):  # noqa: B017, PT011  every decoder has errors of its own
-        transforms.decode(data)
 
 
 # ---------------------------------------------------------------------------------------------- cropping

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.config import load_config
+from tinymim_jax.data.decoding import decode
 from tinymim_jax.data.sources import open_source
-from tinymim_jax.data.transforms import EvalView, decode
+from tinymim_jax.data.transforms import EvalView
 from tinymim_jax.metrics import read
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize

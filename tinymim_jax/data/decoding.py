@@ -8,7 +8,7 @@ from typing import Union
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # TurboJPEG turns these into RGB exactly as Pillow does; the rest (CMYK, YCCK) is left to Pillow.
 _FAST_COLORSPACES = ("YCbCr", "RGB", "Gray")
@@ -76,8 +76,9 @@ class Picture:
 
     @property
     def reducible(self) -> bool:
-        """Whether `pixels` can be asked for a reduced picture."""
-        return self._is_fast
+        """Whether `pixels` can be asked for a reduced picture, with pixel 0 of it at the edge of pixel 0 of the whole."""
+        # Where a side is no multiple of 8 the last block is a part of one; turning would bring it to the front.
+        return self._is_fast and (self._orientation == 1 or not any(side % 8 for side in self._size))
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
         """RGB, uint8 `[height, width, 3]`; the same array each time, so not to be written to.
@@ -119,6 +120,8 @@ def _as_undecodable() -> Iterator[None]:
         yield
     except Undecodable:
         raise
+    except UnidentifiedImageError as error:
+        raise Undecodable("UnidentifiedImageError: in no image format that is known") from error
     except Exception as error:  # decoders raise all sorts of them
         raise Undecodable(f"{type(error).__name__}: {error}") from error
 
