@@ -124,6 +124,11 @@ def classify() -> ml_collections.ConfigDict:
     config.classify = ml_collections.ConfigDict()
     config.classify.pool = "mean"  # mean | cls
     config.classify.label_smoothing = 0.1
+    config.classify.mixup = 0.0  # a of the Beta(a, a) law of lambda; 0: off. One draw for the batch, or for each part
+    config.classify.cutmix = 0.0  # likewise
+    config.classify.mixup_prob = 1.0  # of mixing a batch at all, where one of the two is on
+    config.classify.switch_prob = 0.5  # of cutmix, where both are on
+    config.classify.erase = 0.0  # probability of random erasing, for each image
     config.classify.head_std = 2e-5
     config.classify.heads = "keep"  # keep: as pre-trained | official: 3, 6, 12 in every block
     return config

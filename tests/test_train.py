@@ -1,20 +1,24 @@
 """The loop: resuming, devices, faults. Real data, real checkpoints, tiny networks."""
 
 import json
+import logging
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
 import pytest
 from runs import SMALL, run_steps, same_bits, small_config
 
+from tinymim_jax.experiment import training_batches
 from tinymim_jax.metrics import read
 from tinymim_jax.params_io import load_params
+from tinymim_jax.progress import input_advice
 from tinymim_jax.sharding import make_mesh
 from tinymim_jax.train import train
 
@@ -43,6 +47,46 @@ def test_a_run_leaves_what_it_says(teacher):
     config = json.loads((teacher / "config.json").read_text())
     np.testing.assert_allclose([row["lr"] for row in rows[:2]], [0, config["optim"]["base_lr"] * 8 / 256])
     assert json.loads((teacher / "result.json").read_text())["examples"] == 13
+
+
+class SlowBatches:
+    """The real batches, each a while late."""
+
+    substitutions = 0
+
+    def __init__(self, batches, seconds):
+        self._batches, self._seconds = batches, seconds
+
+    def __next__(self):
+        time.sleep(self._seconds)
+        return next(self._batches)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._batches.close()
+
+
+def test_a_run_that_waits_for_its_data_says_so(data_dir, tmp_path, monkeypatch, caplog):
+    late = 0.5
+    monkeypatch.setattr(
+        "tinymim_jax.train.training_batches",
+        lambda *args, **options: SlowBatches(training_batches(*args, **options), late),
+    )
+    with caplog.at_level(logging.INFO, logger="tinymim_jax"):
+        train(small_config("mae_teacher", "train.log_every=3"), tmp_path, data_dir=data_dir)
+    rows = [row for row in read(tmp_path / "metrics.jsonl") if "data_wait" in row]
+    assert all(0.5 < row["data_wait"] <= 1 for row in rows)
+    assert all(late <= row["longest_data_wait_seconds"] < 2 * late for row in rows)
+    advice = [record.getMessage() for record in caplog.records if "input is the bottleneck" in record.getMessage()]
+    assert len(advice) == 1  # once, not with every line
+    assert all(words in advice[0] for words in ("--workers", "tinymim prepare", "data.crops"))
+
+
+def test_input_advice_names_workers_only_while_there_are_cores_for_them():
+    assert "--workers 8 (processes that decode; 2 now, on 8 cores)" in input_advice(0.2, workers=2, cores=8)
+    assert "--workers" not in input_advice(0.2, workers=8, cores=8)
 
 
 def test_a_finished_run_is_not_run_again(teacher, data_dir):

@@ -34,27 +34,30 @@ class Progress:
 
     def __init__(self, total_steps: int, batch_size: int, start_step: int):
         self._total, self._batch_size = total_steps, batch_size
-        self._step, self._time, self._waited = start_step, time.perf_counter(), 0.0
+        self.restart(start_step)
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Counts the time inside the block as waiting for data."""
         began = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        self._waited += waited
+        self._longest_wait = max(self._longest_wait, waited)
 
     def restart(self, step: int) -> None:
         """Measures from here on: what came before was compiling or an evaluation."""
-        self._step, self._time, self._waited = step, time.perf_counter(), 0.0
+        self._step, self._time, self._waited, self._longest_wait = step, time.perf_counter(), 0.0, 0.0
 
     def report(self, step: int) -> tuple[dict[str, float], str]:
-        """(images/s, share of time waiting for data, seconds left), and the same as text."""
+        """Images/s, seconds left, the share of time spent waiting for data and its longest part; the same as text."""
         now = time.perf_counter()
         elapsed = max(now - self._time, 1e-9)
         per_step = elapsed / max(step - self._step, 1)
         numbers = {
             "images_per_second": self._batch_size / per_step,
             "data_wait": self._waited / elapsed,
+            "longest_data_wait_seconds": self._longest_wait,
             "eta_seconds": per_step * (self._total - step),
         }
         self.restart(step)
@@ -63,3 +66,20 @@ class Progress:
             f"ETA {span(numbers['eta_seconds'])}"
         )
         return numbers, text
+
+
+# From this share of the time on, waiting for data is worth a word.
+DATA_WAIT_LIMIT = 0.1
+
+
+def input_advice(data_wait: float, *, workers: int, cores: int) -> str:
+    """What to do where so large a share of the time went by waiting for data, with `workers` processes decoding."""
+    remedies = [
+        "tinymim prepare SOURCE --output DIR --short_side 256 (smaller files, decoded in less than half the time)",
+        "data.crops=2 (two views of each decoded image)",
+    ]
+    if workers < cores:
+        remedies.insert(0, f"--workers {cores} (processes that decode; {workers} now, on {cores} cores)")
+    return f"input is the bottleneck: {data_wait:.0%} of the time went by waiting for images. Try " + "; or ".join(
+        remedies
+    )

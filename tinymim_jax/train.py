@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 import signal
 import threading
@@ -26,7 +27,7 @@ from tinymim_jax.experiment import (
     training_batches,
 )
 from tinymim_jax.metrics import Averages, Writer, compute, no_averages
-from tinymim_jax.progress import Progress, span
+from tinymim_jax.progress import DATA_WAIT_LIMIT, Progress, input_advice, span
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
 from tinymim_jax.state import (
     TrainState,
@@ -109,7 +110,7 @@ def _loop(
     start, extra, result = int(state.step), {"frozen": digest(frozen)}, {}
     recorded, skipped_in_a_row = _nothing_recorded(names, mesh), 0
     batches = training_batches(experiment, start_step=start, workers=workers)
-    report = _Report(experiment, workdir, start)
+    report = _Report(experiment, workdir, start, workers)
     with batches, report, _StopRequest() as stop:
         # A run that was killed between its last update and its result has only the evaluation left to do.
         for step in range(start + 1, total + 1):
@@ -153,8 +154,10 @@ def _evaluate(experiment: Experiment, eval_step, state: TrainState, frozen, mesh
 class _Report:
     """What a run says of itself: to the log, to metrics.jsonl and to TensorBoard."""
 
-    def __init__(self, experiment: Experiment, workdir: pathlib.Path, start: int):
+    def __init__(self, experiment: Experiment, workdir: pathlib.Path, start: int, workers: int):
         self._experiment = experiment
+        self._workers = workers
+        self._input_was_slow = False
         self._progress = Progress(experiment.total_steps, experiment.batch_size, start)
         self._writer = Writer(workdir, start_step=start, active=jax.process_index() == 0)
         self._began = time.perf_counter()
@@ -178,6 +181,11 @@ class _Report:
         self._writer.write(step, figures | speed | {"lr": lr, "skipped": skipped, "substituted": substituted})
         loss = figures["train/loss"]
         log.info("step %d/%d | loss %.4f | lr %.2e | %s", step, self._experiment.total_steps, loss, lr, text)
+        slow = speed["data_wait"] > DATA_WAIT_LIMIT
+        if slow and not self._input_was_slow:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            log.warning("%s", input_advice(speed["data_wait"], workers=self._workers, cores=cores))
+        self._input_was_slow = slow
 
     def evaluation(self, step: int, result: dict[str, float]) -> None:
         self._writer.write(step, {f"eval/{name}": value for name, value in result.items()})
@@ -270,6 +278,9 @@ def _announce(experiment: Experiment, state: TrainState, paths: frozenset, mesh:
         dict(mesh.shape),
         mesh.devices.flat[0].device_kind,
     )
+    if (crops := experiment.config.data.crops) > 1:
+        images = experiment.batch_size // crops
+        log.info("a batch of %d holds %d images, %d views of each; all are counted", images * crops, images, crops)
     step = int(state.step)
     log.info("%s at step %d of %d", "resuming" if step else "starting", step, experiment.total_steps)
 
