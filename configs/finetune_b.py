@@ -1,7 +1,6 @@
 """Fine-tuning of TinyMIM-Base on ImageNet-1K with the published numbers.
 
 Start from a run or a converted file: init=runs/tinymim_b.
-Mixup, cutmix, RandAugment and random erasing are not in it yet.
 """
 
 from configs import base
@@ -12,4 +11,8 @@ def get_config():
     config.model.variant = "B"
     config.model.drop_path = 0.2
     config.optim.layer_decay = 0.65
+    config.data.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.classify.mixup = 0.8
+    config.classify.cutmix = 1.0
+    config.classify.erase = 0.25
     return config

@@ -1,8 +1,8 @@
 """Fine-tuning of TinyMIM-Small on ImageNet-1K.
 
-The authors published no numbers for this size; learning rate, layer decay and drop path are ours.
+The authors published no numbers for this size; learning rate, layer decay and drop path are ours, the augmentation
+is that of Base.
 Start from a run or a converted file: init=runs/tinymim_s.
-Mixup, cutmix, RandAugment and random erasing are not in it yet.
 """
 
 from configs import base
@@ -14,4 +14,8 @@ def get_config():
     config.model.drop_path = 0.1
     config.optim.base_lr = 1e-3
     config.optim.layer_decay = 0.75
+    config.data.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.classify.mixup = 0.8
+    config.classify.cutmix = 1.0
+    config.classify.erase = 0.25
     return config

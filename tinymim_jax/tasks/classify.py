@@ -1,6 +1,7 @@
 """Fine-tuning: an encoder and a new head learn the labels."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ from tinymim_jax.errors import unknown
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.erasing import random_erasing
 from tinymim_jax.ops.keys import named
-from tinymim_jax.ops.losses import cross_entropy
+from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
+from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
 from tinymim_jax.tasks.encoder import Loaded, build_encoder, fill_encoder, load
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
 
@@ -31,16 +34,20 @@ def build(config: ConfigDict, classes: int) -> Task:
     network = Classifier(encoder, classes, classify.pool, classify.head_std)
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     smoothing = classify.label_smoothing
+    augment = _augmentation(classify)
 
     def init(key: jax.Array) -> Params:
         return network.init(key, jnp.zeros((1, *encoder.image_size, 3)))["params"]
 
     def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
-        images = normalize(batch["image"], mean, std)
+        images, labels = normalize(batch["image"], mean, std), batch["label"]
+        targets = soft_targets(labels, classes, smoothing=smoothing if train else 0.0)
+        if train and augment:
+            images, targets = augment(key, images, targets)
+            labels = jnp.argmax(targets, axis=1)  # of a mixed image the label that weighs more
         drop_key = named(key, "drop_path") if train else None
         logits: Any = network.apply({"params": params}, images, drop_key=drop_key)
-        labels = batch["label"]
-        loss = cross_entropy(logits, labels, smoothing=smoothing if train else 0.0)
+        loss = soft_cross_entropy(logits, targets)
         return {"loss": loss, "top1": _in_top(logits, labels, 1), "top5": _in_top(logits, labels, 5)}
 
     def start(params: Params) -> Params:
@@ -56,6 +63,35 @@ def build(config: ConfigDict, classes: int) -> Task:
         names=("loss", "top1", "top5"),
         start=start if loaded else None,
     )
+
+
+def _augmentation(classify: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
+    """(key, normalised images, soft targets) -> images and targets, erased and then mixed; None where both are off.
+
+    timm's order: its loader erases, and whole batches are mixed.
+    """
+    mixup, cutmix, erase = classify.mixup, classify.cutmix, classify.erase
+    prob, switch_prob = classify.mixup_prob, classify.switch_prob
+    for name, value in (("mixup", mixup), ("cutmix", cutmix)):
+        if value < 0:
+            raise ValueError(f"classify.{name}={value}: choose the parameter of a Beta law, or 0 for none")
+    for name, value in (("mixup_prob", prob), ("switch_prob", switch_prob), ("erase", erase)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"classify.{name}={value} is a probability: choose 0 to 1")
+    if not (mixup or cutmix or erase):
+        return None
+
+    def augment(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if erase:
+            images = random_erasing(named(key, "erase"), images, prob=erase)
+        if mixup or cutmix:
+            size = (images.shape[1], images.shape[2])
+            draw_key = named(key, "mixup")
+            mix = draw_mix(draw_key, size, mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch_prob)
+            images, targets = mix_images(images, mix), mix_targets(targets, mix.lam)
+        return images, targets
+
+    return augment
 
 
 def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
