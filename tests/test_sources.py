@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tinymim_jax.data import sources
+from tinymim_jax.data import files, sources, tfds_source
 from tinymim_jax.data.builders import digits
 from tinymim_jax.data.examples import Source, balanced_subset
 from tinymim_jax.data.sources import open_source, prepare
@@ -123,8 +123,8 @@ def test_two_processes_may_prepare_at_once(racing):
 def test_the_later_of_two_keeps_the_earlier_ones_set(data_dir, monkeypatch):
     directory = prepare("digits", data_dir=data_dir)
     before = directory.stat().st_ino
-    find, looks = sources._find, iter([False, True])  # nothing there yet, then the other process is done
-    monkeypatch.setattr(sources, "_find", lambda *args: find(*args) if next(looks) else None)
+    find, looks = tfds_source._find, iter([False, True])  # nothing there yet, then the other process is done
+    monkeypatch.setattr(tfds_source, "_find", lambda *args: find(*args) if next(looks) else None)
     assert prepare("digits", data_dir=data_dir) == directory
     assert directory.stat().st_ino == before
     assert os.listdir(data_dir) == ["digits"]
@@ -257,7 +257,7 @@ def test_the_newest_version_of_the_default_config_is_opened(copied_digits):
         ("set/small:1.9.*", "set/small/1.9.0"),
         ("set/large:1.0.0", None),
     ):
-        assert sources._find(name, root) == (directory and root / directory), name
+        assert tfds_source._find(name, root) == (directory and root / directory), name
 
 
 def test_a_set_in_another_format_is_refused(copied_digits):
@@ -268,18 +268,58 @@ def test_a_set_in_another_format_is_refused(copied_digits):
         open_source("digits", split="train", data_dir=root)
 
 
-def test_a_set_that_does_not_classify_images_is_refused(copied_digits):
+def test_a_set_without_images_is_refused(copied_digits):
+    stored = json.loads((copied_digits / "features.json").read_text())
+    features = stored["featuresDict"]["features"]
+    features["scan"] = features.pop("image")
+    (copied_digits / "features.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=re.escape("it has ['label', 'scan']; needed is 'image'")):
+        open_source("digits", split="train", data_dir=copied_digits.parent.parent)
+
+
+def test_a_set_without_labels_opens(copied_digits):
     features = (copied_digits / "features.json").read_text()
     (copied_digits / "features.json").write_text(features.replace('"label"', '"digit"'))
-    with pytest.raises(ValueError, match=re.escape("it has ['digit', 'image']; needed are 'image'")):
-        open_source("digits", split="train", data_dir=copied_digits.parent.parent)
+    source = open_source("digits", split="test", data_dir=copied_digits.parent.parent)
+    assert (source.classes, source.class_names, source[3]["label"]) == (0, (), -1)
+    assert source[3].keys() == {"image", "label"}
+
+
+class ToyMasks(ToyFiles):
+    """A segmentation set, as CamVid is; its boxes are what must not be decoded."""
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "segmentation_mask": tfds.features.Image(shape=(None, None, 1)),
+            "boxes": tfds.features.Sequence({"box": tfds.features.BBoxFeature()}),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self):
+        for index in range(3):
+            mask = digits.png(np.full((4, 4), index, np.uint8))
+            yield index, {"image": self.image, "segmentation_mask": mask, "boxes": []}
+
+
+def test_a_segmentation_set_serves_its_masks_as_stored(tmp_path):
+    prepare("toy_masks", data_dir=tmp_path)
+    source = open_source("toy_masks", split="train", data_dir=tmp_path)
+    assert (source.class_names, [example["label"] for example in source]) == ((), [-1] * 3)
+    masks = sorted(np.unique(np.asarray(Image.open(io.BytesIO(example["mask"])))).tolist() for example in source)
+    assert masks == [[0], [1], [2]]
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+
+
+def test_splits_of_a_set(data_dir):
+    assert sources.splits("digits", data_dir) == {"test": 500, "train": 1297}
 
 
 def test_open_file_limit_is_raised():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        sources.raise_open_file_limit()
+        files.raise_open_file_limit()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -2,7 +2,7 @@
 
 import abc
 import collections
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -10,10 +10,14 @@ from tinymim_jax.data.draws import permutation, philox
 
 
 class Example(TypedDict):
-    """One record: `image`, the bytes of an image file as stored, and `label`, -1 where the set has none."""
+    """One record: `image`, the bytes of an image file as stored, and `label`, -1 where the set has none.
+
+    Segmentation sets add `mask`, the bytes of an image file whose pixels are classes.
+    """
 
     image: bytes
     label: int
+    mask: NotRequired[bytes]
 
 
 class Source(abc.ABC):

@@ -1,27 +1,22 @@
-"""Opening and preparing data sets: TFDS classification sets as ArrayRecord, and `digits`, made on first use.
+"""Opening image sets by one string: the name of a TFDS set, or where files of your own lie.
 
-TensorFlow is never imported for reading; some sets need it once, to be prepared.
+TensorFlow is never imported for reading.
 """
 
-import contextlib
-import difflib
-import io
-import json
-import logging
 import os
-import re
-import resource
-import tempfile
-from pathlib import Path
-from typing import Any
 
-import tensorflow_datasets as tfds
+from tinymim_jax.data import folder_source
+from tinymim_jax.data.examples import Source, balanced_subset
+from tinymim_jax.data.files import raise_open_file_limit
+from tinymim_jax.data.splits import open_parts
+from tinymim_jax.data.tfds_source import open_tfds, prepare, tfds_splits
 
-from tinymim_jax.data.examples import Example, Source, balanced_subset
+__all__ = ["open_source", "prepare", "splits"]
 
-log = logging.getLogger(__name__)
-
-_INFO_FILE = "dataset_info.json"  # lies in every directory that TFDS has finished
+# Each has open_split(name, location, split) -> Source and split_names(location) -> list of str.
+_KINDS = {
+    "folder": folder_source,
+}
 
 
 def open_source(
@@ -32,199 +27,50 @@ def open_source(
     examples: int | None = None,
     seed: int = 0,
 ) -> Source:
-    """Opens a prepared set for reading; `digits` is prepared first if it has to be.
+    """Opens a set of images for reading.
 
     Args:
-        name: `digits`, or a TFDS set, with config and version if wanted: `imagenet2012`, `imagenet_a:0.1.0`.
-        split: in TFDS syntax: `train`, `train[:90%]`, `validation`.
+        name: one of
+            `digits`, which is prepared on first use, or a TFDS set that `tinymim prepare` has prepared, with config
+                and version if wanted: `imagenet2012`, `imagenet_a:0.1.0`. It needs images; labels are of use;
+            `folder:LOCATION`, image files: the first folder is the class, as in torchvision's ImageFolder, or
+                there are no folders and no classes.
+        split: a split or parts of some, in TFDS's syntax: `train`, `train[:90%]`, `train[1000:]+test`.
         data_dir: where TFDS keeps its sets; by default `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
         examples: keep only so many, the same number of each class (see `balanced_subset`).
         seed: decides which examples those are.
 
     Raises:
-        FileNotFoundError: the set is known but not prepared under `data_dir`.
-        ValueError: unknown set or split, not a classification set, a format without random access, or more
-            `examples` than the split can give.
+        FileNotFoundError: nothing at LOCATION; or the TFDS set is known but not prepared under `data_dir`.
+        OSError: a folder or file cannot be read.
+        ValueError: unknown set or split, no images, a format without random access, or more `examples` than the
+            split can give.
     """
-    root = _data_root(data_dir)
     raise_open_file_limit()
-    directory = _find(name, root)
-    if directory is None and name == "digits":
-        directory = prepare(name, data_dir=root)
-    if directory is None:
-        raise _missing(name, root)
-    source = TfdsSource(name, directory, split)
+    kind, location = _kind(name)
+    if kind is None:
+        source = open_tfds(name, split, data_dir)
+    else:
+        source = open_parts(name, split, lambda whole: kind.open_split(name, location, whole))
     return source if examples is None else balanced_subset(source, examples, seed=seed)
 
 
-def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> Path:
-    """Downloads a set where TFDS can, writes it as ArrayRecord and returns its directory; once is enough.
+def splits(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, int]:
+    """The whole splits that a set offers, and how many images each has. Arguments and errors as `open_source`.
 
-    Raises:
-        ValueError: unknown set, not a classification set, or already there in a format without random access.
-        ImportError: a package is missing that only preparing needs; the message says which.
+    A set of files that is not divided into splits has one, `all`.
     """
-    root = _data_root(data_dir)
     raise_open_file_limit()
-    if name == "digits":
-        return _prepare_digits(root)
-    try:
-        builder = tfds.builder(name, data_dir=root, file_format="array_record")
-        _check_classification(name, builder)
-        builder.download_and_prepare()
-    except tfds.core.DatasetNotFoundError as error:
-        raise _unknown(name, root) from error
-    except ImportError as error:
-        if "tensorflow" not in str(error).lower():
-            raise
-        raise ImportError(
-            f"TFDS needs TensorFlow to prepare {name!r} (reading it will not); "
-            "run: pip install tensorflow-cpu, then the same command again"
-        ) from error
-    directory = Path(builder.data_dir)
-    _check_random_access(name, tfds.builder_from_directory(directory), directory)
-    return directory
+    kind, location = _kind(name)
+    if kind is None:
+        return tfds_splits(name, data_dir)
+    return {split: len(kind.open_split(name, location, split)) for split in kind.split_names(location)}
 
 
-def raise_open_file_limit() -> None:
-    """Lifts the soft limit on open files to the hard one, for this process and its children.
-
-    Every ArrayRecord shard takes one, and ImageNet has 1,024.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):  # a system may refuse "unlimited": the old limit stays
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class TfdsSource(Source):
-    """One split of a set that TFDS has prepared in `directory`, read without the code that prepared it."""
-
-    def __init__(self, name: str, directory: str | os.PathLike, split: str):
-        builder: Any = tfds.builder_from_directory(directory)
-        _check_classification(name, builder)
-        _check_random_access(name, builder, Path(directory))
-        _check_split(name, builder, split)
-        self.name = name
-        self.split = split
-        self.class_names = tuple(builder.info.features["label"].names)
-        self._directory = Path(directory)
-        self._has_file_names = "file_name" in builder.info.features
-        self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}/{self.split} has records 0 to {len(self) - 1}, got {index}")
-        record = self._records[index]
-        return {"image": record["image"], "label": int(record["label"])}
-
-    def describe(self, index: int) -> str:
-        described = super().describe(index)
-        if self._has_file_names:
-            with contextlib.suppress(Exception):  # asked for damaged records above all
-                described += f" ({self._records[index]['file_name'].decode()})"
-        return described
-
-    def __reduce__(self):
-        # Opened anew in each worker process, which is cheaper than sending TFDS's builder there.
-        return TfdsSource, (self.name, self._directory, self.split)
-
-
-def _data_root(data_dir: str | os.PathLike | None) -> Path:
-    chosen = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    if "://" in chosen:
-        raise ValueError(f"data_dir={chosen!r} is not a local path; mount the bucket and give that path")
-    return Path(chosen).expanduser().absolute()
-
-
-def _find(name: str, root: Path) -> Path | None:
-    """The newest version prepared. TFDS's own search consults the set's code, which some sets need TensorFlow for."""
-    path, _, version = name.partition(":")
-    directory = root / path
-    default = directory / ".config" / "metadata.json"
-    if default.is_file():  # TFDS notes there which of a set's configs is meant where none is named
-        directory /= json.loads(default.read_text())["default_config_name"]
-    prepared = [file.parent for file in directory.glob(f"{version or '*'}/{_INFO_FILE}")]
-    numbered = [found for found in prepared if re.fullmatch(r"\d+\.\d+\.\d+", found.name)]
-    return max(numbered, key=lambda found: [int(part) for part in found.name.split(".")], default=None)
-
-
-def _prepare_digits(root: Path) -> Path:
-    if (directory := _find("digits", root)) is not None:
-        return directory
-    from tinymim_jax.data.builders.digits import Digits
-
-    log.info("preparing 'digits' under %s", root)
-    root.mkdir(parents=True, exist_ok=True)
-    # Written aside, then renamed in one go: of several processes that start at once one places the set, the
-    # others drop theirs, and none ever sees half of it.
-    with tempfile.TemporaryDirectory(prefix=".digits-", dir=root) as scratch:
-        builder = Digits(data_dir=scratch, file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare()  # a second's work: its progress bars would only be noise
-        directory = root / "digits" / str(builder.version)
-        directory.parent.mkdir(exist_ok=True)
-        try:
-            os.rename(builder.data_dir, directory)
-        except OSError:
-            if _find("digits", root) is None:
-                raise
-    return directory
-
-
-def _check_classification(name: str, builder: tfds.core.DatasetBuilder) -> None:
-    features: Any = builder.info.features
-    wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-    if not all(key in features and isinstance(features[key], kind) for key, kind in wanted.items()):
-        raise ValueError(
-            f"{name!r} is not an image classification set: it has {sorted(features)}; "
-            "needed are 'image' (Image) and 'label' (ClassLabel)"
-        )
-
-
-def _check_random_access(name: str, builder: tfds.core.DatasetBuilder, directory: Path) -> None:
-    formats = builder.info.available_file_formats()
-    if not formats & tfds.core.FileFormat.with_random_access():
-        found = ", ".join(sorted(stored.value for stored in formats))
-        raise ValueError(
-            f"{name!r} in {directory} is stored as {found}, which cannot be read by index; "
-            f"remove it or choose another DIR, then run: tinymim prepare {name} --data_dir DIR"
-        )
-
-
-def _check_split(name: str, builder: tfds.core.DatasetBuilder, split: str) -> None:
-    splits = builder.info.splits
-    choices = ", ".join(f"{key} ({splits[key].num_examples:,})" for key in sorted(splits))
-    try:
-        count = splits[split].num_examples
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"split={split!r} is not one of {name!r}; choices: {choices}, or a part such as 'train[:90%]'"
-        ) from error
-    if count == 0:
-        raise ValueError(f"split={split!r} of {name!r} holds no example; choices: {choices}")
-
-
-def _missing(name: str, root: Path) -> Exception:
-    if _base(name) not in _known_sets() and not (root / _base(name)).is_dir():
-        return _unknown(name, root)
-    return FileNotFoundError(f"{name!r} is not prepared under {root}; run: tinymim prepare {name} --data_dir {root}")
-
-
-def _unknown(name: str, root: Path) -> ValueError:
-    near = difflib.get_close_matches(_base(name), sorted(_known_sets()))
-    guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return ValueError(
-        f"{name!r} is unknown: {guess}choices: 'digits', a classification set of TFDS, or one prepared under {root}"
-    )
-
-
-def _base(name: str) -> str:
-    return name.split(":")[0].split("/")[0]
-
-
-def _known_sets() -> set[str]:
-    return {"digits", *tfds.list_builders(with_community_datasets=False)}
+def _kind(name: str):
+    prefix, colon, location = name.partition(":")
+    if not colon or prefix not in _KINDS:
+        return None, ""
+    if not location:
+        raise ValueError(f"{name!r} names no place; write {prefix}:LOCATION, such as {prefix}:/data/images")
+    return _KINDS[prefix], location
