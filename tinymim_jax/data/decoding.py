@@ -10,6 +10,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tinymim_jax.data.jpeg import first_rows
+
 # TurboJPEG turns these into RGB exactly as Pillow does; the rest (CMYK, YCCK) is left to Pillow.
 _FAST_COLORSPACES = ("YCbCr", "RGB", "Gray")
 # More is taken for a decompression bomb, as Pillow does: a few bytes may claim 65535 x 65535 pixels, 12 GB.
@@ -35,16 +37,19 @@ class Undecodable(Exception):
 class Picture:
     """An encoded image whose size is known before, and often without, its being decoded.
 
+    `upright`: see `decode`. `several_views`: more than one part of it will be wanted.
     Raises Undecodable for a damaged file, when made or not before its pixels are asked for.
     """
 
-    def __init__(self, data: bytes, *, upright: bool = False):
+    def __init__(self, data: bytes, *, upright: bool = False, several_views: bool = False):
         with _as_undecodable():
             self._open(data, upright)
+        self._may_leave_rows = self._is_fast and self._orientation == 1 and not several_views
 
     def _open(self, data: bytes, upright: bool) -> None:
         self._data = data
         self._upright = upright
+        self._may_leave_rows = False
         self._decoded: dict[int, np.ndarray] = {}
         self._orientation = _exif_orientation(data) if upright else 1
         self._is_fast = False
@@ -66,7 +71,8 @@ class Picture:
         if isinstance(image, Picture):
             return image
         picture = cls.__new__(cls)
-        picture._decoded, picture._size, picture._is_fast = {1: image}, image.shape[:2], False
+        picture._decoded, picture._size = {1: image}, image.shape[:2]
+        picture._is_fast = picture._may_leave_rows = False
         return picture
 
     @property
@@ -76,18 +82,23 @@ class Picture:
 
     @property
     def reducible(self) -> bool:
-        """Whether `pixels` can be asked for a reduced picture, with pixel 0 of it at the edge of pixel 0 of the whole."""
+        """Whether `pixels` can be asked for a reduced picture, with both beginning at the same edge."""
         # Where a side is no multiple of 8 the last block is a part of one; turning would bring it to the front.
         return self._is_fast and (self._orientation == 1 or not any(side % 8 for side in self._size))
 
-    def pixels(self, reduction: int = 1) -> np.ndarray:
+    def pixels(self, reduction: int = 1, *, rows: int | None = None) -> np.ndarray:
         """RGB, uint8 `[height, width, 3]`; the same array each time, so not to be written to.
 
         reduction: 2, 4 or 8, where `reducible`, gives `ceil(height / reduction)` rows and as few columns, each
             pixel the mean of those it stands for: the decoder leaves the fine detail out, which saves most of its work.
+        rows: how many, before reduction, are wanted from the top; what comes below them may be missing.
         """
-        if reduction not in self._decoded:
-            with _as_undecodable():
+        with _as_undecodable():
+            if self._may_leave_rows and rows is not None and (data := first_rows(self._data, rows)) is not None:
+                self._may_leave_rows = False  # asked once more, it decodes all
+                with contextlib.suppress(ValueError):
+                    return self._decode_fast(reduction, data)
+            if reduction not in self._decoded:
                 self._decoded[reduction] = self._decode(reduction)
         return self._decoded[reduction]
 
@@ -106,12 +117,13 @@ class Picture:
                 return np.repeat(grey[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
 
-    def _decode_fast(self, reduction: int) -> np.ndarray:
+    def _decode_fast(self, reduction: int, shortened: bytearray | None = None) -> np.ndarray:
+        data, strict = (self._data, True) if shortened is None else (shortened, False)
         if reduction == 1:
-            return simplejpeg.decode_jpeg(self._data, "RGB")
-        stored = self._size if self._orientation < 5 else self._size[::-1]
-        height, width = (math.ceil(side / reduction) for side in stored)
-        return simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width)
+            return simplejpeg.decode_jpeg(data, "RGB", strict=strict)
+        sides = simplejpeg.decode_jpeg_header(data, strict=strict)[:2]
+        height, width = (math.ceil(side / reduction) for side in sides)
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, strict=strict)
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ class Rows:
             except Exception:  # readers raise all sorts of them; for the reason, see `failure`
                 continue
             try:
-                picture = Picture(example["image"], upright=self._upright)
+                picture = Picture(example["image"], upright=self._upright, several_views=len(numbers) > 1)
                 for image, n in zip(images, numbers, strict=True):
                     image[:] = self._view(picture, np.random.Generator(philox(self._seed or 0, "view", n)))
             except Undecodable:

@@ -15,7 +15,7 @@ import numpy as np
 from kornia_rs import imgproc
 from PIL import Image
 
-from tinymim_jax.data.decoding import Picture, decode  # noqa: F401
+from tinymim_jax.data.decoding import Picture
 from tinymim_jax.data.randaugment import RandAugment
 
 # Below this many pixels the borders, which kornia weighs in its own way, are too large a part of the result.
@@ -149,9 +149,10 @@ def resized_crop(picture: Picture, box: tuple[int, int, int, int], size: tuple[i
     room = min(height / size[0], width / size[1]) / _REDUCING_GAP
     reduction = next((factor for factor in (8, 4, 2) if factor <= room), 1) if picture.reducible else 1
     if reduction == 1:
-        return resize(picture.pixels()[top : top + height, left : left + width], size)
+        return resize(picture.pixels(rows=top + height)[top : top + height, left : left + width], size)
     corners = (left / reduction, top / reduction, (left + width) / reduction, (top + height) / reduction)
-    return _pillow_resize(picture.pixels(reduction), size, corners)
+    # Pillow's filter reaches a few pixels beyond the corners.
+    return _pillow_resize(picture.pixels(reduction, rows=top + height + 8 * reduction), size, corners)
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
