@@ -29,7 +29,6 @@ from tinymim_jax.metrics import no_averages
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.params_io import save_params
 from tinymim_jax.sharding import make_mesh, place_batch
-from tinymim_jax.startup import start_jax
 from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
 from tinymim_jax.teachers import find_teacher
 
@@ -70,7 +69,6 @@ def step_flops(student: ViT, student_tap: int, teacher: ViT, tap: int) -> float:
 
 def main() -> None:
     options = _parse()
-    start_jax(compile_cache="")
     with tempfile.TemporaryDirectory() as folder:
         experiment, teacher, tap = _experiment(options, Path(folder))
         reference = _Reference(options, experiment, teacher) if options.reference else None

@@ -96,6 +96,12 @@ def test_a_finished_run_is_not_run_again(teacher, data_dir):
     assert (teacher / "metrics.jsonl").read_text() == before
 
 
+def test_what_the_data_lacks_is_said_before_devices_are_taken(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinymim_jax.train.make_mesh", lambda *_: pytest.fail("devices were taken"))
+    with pytest.raises(FileNotFoundError, match="tinymim prepare cifar10"):
+        train(small_config("mae_teacher", "data.source=cifar10"), tmp_path, data_dir=data_dir)
+
+
 def test_another_experiment_in_the_same_workdir_is_refused(teacher, data_dir):
     with pytest.raises(ValueError, match=r"seed: 0 there, 1 here"):
         train(small_config("mae_teacher", "model.heads=4", "seed=1"), teacher, data_dir=data_dir)

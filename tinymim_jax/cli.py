@@ -7,7 +7,8 @@ import pathlib
 import re
 import sys
 
-from tinymim_jax.startup import start_jax, start_logging
+from tinymim_jax import prepare_command
+from tinymim_jax.startup import start_logging, use_compile_cache
 
 # What a user can mend: shown as one message without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
@@ -115,27 +116,20 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(options: argparse.Namespace) -> int:
-    from tinymim_jax.data.sources import prepare
-
-    print(prepare(options.source, data_dir=options.data_dir))
-    return 0
-
-
 def _demo(options: argparse.Namespace) -> int:
     from tinymim_jax.demo import demo
 
-    start_jax(options.compile_cache)
+    use_compile_cache(options.compile_cache)
     demo(options.workdir, seeds=options.seeds, compile_cache=options.compile_cache)
     return 0
 
 
 def _start_jax(options: argparse.Namespace) -> None:
-    """Joins the other processes, then starts jax, before anything touches a device."""
+    """Joins the other processes and turns on the compile cache, before anything touches a device."""
     from tinymim_jax.sharding import initialize_distributed
 
     initialize_distributed()
-    start_jax(options.compile_cache)
+    use_compile_cache(options.compile_cache)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,9 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--output", required=True, metavar="FILE.safetensors")
 
-    prepare = _command(commands, "prepare", _prepare, "write a TFDS data set as ArrayRecord, once")
-    prepare.add_argument("source", help="name of a TFDS classification set, such as imagenet2012 or cifar10; or digits")
-    prepare.add_argument("--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+    prepare = _command(commands, "prepare", prepare_command.run, "write a data set as ArrayRecord, once")
+    prepare_command.add_arguments(prepare)
 
     demo = _command(commands, "demo", _demo, "the whole method on handwritten digits, in minutes on two cores")
     demo.add_argument("--workdir", default="runs/demo", help="where it is kept (default runs/demo)")

@@ -21,7 +21,7 @@ from tinymim_jax.data.sources import open_source
 from tinymim_jax.demo_pictures import draw_losses, draw_relations
 from tinymim_jax.evaluate import evaluate_checkpoint
 from tinymim_jax.params_io import load_params
-from tinymim_jax.startup import start_jax, start_logging
+from tinymim_jax.startup import start_logging, use_compile_cache
 from tinymim_jax.train import train
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
@@ -40,7 +40,7 @@ def demo(workdir: str | pathlib.Path, *, seeds: int = 3, compile_cache: str = ""
     open_source("digits", split="test")  # made here once, not by every process
     spawn = multiprocessing.get_context("spawn")
     processes = min(4, os.cpu_count() or 1)
-    with concurrent.futures.ProcessPoolExecutor(processes, spawn, start_jax, (compile_cache,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn, use_compile_cache, (compile_cache,)) as pool:
         teacher = pool.submit(_run, workdir / "teacher", "mae_teacher")
         direct = pool.submit(_run, workdir / "mae_student", "mae_student")
         arms = {"": _submit_arm(pool, workdir, "", seeds)}

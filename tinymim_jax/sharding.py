@@ -1,5 +1,7 @@
 """Where arrays live: the mesh, one rule for parameters, the batch, and joining a job of several processes."""
 
+import contextlib
+import ctypes
 import functools
 import logging
 import math
@@ -82,6 +84,8 @@ def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     if fsdp < 1 or count % fsdp:
         choices = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise ValueError(f"fsdp={fsdp} does not divide the {count} devices. Choices: {choices}")
+    if devices[0].platform == "cpu":
+        _keep_freed_memory()
     # JAX's default, Explicit axes, breaks flax.linen modules.
     return Mesh(np.asarray(devices).reshape(count // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
@@ -176,3 +180,20 @@ def _warn_unserviced() -> None:
         "JAX was in use before initialize_distributed(): training works, but SIGTERM ends it unsaved. "
         "Call initialize_distributed() first."
     )
+
+
+# mallopt's names for them, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def _keep_freed_memory() -> None:
+    """Has malloc keep what is freed: XLA's CPU client asks for every buffer of every step anew.
+
+    By default glibc maps large ones and unmaps them again, so that each step takes its pages one fault at a time: a
+    fifth of a small distillation step (benchmarks/README.md). Without glibc nothing changes.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(_M_TOP_PAD, 64 << 20)

@@ -1,7 +1,5 @@
-"""What every process of ours does before its first step: logging, the cache of compiled programs, the CPU's memory."""
+"""What every process of ours does before its first step: logging, and the cache of compiled programs."""
 
-import contextlib
-import ctypes
 import logging
 import os
 import sys
@@ -15,32 +13,10 @@ def start_logging(prefix: str = "") -> None:
     logging.getLogger("tinymim_jax").setLevel(logging.INFO)
 
 
-def start_jax(compile_cache: str) -> None:
-    """Keeps compiled programs in folder `compile_cache` for the next run ("" keeps none); settles the backend.
-
-    A job of several processes has joined them before (`sharding.initialize_distributed`).
-    """
+def use_compile_cache(directory: str) -> None:
+    """Keeps compiled programs in `directory` for the next run; "" keeps none."""
     import jax
 
-    if jax.default_backend() == "cpu":
-        _keep_freed_memory()
-    if compile_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compile_cache))
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-# mallopt's names for them, from glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def _keep_freed_memory() -> None:
-    """Has malloc keep what is freed: XLA's CPU client asks for every buffer of every step anew.
-
-    By default glibc maps large ones and unmaps them again, so that each step takes its pages one fault at a time: a
-    fifth of a small distillation step (benchmarks/README.md). Without glibc nothing changes.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
-        libc.mallopt(_M_TOP_PAD, 64 << 20)

@@ -74,8 +74,8 @@ def train(
         log.info("%s is finished; delete it or choose another workdir to run again", workdir)
         return json.loads(finished.read_text())
 
+    experiment = build_experiment(config, data_dir=data_dir)  # whatever the data lacks is said before devices are taken
     mesh = make_mesh(fsdp)
-    experiment = build_experiment(config, data_dir=data_dir)
     _check_batch(experiment, mesh)
     task = experiment.task
     frozen = place_frozen(task.load_frozen(), mesh)
