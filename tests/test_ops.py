@@ -99,7 +99,8 @@ def test_smoothed_cross_entropy_in_closed_form():
     logits = np.float32([[2.0, 0.0, -1.0]])
     log_p = logits[0] - np.log(np.exp(logits[0]).sum())
     want = -(0.9 * log_p[1] + 0.1 * log_p.mean())
-    got = losses.cross_entropy(jnp.asarray(logits), jnp.asarray([1]), smoothing=0.1)
+    targets = losses.soft_targets(jnp.asarray([1]), 3, smoothing=0.1)
+    got = losses.soft_cross_entropy(jnp.asarray(logits), targets)
     np.testing.assert_allclose(got, [want], rtol=1e-6)
 
 

@@ -31,13 +31,6 @@ def masked_pixel_loss(
     return jnp.sum(error * hidden, axis=1) / jnp.sum(hidden, axis=1)
 
 
-def cross_entropy(
-    logits: Float[Array, "batch classes"], labels: Int[Array, "batch"], *, smoothing: float = 0.0
-) -> Float[Array, "batch"]:
-    """Cross-entropy of each example; `smoothing` spreads that share of the label evenly over all classes."""
-    return soft_cross_entropy(logits, soft_targets(labels, logits.shape[-1], smoothing=smoothing))
-
-
 def soft_cross_entropy(
     logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
 ) -> Float[Array, "batch"]:
