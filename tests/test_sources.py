@@ -277,6 +277,14 @@ def test_a_set_without_images_is_refused(copied_digits):
         open_source("digits", split="train", data_dir=copied_digits.parent.parent)
 
 
+def test_a_lost_shard_is_missed_when_the_set_is_opened(copied_digits):
+    lost = next(copied_digits.glob("digits/*/digits-train*"))
+    lost.unlink()
+    assert len(open_source("digits", split="test", data_dir=copied_digits)) == 500
+    with pytest.raises(FileNotFoundError, match=f"lacks 1 of the 1 files of split 'train\\[:10\\]'.*{lost.name}"):
+        open_source("digits", split="train[:10]", data_dir=copied_digits)
+
+
 def test_a_set_without_labels_opens(copied_digits):
     features = (copied_digits / "features.json").read_text()
     (copied_digits / "features.json").write_text(features.replace('"label"', '"digit"'))

@@ -76,6 +76,7 @@ class TfdsSource(Source):
         _check_images(name, builder)
         _check_random_access(name, builder, Path(directory))
         _check_split(name, builder, split)
+        _check_shards(name, builder, split)
         features = builder.info.features
         self.name = name
         self.split = split
@@ -205,6 +206,17 @@ def _check_split(name: str, builder: tfds.core.DatasetBuilder, split: str) -> No
         ) from error
     if count == 0:
         raise ValueError(f"split={split!r} of {name!r} holds no example; choices: {choices}")
+
+
+def _check_shards(name: str, builder: tfds.core.DatasetBuilder, split: str) -> None:
+    """Files are opened when a record is first read: of one that is missing we want to hear before the run starts."""
+    paths = [Path(part.filename) for part in builder.info.splits[split].file_instructions]
+    lost = [path for path in paths if not path.is_file() or not os.access(path, os.R_OK)]
+    if lost:
+        raise FileNotFoundError(
+            f"{name!r} lacks {len(lost)} of the {len(paths)} files of split {split!r}, or they cannot be read: {lost[0]}"
+            f"{' and others' if len(lost) > 1 else ''}; copy them again, or remove the set and prepare it anew"
+        )
 
 
 def _missing(name: str, root: Path) -> Exception:
