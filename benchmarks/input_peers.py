@@ -88,6 +88,32 @@ def published_one_view(folder: str, size: int, data_dir: str):
     return published(folder, size, data_dir, views=1)
 
 
+def torchvision(folder: str, size: int, data_dir: str):
+    """The authors' transforms, with torchvision itself."""
+    import torch
+    from PIL import Image
+    from torchvision import transforms
+
+    torch.set_num_threads(1)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    shared = transforms.Compose(
+        [transforms.RandomResizedCrop(size, SCALE, RATIO, bicubic), transforms.RandomHorizontalFlip()]
+    )
+    clean = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    jittered = transforms.Compose([transforms.ColorJitter(0.4, 0.4, 0.4), clean])
+
+    def run(count: int) -> int:
+        for start in range(0, count, BATCH):
+            opened = (Image.open(io.BytesIO(files[i % len(files)])) for i in range(start, start + BATCH))
+            images = [shared(image.convert("RGB")) for image in opened]
+            torch.stack([clean(image) for image in images])
+            torch.stack([jittered(image) for image in images])
+        return count
+
+    files = files_of(folder)
+    return run
+
+
 def tf_antialiased(folder: str, size: int, data_dir: str, antialias: bool = True):
     """tf.data: only the crop is decoded; bicubic, antialiased; uint8."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -162,7 +188,16 @@ def ours_prepared(folder: str, size: int, data_dir: str):
 
 PEERS = {
     peer.__name__: peer
-    for peer in (bare_decode, published, published_one_view, tf_antialiased, tf_aliased, ours, ours_prepared)
+    for peer in (
+        bare_decode,
+        published,
+        published_one_view,
+        torchvision,
+        tf_antialiased,
+        tf_aliased,
+        ours,
+        ours_prepared,
+    )
 }
 
 

@@ -29,6 +29,8 @@ RATIOS = {
     "ours / published": ("ours", "published"),
     "ours prepared / published": ("ours_prepared", "published"),
     "ours / published, one view": ("ours", "published_one_view"),
+    "ours / torchvision": ("ours", "torchvision"),
+    "ours prepared / torchvision": ("ours_prepared", "torchvision"),
     "ours / tf.data antialiased": ("ours", "tf_antialiased"),
     "ours / tf.data aliased": ("ours", "tf_aliased"),
     "ours / bare decode": ("ours", "bare_decode"),
@@ -90,6 +92,8 @@ class _Peer:
 def _rates(options: argparse.Namespace, folder: Path, data_dir: str) -> dict[str, list[float]]:
     names = ["bare_decode", "published", "published_one_view", "ours", "ours_prepared"]
     pythons = dict.fromkeys(names, sys.executable)
+    if options.torch_python:
+        pythons["torchvision"] = options.torch_python
     if options.tensorflow_python:
         pythons |= dict.fromkeys(("tf_antialiased", "tf_aliased"), options.tensorflow_python)
     peers = {name: _Peer(name, python, folder, options.size, data_dir) for name, python in pythons.items()}
@@ -172,6 +176,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1000, help="in each round (default 1000)")
     parser.add_argument("--repeat", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--memory_images", type=int, default=20_000, help="for the memory figure (default 20000)")
+    parser.add_argument("--torch_python", metavar="FILE", help="a Python with torchvision, for the authors' transforms")
     parser.add_argument("--tensorflow_python", metavar="FILE", help="a Python with tensorflow-cpu, for tf.data")
     return parser.parse_args()
 
