@@ -75,22 +75,23 @@ def _write(options: argparse.Namespace) -> int:
     from tinymim_jax.data.prepare import prepare_images, read_report
     from tinymim_jax.data.prepare_report import table
     from tinymim_jax.data.prepare_shards import Conversion
-    from tinymim_jax.data.prepare_workers import GO_ON, Terminated
+    from tinymim_jax.data.prepare_workers import GO_ON, Terminated, terminable
 
     given = {key: getattr(options, key) for key in _OUTPUT_OPTIONS if getattr(options, key) is not None}
     conversion = Conversion(**{key: given.pop(key) for key in ("short_side", "quality", "upright") if key in given})
     given["set_name"] = given.pop("name", None)
     try:
-        folder = prepare_images(
-            options.source,
-            output=options.output,
-            data_dir=options.data_dir,
-            conversion=conversion,
-            on_progress=_log_progress,
-            **given,
-        )
-    except Terminated as stop:
-        log.warning("%s", stop)
+        with terminable():
+            folder = prepare_images(
+                options.source,
+                output=options.output,
+                data_dir=options.data_dir,
+                conversion=conversion,
+                on_progress=_log_progress,
+                **given,
+            )
+    except Terminated:
+        log.warning("stopped by SIGTERM; %s", GO_ON)
         return EXIT_TERMINATED
     except KeyboardInterrupt:
         log.warning("interrupted; %s", GO_ON)

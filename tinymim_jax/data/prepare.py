@@ -98,7 +98,7 @@ def write_set(
         ValueError: a mistaken argument; a set, begun or finished, of this name but made otherwise.
         RuntimeError: another process is writing this set; too many images rejected; a worker died.
         OSError: a shard cannot be written, for one because the disk is full.
-        Terminated, KeyboardInterrupt: SIGTERM or SIGINT arrived.
+        KeyboardInterrupt, Terminated (see `prepare_workers.terminable`): the workers have ended by then.
     """
     class_names = _check(sources, name, shard_images, max_rejected, workers)
     workers = (os.cpu_count() or 1) if workers is None else workers

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymim_jax.data.examples import Source
-from tinymim_jax.data.prepare_shards import Conversion, Shard, write_json
+from tinymim_jax.data.prepare_shards import Conversion, Shard, raise_if_of_the_machine, write_json
 
 VERSION = "1.0.0"
 SIDECARS, LOCK, SETTINGS = "sidecars", "prepare.lock", "prepare.json"
@@ -45,6 +45,7 @@ def _digest(sources: dict[str, Source]) -> str:
                 record = source[index]
                 content = hashlib.sha256(record["image"]).hexdigest() + f" {record['label']}"
             except Exception as error:
+                raise_if_of_the_machine(error)
                 content = type(error).__name__
             digest.update(f"{index} {content}\n".encode())
     return digest.hexdigest()

@@ -139,9 +139,10 @@ def write_shard(source: Source, shard: Shard, conversion: Conversion, on_image: 
             for index in range(shard.first, shard.last):
                 example, read = _example(source, index, conversion, account)
                 if example is not None:
-                    record = serializer.serialize_example(features.encode_example(example))
+                    record = serializer.get_tf_example(features.encode_example(example))
                     with _writing(shard.path):
-                        writer.write(record)
+                        # The order of a map's entries differs from one process to the next, unless asked not to.
+                        writer.write(record.SerializeToString(deterministic=True))
                 on_image(read)
         except BaseException:
             with contextlib.suppress(RuntimeError):  # the first error is the one to tell
@@ -189,6 +190,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def raise_if_of_the_machine(error: Exception) -> None:
+    """Raises what says nothing about a record: that memory or open files ran out, or a file server went away."""
+    for each in (error, error.__cause__):
+        if isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno in _MACHINE_ERRORS):
+            raise error
+
+
 class _Account:
     """What a sidecar tells of a shard."""
 
@@ -232,7 +240,7 @@ def _example(
             raise ValueError(f"label {label} is none of the {source.classes} classes")
         converted = convert(data, conversion)
     except Exception as error:
-        _raise_if_of_the_machine(error)
+        raise_if_of_the_machine(error)
         account.list("rejected", index, description, _reason(error, data))
         return None, len(data)
     if converted.warning:
@@ -240,12 +248,6 @@ def _example(
     account.add(label, data, converted)
     example = {"image": io.BytesIO(converted.data), "file_name": description}
     return example | ({"label": label} if source.classes else {}), len(data)
-
-
-def _raise_if_of_the_machine(error: BaseException) -> None:
-    for each in (error, error.__cause__):
-        if isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno in _MACHINE_ERRORS):
-            raise error
 
 
 def _reason(error: Exception, data: bytes) -> str:

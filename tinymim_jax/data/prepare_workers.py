@@ -20,8 +20,8 @@ _POLL_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Terminated(Exception):
-    """SIGTERM asked for the end, which came without loss."""
+class Terminated(BaseException):
+    """SIGTERM arrived inside `terminable`: for SIGTERM what KeyboardInterrupt is for SIGINT."""
 
 
 class Progress(NamedTuple):
@@ -52,7 +52,7 @@ def write_shards(
     Raises:
         OSError: a shard cannot be written.
         RuntimeError: a worker died.
-        Terminated: SIGTERM arrived; KeyboardInterrupt likewise on SIGINT. The workers have ended by then.
+        KeyboardInterrupt, Terminated: the workers have ended by then.
     """
     context = multiprocessing.get_context("spawn")
     # Without locks, which a worker that is killed would take with it: each shard has one place, and one writer.
@@ -69,32 +69,43 @@ def write_shards(
         )
     total = done_before + sum(shard.last - shard.first for shard in shards)
     started = told = time.monotonic()
-    with _sigterm_noted(board.stop):
-        try:
-            with _signals_held():
-                pending = {pool.submit(_work, shard, place): shard for shard, place in places.items()}
-            while pending:
-                done, _ = concurrent.futures.wait(
-                    pending, timeout=_POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                if board.stop.value:
-                    raise Terminated(f"stopped by SIGTERM; {GO_ON}")
-                for future in done:
-                    future.result()
-                    on_shard(pending.pop(future))
-                now = time.monotonic()
-                if on_progress is not None and (now - told >= seconds_between or not pending):
-                    images = sum(board.images)
-                    on_progress(Progress(done_before + images, total, sum(board.bytes), images / (now - started)))
-                    told = now
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process died without a word; the usual cause is that memory ran out (then take fewer "
-                f"--workers), another a script that prepares outside `if __name__ == '__main__':`. Then {GO_ON}"
-            ) from error
-        finally:
-            board.stop.value = 1
-            pool.shutdown(wait=True, cancel_futures=True)
+    try:
+        with _signals_held():
+            pending = {pool.submit(_work, shard, place): shard for shard, place in places.items()}
+        while pending:
+            done, _ = concurrent.futures.wait(
+                pending, timeout=_POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                future.result()
+                on_shard(pending.pop(future))
+            now = time.monotonic()
+            if on_progress is not None and (now - told >= seconds_between or not pending):
+                images = sum(board.images)
+                on_progress(Progress(done_before + images, total, sum(board.bytes), images / (now - started)))
+                told = now
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a worker process died without a word; the usual cause is that memory ran out (then take fewer "
+            f"--workers), another a script that prepares outside `if __name__ == '__main__':`. Then {GO_ON}"
+        ) from error
+    finally:
+        board.stop.value = 1
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated inside; for the main thread alone."""
+
+    def stop(*_):
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class _Board(NamedTuple):
@@ -147,19 +158,6 @@ def _work(shard: Shard, place: int) -> None:
         board.bytes[place] += bytes_read
 
     write_shard(sources[shard.split], shard, conversion, count)
-
-
-@contextlib.contextmanager
-def _sigterm_noted(stop) -> Iterator[None]:
-    """SIGTERM sets `stop`, which workers see at their next image; elsewhere than in a main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(stop, "value", 1))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager
