@@ -46,7 +46,7 @@ def main() -> None:
         result = {
             "images_per_second": {name: round(statistics.median(values), 1) for name, values in rates.items()},
             "ratios": _ratios(rates),
-            **_scaling(folder, options.size, options.images),
+            **_scaling(folder, options.size, options.images, options.repeat),
             **_memory(folder, options.size, options.memory_images),
         }
     print(json.dumps(result))
@@ -113,11 +113,11 @@ def _ratios(rates: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def _scaling(folder: Path, size: int, images: int) -> dict:
+def _scaling(folder: Path, size: int, images: int, repeat: int) -> dict:
     """Images per second of one and of two worker processes of one thread each, on as many cores."""
     rates = {1: [], 2: []}
     source = open_source(f"folder:{folder}", split="all")
-    for _ in range(3):
+    for _ in range(repeat):
         for workers in rates:
             with train_batches(
                 source, augment=Augment(size), batch_size=50, seed=0, workers=workers, threads=1, prefetch=1
@@ -147,7 +147,7 @@ def _memory(folder: Path, size: int, images: int) -> dict:
             if step % 5 == 0 and step * 100 >= images // 10:
                 sizes.append(_proportional_set_size())
     _say(f"memory over {images} images: {min(sizes) >> 20} to {max(sizes) >> 20} MiB")
-    quarter = len(sizes) // 4
+    quarter = max(1, len(sizes) // 4)
     first, last = statistics.median(sizes[:quarter]), statistics.median(sizes[-quarter:])
     return {
         "memory_images": images,

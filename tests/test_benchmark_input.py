@@ -1,0 +1,43 @@
+"""benchmarks/input_pipeline.py runs as its README says, and its ratios are those of its rates."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    photo = Image.fromarray(pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg"))
+    folder = tmp_path_factory.mktemp("photos")
+    for number, width in enumerate((640, 500, 300)):
+        photo.resize((width, width * 2 // 3)).save(folder / f"{number}.jpg", quality=90)
+    command = [sys.executable, ROOT / "benchmarks" / "input_pipeline.py", "--data", folder, "--size", "96"]
+    command += ["--images", "50", "--repeat", "1", "--memory_images", "1000"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_every_way_is_timed(result):
+    rates = result["images_per_second"]
+    assert set(rates) == {"bare_decode", "published", "published_one_view", "ours", "ours_prepared"}
+    assert all(rate > 0 for rate in rates.values())
+
+
+def test_ratios_are_of_these_rates(result):
+    rates, ratios = result["images_per_second"], result["ratios"]
+    assert ratios["ours / published"] == pytest.approx(rates["ours"] / rates["published"], rel=0.01)
+    assert not any("tf.data" in name or "torchvision" in name for name in ratios)  # not asked for
+
+
+def test_workers_and_memory_are_measured(result):
+    assert set(result["workers"]) == {"1", "2"}
+    least, most = result["memory_bytes"]
+    assert 2**26 < least <= most < 2**33
+    assert result["memory_images"] == 1000
