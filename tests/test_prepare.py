@@ -6,6 +6,7 @@ import io
 import logging
 import multiprocessing
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -64,6 +65,11 @@ class Photographs(Source):
         if isinstance(file, Exception):
             raise file
         return {"image": b"" if file == "empty" else file, "label": label}
+
+
+class Masked(Photographs):
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"mask": b""}
 
 
 class Deadly(Photographs):
@@ -374,6 +380,7 @@ def test_a_second_process_is_refused(tmp_path):
         ({"train[:50%]": Photographs(3)}, {}, "whole splits only"),
         ({"train": Photographs(0)}, {}, "holds no image"),
         ({}, {}, "no split"),
+        ({"train": Masked(3)}, {}, "masks would be lost"),
         ({"a": Photographs(3), "b": Photographs(3, class_names=("x", "y", "z"))}, {}, "the same classes"),
     ],
 )
@@ -431,7 +438,10 @@ def test_no_interruption_shows_in_the_result(pets, tmp_path):
         process = start(command(pets, tmp_path / "disturbed"))
         wait_for_shards(process, scratch, 2, before=count)
         time.sleep(rng.uniform(0, 0.1))
-        os.killpg(process.pid, number)
+        if count < 6:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)  # to it alone: its workers must end with it, who hold its output open
         out, _ = process.communicate(timeout=30)
         count = wait_for_shards(process, scratch, 0, before=0)
         assert process.returncode == status, out
@@ -478,6 +488,27 @@ def test_the_command_takes_every_option(capsys, data_dir, tmp_path):
     assert read_report(tmp_path / "eight" / "1.0.0")["settings"]["quality"] == 80
     code, again, err = run(capsys, *words, "--splits", "test", "--quality", 80, "--short_side", 4)
     assert (code, again) == (0, out[out.index("test:") :])  # done already: the same report
+
+
+def test_the_commands_of_the_docs_run(capsys, data_dir, tmp_path, monkeypatch):
+    """As written, but for where things lie, and with the digits for ImageNet."""
+    monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
+    for index in range(6):
+        path = tmp_path / "data" / "pets" / ("cat", "dog")[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(photograph(20, 20, index), "PNG"))
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    for text in (readme, prepare_command._EPILOG):
+        lines = {line.split(" #")[0].strip() for line in text.splitlines()}
+        lines = sorted(line for line in lines if line.startswith("tinymim prepare") and "--output" in line)
+        assert len(lines) == 2
+        for line in lines:
+            line = line.replace("/data/", f"{tmp_path}/data/").replace("imagenet2012", "digits")
+            code, _, err = run(capsys, *line.split()[2:], "--workers", 0)
+            assert code == 0, err
+    assert sorted(os.listdir(tmp_path / "data" / "sets")) == ["digits_256", "pets"]
+    opened = open_source("pets", split="train", data_dir=tmp_path / "data" / "sets")
+    assert (len(opened), opened.class_names) == (6, ("cat", "dog"))
 
 
 def test_options_of_output_need_it(capsys):

@@ -5,6 +5,7 @@ looks whole is whole. Shards are fixed ranges of record indices, so the bytes wr
 workers nor on interruptions. Nothing here needs TensorFlow.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -175,6 +176,9 @@ def _check(sources, name, shard_images, max_rejected, workers) -> tuple[str, ...
             raise ValueError(f"split={split!r} becomes part of file names: whole splits only, such as 'train'")
         if not len(source):
             raise ValueError(f"split={split!r} of {source.name!r} holds no image; leave it out with --splits")
+        with contextlib.suppress(OSError):  # it is for later to say that it cannot be read
+            if "mask" in source[0]:
+                raise ValueError(f"{source.name!r} is a segmentation set: its masks would be lost")
     if not sources:
         raise ValueError("no split was named")
     class_names = {source.class_names for source in sources.values()}
