@@ -16,6 +16,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Indexes of the images that tests make; worker processes look here as well.
+if "TINYMIM_CACHE" not in os.environ:
+    _INDEXES = tempfile.TemporaryDirectory(prefix="tinymim-tests-")
+    os.environ["TINYMIM_CACHE"] = _INDEXES.name
+
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook

@@ -51,6 +51,11 @@ def absolute(path: str) -> str:
     return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def bare(path: str) -> str:
+    """For comparing: a URL without its scheme, which may be written in several ways; a local path as it is."""
+    return path.split("://")[-1].lstrip("/") if is_remote(path) else path
+
+
 def is_folder(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
@@ -129,7 +134,14 @@ def matches(pattern: str) -> list[str]:
             return [pattern]
         return sorted(glob.glob(pattern, recursive=True))
     filesystem, inner = _filesystem(pattern)
+    if filesystem.exists(inner):
+        return [pattern]
     return sorted(filesystem.unstrip_protocol(path) for path in filesystem.glob(inner))
+
+
+def as_pattern(path: str) -> str:
+    """A pattern that stands for what `path` does, and goes on: brackets in a path that exists are no pattern."""
+    return glob.escape(path) if matches(path) == [path] else path
 
 
 def status(path: str) -> File:

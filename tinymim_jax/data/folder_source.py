@@ -40,8 +40,8 @@ def split_names(location: str) -> list[str]:
     before, marker, after = files.absolute(location).partition("{split}")
     if marker:
         found = files.matches(f"{before}*{after}")
-        pattern = re.compile(re.escape(before.split("://")[-1]) + r"([\w-]+)" + re.escape(after))
-        names = [match[1] for path in found if (match := pattern.fullmatch(path.split("://")[-1]))]
+        pattern = re.compile(re.escape(files.bare(before)) + r"([\w-]+)" + re.escape(after))
+        names = [match[1] for path in found if (match := pattern.fullmatch(files.bare(path)))]
         if not names:
             raise FileNotFoundError(f"there is no folder {before}*{after}")
         return names
@@ -129,9 +129,10 @@ def _versions(root: str, folders: list[str]) -> dict[str, str]:
 
 
 def _cached(root: str, versions, found: dict[str, list[str]] | None = None) -> Index:
-    return cached(
-        ["folder", root, versions], lambda: _records(root, dict(files.walk(root)) if found is None else found)
-    )
+    def build() -> Records:
+        return _records(root, dict(files.walk(root)) if found is None else found)
+
+    return cached(root, ["folder", root, versions], build)
 
 
 def _records(root: str, found: dict[str, list[str]]) -> Records:

@@ -103,8 +103,10 @@ def cache_folder() -> Path:
     return Path(root).expanduser().absolute() / "index"
 
 
-def cached(fingerprint: Any, build: Callable[[], Records]) -> Index:
+def cached(what: str, fingerprint: Any, build: Callable[[], Records]) -> Index:
     """The index made before under the same fingerprint (anything that JSON can hold), or a new one.
+
+    `what` is what an error calls the set.
 
     Raises ValueError where there is no record, OSError where the cache folder cannot be written.
     """
@@ -113,7 +115,7 @@ def cached(fingerprint: Any, build: Callable[[], Records]) -> Index:
     if not (folder / "meta.json").is_file():
         records = build()
         if not len(records):
-            raise ValueError("there is no image")
+            raise ValueError(f"{what} holds no image")
         _write(folder, records)
     return Index(folder)
 

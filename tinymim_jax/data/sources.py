@@ -5,7 +5,7 @@ TensorFlow is never imported for reading.
 
 import os
 
-from tinymim_jax.data import folder_source
+from tinymim_jax.data import array_record_source, folder_source, parquet_source, tar_source
 from tinymim_jax.data.examples import Source, balanced_subset
 from tinymim_jax.data.files import raise_open_file_limit
 from tinymim_jax.data.splits import open_parts
@@ -16,6 +16,9 @@ __all__ = ["open_source", "prepare", "splits"]
 # Each has open_split(name, location, split) -> Source and split_names(location) -> list of str.
 _KINDS = {
     "folder": folder_source,
+    "tar": tar_source,
+    "parquet": parquet_source,
+    "array_record": array_record_source,
 }
 
 
@@ -34,14 +37,24 @@ def open_source(
             `digits`, which is prepared on first use, or a TFDS set that `tinymim prepare` has prepared, with config
                 and version if wanted: `imagenet2012`, `imagenet_a:0.1.0`. It needs images; labels are of use;
             `folder:LOCATION`, image files: the first folder is the class, as in torchvision's ImageFolder, or
-                there are no folders and no classes.
+                there are no folders and no classes. Hidden files are left out;
+            `tar:LOCATION`, WebDataset's shards: `key.jpg` with `key.cls` or `key.json` (`{"label": 3}`), or without;
+            `parquet:LOCATION`, as Hugging Face keeps images: columns are found by its metadata, or by name
+                (`image`, `img` or `jpg`; `label`, `labels` or `fine_label`);
+            `array_record:LOCATION`, of image files, or of tf.train.Examples with `image` or `image/encoded`, and
+                `label` or `image/class/label`.
+            In LOCATION `{split}` stands for the split's name. Otherwise the split is the folder LOCATION/SPLIT, or
+            the files LOCATION/SPLIT-* and LOCATION/SPLIT.*; `all` is everything there. Patterns (`*`) and URLs that
+            fsspec knows (`gs://`) are allowed, but URLs not for ArrayRecord. Class names of tar and ArrayRecord
+            files are the lines of `classes.txt` beside them, or numbers.
         split: a split or parts of some, in TFDS's syntax: `train`, `train[:90%]`, `train[1000:]+test`.
         data_dir: where TFDS keeps its sets; by default `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
         examples: keep only so many, the same number of each class (see `balanced_subset`).
         seed: decides which examples those are.
 
     Raises:
-        FileNotFoundError: nothing at LOCATION; or the TFDS set is known but not prepared under `data_dir`.
+        FileNotFoundError: nothing at LOCATION, or a shard of a numbered set is missing; or the TFDS set is known but
+            not prepared under `data_dir`.
         OSError: a folder or file cannot be read.
         ValueError: unknown set or split, no images, a format without random access, or more `examples` than the
             split can give.
