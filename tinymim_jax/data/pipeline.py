@@ -15,10 +15,6 @@ repeated source. The step number alone is the position; no iterator state is eve
 """
 
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 import weakref
 from collections.abc import Iterator
 
@@ -29,6 +25,7 @@ from absl import flags
 from tinymim_jax.data.examples import Source
 from tinymim_jax.data.rows import Rows
 from tinymim_jax.data.transforms import View
+from tinymim_jax.data.worker import settle_in
 
 log = logging.getLogger(__name__)
 
@@ -208,17 +205,4 @@ def _read_ahead(rows: Rows, first_part: int, workers: int, threads: int, prefetc
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
     del worker_index, worker_count
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # or kornia starts a thread per core, in every worker
-    # A cluster's SIGTERM, like Ctrl-C, reaches the whole process group, but the main process may still want
-    # batches on its way to a checkpoint. It ends its workers itself.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    # A main process that is killed, or leaves by os._exit, cannot end its workers: they would stay for ever.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    settle_in()

@@ -3,9 +3,7 @@
 import concurrent.futures
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tinymim_jax.data.examples import Source
 from tinymim_jax.data.prepare_shards import Conversion, Shard, Stopped, write_shard
+from tinymim_jax.data.worker import settle_in
 
 GO_ON = "run the same command again to go on: finished shards are kept"
 _POLL_SECONDS = 0.2
@@ -131,20 +130,9 @@ def _start(sources: dict[str, Source], conversion: Conversion, board: _Board) ->
 
 
 def _start_process(sources: dict[str, Source], conversion: Conversion, board: _Board) -> None:
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")
-    # Both reach the whole process group; whoever started this process tells it when to end.
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    settle_in()
     warnings.simplefilter("ignore")  # Pillow's, about odd files: what matters of them is in the report
     _start(sources, conversion, board)
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(shard: Shard, place: int) -> None:

@@ -214,8 +214,8 @@ def _check_shards(name: str, builder: tfds.core.DatasetBuilder, split: str) -> N
     lost = [path for path in paths if not path.is_file() or not os.access(path, os.R_OK)]
     if lost:
         raise FileNotFoundError(
-            f"{name!r} lacks {len(lost)} of the {len(paths)} files of split {split!r}, or they cannot be read: {lost[0]}"
-            f"{' and others' if len(lost) > 1 else ''}; copy them again, or remove the set and prepare it anew"
+            f"{name!r} lacks {len(lost)} of the {len(paths)} files of split {split!r}, or they cannot be read: "
+            f"{lost[0]}{' and others' if len(lost) > 1 else ''}; copy them again, or remove the set and prepare it anew"
         )
 
 
