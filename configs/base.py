@@ -33,7 +33,7 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory
 
     config.data = ml_collections.ConfigDict()
-    config.data.source = "imagenet2012"  # any TFDS classification set, or "digits"
+    config.data.source = "imagenet2012"  # a TFDS set, "digits", or folder: | tar: | parquet: | array_record:LOCATION
     config.data.train_split = "train"
     config.data.eval_split = "validation"
     config.data.examples = 0  # train on this many, evenly over the classes; 0: all

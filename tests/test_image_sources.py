@@ -18,6 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from runs import small_config
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tinymim_jax.data import files, folder_source, index, parquet_source
@@ -25,6 +26,7 @@ from tinymim_jax.data.examples import balanced_subset
 from tinymim_jax.data.pipeline import train_batches
 from tinymim_jax.data.sources import open_source, splits
 from tinymim_jax.data.transforms import EvalView
+from tinymim_jax.experiment import build_experiment
 
 
 def picture(number: int, kind: str = "PNG") -> bytes:
@@ -727,3 +729,34 @@ def test_workers_read_a_folder(tmp_path):
             assert theirs["valid"].all()
             for key, values in ours.items():
                 np.testing.assert_array_equal(values, theirs[key])
+
+
+def test_a_subset_of_a_set_without_labels(kind, tmp_path):
+    WRITERS[kind](tmp_path, "train", UNLABELLED)
+
+    def images(seed):
+        source = open_source(f"{kind}:{tmp_path}", split="train", examples=5, seed=seed)
+        return [example["image"] for example in source]
+
+    assert len(set(images(0))) == 5
+    assert images(0) == images(0) != images(1)
+
+
+def test_experiments_need_labels_that_mean_the_same(tmp_path):
+    for split in ("train", "val"):
+        write_folder(tmp_path, split, LABELLED)
+        write_folder(tmp_path / "flat", split, UNLABELLED)
+
+    def build(experiment, source, evaluated="val"):
+        splits = ("data.train_split=train", f"data.eval_split={evaluated}", "data.examples=0")
+        return build_experiment(small_config(experiment, f"data.source=folder:{source}", *splits))
+
+    assert build("finetune", tmp_path).task.model["classifier"]["classes"] == 3
+    assert build("mae_student", tmp_path / "flat").train_source.classes == 0
+    with pytest.raises(ValueError, match="has no labels to classify by"):
+        build("finetune", tmp_path / "flat")
+    with pytest.raises(ValueError, match=r"data.eval_split='flat/val' of .* has no labels to count by"):
+        build("finetune", tmp_path, "flat/val")
+    (tmp_path / "val" / "aardvark").mkdir()
+    with pytest.raises(ValueError, match=r"3 classes, .*'val' 4, and they differ in \['aardvark'\]"):
+        build("finetune", tmp_path)

@@ -50,6 +50,7 @@ def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Expe
         seed=config.seed,
     )
     eval_source = open_source(data.source, split=data.eval_split, data_dir=data_dir)
+    _check_classes(config, train_source, eval_source)
     batch_size = config.train.batch_size
     if batch_size % config.train.accumulate:
         raise ValueError(
@@ -73,6 +74,22 @@ def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Expe
         eval_every=in_steps(config.train.eval_every, "train.eval_every"),
         schedule=optim.warmup_cosine(peak, warmup_steps, total_steps, config.optim.final_lr),
     )
+
+
+def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source) -> None:
+    """A label must mean the same in both splits: of folders, one class that has none changes all that follow."""
+    trained, evaluated = train_source.class_names, eval_source.class_names
+    if trained and evaluated != trained[: len(evaluated)]:
+        only = sorted(set(trained) ^ set(evaluated))[:5] or "their order"
+        raise ValueError(
+            f"data.train_split={config.data.train_split!r} has {len(trained)} classes, data.eval_split="
+            f"{config.data.eval_split!r} {len(evaluated)}, and they differ in {only}; give both the same ones, empty "
+            "where there are no images"
+        )
+    if config.task == "classify" and trained and not evaluated:
+        raise ValueError(
+            f"data.eval_split={config.data.eval_split!r} of {config.data.source!r} has no labels to count by"
+        )
 
 
 def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> optax.GradientTransformation:

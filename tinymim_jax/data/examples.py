@@ -71,13 +71,17 @@ class Subset(Source):
 def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
     """`examples` records of `source`: `examples // classes` of each class or one more, a function of `seed`.
 
+    Of a source without classes, any.
+
     Records are read in a seeded order, and only until every class has its share: 1 % of ImageNet costs
     a few per cent of it. Raises ValueError where a class has too few.
     """
     if not 0 < examples <= len(source):
         raise ValueError(f"examples={examples}: {source.name}/{source.split} can give 1 to {len(source)}")
-    share, spare = divmod(examples, source.classes)
     order = permutation(len(source), philox(seed, "subset"))
+    if source.classes == 0:
+        return Subset(source, np.sort(order[:examples]))
+    share, spare = divmod(examples, source.classes)
     chosen: list[int] = []
     counts: collections.Counter[int] = collections.Counter()
     for index in map(int, order):

@@ -34,7 +34,7 @@ def open_split(name: str, location: str, split: str) -> Source:
     if largest > _LARGE_GROUP:
         log.warning(
             "%s keeps its images in row groups of up to %d MB, and each image that is asked for takes one: slow when "
-            "shuffled. Writing the set once by `tinymim prepare %s` makes it fast",
+            "shuffled. Writing the set anew by `tinymim prepare %s --output DIR` makes it fast",
             name,
             largest // 2**20,
             name,

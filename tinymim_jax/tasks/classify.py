@@ -27,7 +27,12 @@ OFFICIAL_HEADS = {192: 3, 384: 6, 768: 12}
 
 
 def build(config: ConfigDict, classes: int) -> Task:
-    """The task of `config` for a data set of so many classes."""
+    """The task of `config` for a data set of so many classes. Raises ValueError where it has none."""
+    if classes == 0:
+        raise ValueError(
+            f"data.source={config.data.source!r} has no labels to classify by: choose a labelled set, or a task that "
+            "needs none: mae, distill"
+        )
     classify = config.classify
     loaded = load(config.init) if config.init else None
     encoder = _encoder(config, loaded)
