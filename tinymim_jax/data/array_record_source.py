@@ -31,7 +31,9 @@ def open_split(name: str, location: str, split: str) -> Source:
             "that path, or copy the files"
         )
     found = shards.find(FORMAT, name, location, split)
-    return ArrayRecordSource(name, split, cached(f"{name}/{split}", ["array_record", *found], lambda: _records(found)))
+    return ArrayRecordSource(
+        name, split, cached(f"{name}/{split}", shards.fingerprint(FORMAT, found), lambda: _records(found))
+    )
 
 
 def split_names(location: str) -> list[str]:

@@ -29,7 +29,7 @@ _LARGE_GROUP = 32 * 2**20
 def open_split(name: str, location: str, split: str) -> Source:
     """A whole split of the files at `location`; for the rules and the errors see `sources.open_source`."""
     found = shards.find(FORMAT, name, location, split)
-    index = cached(f"{name}/{split}", ["parquet", *found], lambda: _records(found))
+    index = cached(f"{name}/{split}", shards.fingerprint(FORMAT, found), lambda: _records(found))
     largest = int(index.sizes.max())
     if largest > _LARGE_GROUP:
         log.warning(

@@ -80,9 +80,18 @@ def split_names(form: Format, location: str) -> list[str]:
     return sorted(names) if names and "" not in names else [ALL]
 
 
-def class_names(folder_of: str, count: int) -> list[str]:
-    """Names of `count` classes: the lines of `classes.txt` beside the file `folder_of`, or their numbers."""
-    path = files.join(folder_of.rsplit("/", 1)[0], "classes.txt")
+def fingerprint(form: Format, found: list[File]) -> list:
+    """What an index of these files depends on."""
+    try:
+        named = [files.status(_names_file(found[0].path))]
+    except FileNotFoundError:
+        named = []
+    return [form.kind, found, named]
+
+
+def class_names(first: str, count: int) -> list[str]:
+    """Names of `count` classes: the lines of `classes.txt` beside the file `first`, or their numbers."""
+    path = _names_file(first)
     try:
         names = files.read(path).decode().split("\n")
     except FileNotFoundError:
@@ -93,6 +102,10 @@ def class_names(folder_of: str, count: int) -> list[str]:
     if len(names) < count:
         raise ValueError(f"{path} names {len(names)} classes, but labels go up to {count - 1}")
     return names
+
+
+def _names_file(first: str) -> str:
+    return files.join(first.rsplit("/", 1)[0], "classes.txt")
 
 
 def _expand(form: Format, pattern: str) -> list[str]:

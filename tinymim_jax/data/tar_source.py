@@ -28,7 +28,7 @@ _NO_LABEL = -(2**31)  # while indexing: a sample that says nothing of a label
 def open_split(name: str, location: str, split: str) -> Source:
     """A whole split of the shards at `location`; for the rules and the errors see `sources.open_source`."""
     found = shards.find(FORMAT, name, location, split)
-    return TarSource(name, split, cached(f"{name}/{split}", ["tar", *found], lambda: _records(found)))
+    return TarSource(name, split, cached(f"{name}/{split}", shards.fingerprint(FORMAT, found), lambda: _records(found)))
 
 
 def split_names(location: str) -> list[str]:
