@@ -145,7 +145,8 @@ class Batches(Iterator[Batch]):
             raise ValueError("these batches are closed")
         try:
             parts = [self._next_part() for _ in range(self._rows.parts_per_batch)]
-            batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts[1:] else parts[0]
+            # A copy of a single part as well: a worker's lies in memory shared with it, which is given back.
+            batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             self._account(batch.pop("substituted"))
         except BaseException:
             self.close()
