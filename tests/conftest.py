@@ -81,3 +81,9 @@ def data_dir(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("data"))
     open_source("digits", split="train", data_dir=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photo() -> np.ndarray:
+    """A photograph, uint8 [427, 640, 3]."""
+    return pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import simplejpeg
+from pictures import encoded, psnr
 from PIL import Image, ImageOps
 
 from tinymim_jax.data import transforms
@@ -16,25 +17,8 @@ from tinymim_jax.data.transforms import Augment, EvalView, random_resized_crop_p
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
-def encoded(image: np.ndarray | Image.Image, file_format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 def pillow(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = np.mean((a.astype(np.float64) - b) ** 2)
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
-
-
-@pytest.fixture(scope="module")
-def photo() -> np.ndarray:
-    return pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")
 
 
 # ---------------------------------------------------------------------------------------------- pixels

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pictures import psnr
 from PIL import Image
 
 from tinymim_jax.data import transforms
@@ -9,16 +10,6 @@ from tinymim_jax.data.transforms import Augment, EvalView
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = np.mean((a.astype(np.float64) - b) ** 2)
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
-
-
-@pytest.fixture(scope="module")
-def photo() -> np.ndarray:
-    return pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")
 
 
 # ---------------------------------------------------------------------------------------------- cropping
