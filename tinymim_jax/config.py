@@ -14,16 +14,21 @@ from tinymim_jax.errors import unknown
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """The locked config of FILE.py, or FILE.py:ARGUMENT (passed to get_config), changed by "key=value" words."""
+    module, argument = load_file(spec)
+    if not hasattr(module, "get_config"):
+        raise AttributeError(f"--config {module.__file__} has no function get_config(); see configs/base.py")
+    config = module.get_config(argument) if argument else module.get_config()
+    apply_overrides(config, overrides)
+    return config.lock()
+
+
+def load_file(spec: str) -> tuple[Any, str]:
+    """The module FILE.py of "FILE.py" or "FILE.py:ARGUMENT", and the argument ("" for none)."""
     file, _, argument = spec.partition(":")
     path = pathlib.Path(file).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"--config {file}: no such file. Shipped ones are in the repository's configs/")
-    module = _import(path)
-    if not hasattr(module, "get_config"):
-        raise AttributeError(f"--config {file} has no function get_config(); see configs/base.py")
-    config = module.get_config(argument) if argument else module.get_config()
-    apply_overrides(config, overrides)
-    return config.lock()
+    return _import(path), argument
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
@@ -33,14 +38,31 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 
 def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
     """Sets dotted keys from "key=value" words; values are Python literals, anything else is a string."""
-    names = _flat_names(config)
+    names = flat_names(config)
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r} is not an override: write key=value, for example optim.base_lr=1e-3")
         if key not in names:
             raise unknown("override", key, names)
-        _set(config, key, _parse(text))
+        _set(config, key, parse(text))
+
+
+def parse(text: str) -> Any:
+    """The value of an override: a Python literal, true, false or none, or else a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def flat_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """All keys of a config, dotted."""
+    names = []
+    for key in config:
+        value = config[key]
+        names += flat_names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+    return names
 
 
 def _set(config: ConfigDict, key: str, value: Any) -> None:
@@ -58,24 +80,12 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
         raise TypeError(f"{key}={value!r} has the wrong type: it is {old!r} now") from error
 
 
-def _parse(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
-
-
-def _flat_names(config: ConfigDict, prefix: str = "") -> list[str]:
-    names = []
-    for key in config:
-        value = config[key]
-        names += _flat_names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
-    return names
-
-
 def _import(path: pathlib.Path) -> Any:
-    # `from configs.base import ...` must work from wherever the command is run.
-    root = str(path.parent.parent)
+    # `from configs.base import ...` must work from wherever the command is run, and from configs/study/ too.
+    package = path.parent
+    while (package.parent / "__init__.py").exists():
+        package = package.parent
+    root = str(package.parent)
     sys.path.insert(0, root)
     try:
         spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
