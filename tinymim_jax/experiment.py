@@ -39,8 +39,6 @@ class Experiment:
 
 def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Experiment:
     """Opens the data and builds the task; nothing touches the accelerator."""
-    if config.task not in TASKS:
-        raise unknown("task", config.task, TASKS)
     data = config.data
     train_source = open_source(
         data.source,
@@ -50,6 +48,13 @@ def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Expe
         seed=config.seed,
     )
     eval_source = open_source(data.source, split=data.eval_split, data_dir=data_dir)
+    return assemble(config, train_source, eval_source)
+
+
+def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> Experiment:
+    """The experiment of `config` on these sources."""
+    if config.task not in TASKS:
+        raise unknown("task", config.task, TASKS)
     _check_classes(config, train_source, eval_source)
     batch_size = config.train.batch_size
     if batch_size % config.train.accumulate:
