@@ -1,6 +1,7 @@
 """Sources of files: each kind against another reader of it, the rules for splits, remote files, the index, mistakes."""
 
 import concurrent.futures
+import hashlib
 import io
 import json
 import logging
@@ -68,10 +69,12 @@ LABELLED = [(picture(number), number * 7 % 3) for number in range(12)]
 UNLABELLED = [(data, -1) for data, _ in LABELLED]
 
 
+CLASSES = ("ant", "bee", "cow")
+
+
 def write_folder(root, split: str, records) -> None:
-    names = ("ant", "bee", "cow")
     for number, (data, label) in enumerate(records):
-        put(root / split / (names[label] if label >= 0 else ".") / f"{number:03d}.png", data)
+        put(root / split / (CLASSES[label] if label >= 0 else ".") / f"{number:03d}.png", data)
 
 
 def write_tar(root, split: str, records, shard: int = 5) -> None:
@@ -136,8 +139,15 @@ def kind(request) -> str:
 
 
 def expected(kind: str, records) -> list[tuple[bytes, int]]:
-    """Folders hold images class by class, the other kinds as written."""
-    return sorted(records, key=lambda record: record[1]) if kind == "folder" else list(records)
+    """Folders are read in an order that the files' names decide, the other kinds as written."""
+    if kind != "folder":
+        return list(records)
+    names = [
+        f"{CLASSES[label]}/{number:03d}.png" if label >= 0 else f"{number:03d}.png"
+        for number, (_, label) in enumerate(records)
+    ]
+    order = sorted(range(len(records)), key=lambda i: hashlib.blake2b(names[i].encode(), digest_size=8).digest())
+    return [records[i] for i in order]
 
 
 @pytest.mark.parametrize("records", [LABELLED, UNLABELLED], ids=["labelled", "unlabelled"])
@@ -178,7 +188,7 @@ def test_records_are_described(kind, tmp_path):
     assert (
         described
         == {
-            "folder": f"{tmp_path}/train/cow/{number:03d}.png",
+            "folder": f"{tmp_path}/train/{CLASSES[LABELLED[number][1]]}/{number:03d}.png",
             "tar": f"x/008.png of {tmp_path}/train-000001.tar",
             "parquet": f"row 1 of {tmp_path}/train-00001-of-00002.parquet",
             "array_record": f"record 1 of {tmp_path}/train.array_record-00001-of-00002",
@@ -315,9 +325,26 @@ def test_folder_is_torchvisions(tmp_path):
     source = open_source(f"folder:{root}", split="all")
     wanted = image_folder(root)
     assert len(wanted) == 8
-    assert [(source.describe(place), source[place]["label"]) for place in range(len(source))] == wanted
+    assert sorted((source.describe(place), source[place]["label"]) for place in range(len(source))) == sorted(wanted)
     assert source.class_names == ("B", "a", "b", "c")
-    assert source[0]["image"] == picture(7)
+    images = {source.describe(place): source[place]["image"] for place in range(len(source))}
+    assert images[f"{root}/B/ü.png"] == picture(7)
+
+
+def test_slices_of_a_folder_hold_every_class_and_keep_their_images_when_others_come(tmp_path):
+    def names(split):
+        source = open_source(f"folder:{tmp_path}", split=split)
+        labels = [source[i]["label"] for i in range(len(source))]
+        return [source.describe(i) for i in range(len(source))], np.bincount(labels, minlength=3)
+
+    for label, name in enumerate("abc"):
+        for number in range(60):
+            put(tmp_path / name / f"{number}.png", picture(label))
+    before, counts = names("all[:50%]")
+    assert (np.abs(counts - 30) < 4 * np.sqrt(60 / 4)).all()  # four standard deviations
+    put(tmp_path / "a" / "new.png", picture(9))
+    after, _ = names("all")
+    assert [name for name in after if not name.endswith("new.png")][: len(before)] == before
 
 
 def test_hidden_files_are_no_images(tmp_path):

@@ -98,5 +98,9 @@ def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
     raise ValueError(
         f"examples={examples} asks for {share} or {share + 1} of each of {source.classes} classes, but "
         f"{source.name}/{source.split} has only {counts[fewest]} of class {source.class_names[fewest]!r}; "
-        f"ask for at most {counts[fewest] * source.classes}, or for all by leaving `examples` out"
+        + (
+            f"ask for at most {counts[fewest] * source.classes}, or for all by leaving `examples` out"
+            if counts[fewest]
+            else "is it a part of a split that is stored class by class? Take the whole of it, or leave `examples` out"
+        )
     )

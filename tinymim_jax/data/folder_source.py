@@ -21,7 +21,7 @@ _SETTLED_SECONDS = 2.0
 
 
 def open_split(name: str, location: str, split: str) -> Source:
-    """A whole split of the images at `location`; for the rules and the errors see `sources.open_source`."""
+    """A whole split of the images at `location`, in mixed order; for the rules and the errors see `sources.open_source`."""
     names = split_names(location)
     if split == ALL and names != [ALL]:
         wholes = [open_split(name, location, each) for each in names]
@@ -148,13 +148,12 @@ def _records(root: str, found: dict[str, list[str]]) -> Records:
     if not images[""] and not in_folders:
         raise ValueError(f"{root} holds no image; looked for {', '.join(IMAGE_EXTENSIONS)}, in all folders under it")
     records.meta["class_names"] = classes if in_folders else []
-    # torchvision's order: by class, by folder within it, by file.
     labels = {name: label for label, name in enumerate(classes)}
     for folder in sorted(images, key=lambda folder: (folder.split("/")[0], folder)):
         label = labels[folder.split("/")[0]] if in_folders and folder else -1
         for name in images[folder]:
             records.add(files.join(folder, name), label)
-    return records
+    return records.mixed()
 
 
 def is_image(name: str) -> bool:

@@ -15,6 +15,7 @@ repeated source. The step number alone is the position; no iterator state is eve
 """
 
 import logging
+import sys
 import weakref
 from collections.abc import Iterator
 
@@ -29,6 +30,7 @@ from tinymim_jax.data.worker import settle_in
 
 log = logging.getLogger(__name__)
 
+_QUIET = "ignore:resource_tracker:UserWarning"
 Batch = dict[str, np.ndarray]
 
 
@@ -197,6 +199,10 @@ def _read_ahead(rows: Rows, first_part: int, workers: int, threads: int, prefetc
     parts = grain.MapDataset.source(rows)[first_part:]
     ahead = parts.to_iter_dataset(grain.ReadOptions(threads, max(prefetch, threads)))
     if workers:
+        # What was read ahead and never asked for is left to Python's tracker of shared memory, which gives it back at
+        # exit and, unless told not to when it starts, complains.
+        if _QUIET not in sys.warnoptions:
+            sys.warnoptions.append(_QUIET)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's app.run would parse
         options = grain.MultiprocessingOptions(num_workers=min(workers, len(parts)))
