@@ -21,7 +21,7 @@ _SETTLED_SECONDS = 2.0
 
 
 def open_split(name: str, location: str, split: str) -> Source:
-    """A whole split of the images at `location`, in mixed order; for the rules and the errors see `sources.open_source`."""
+    """A whole split of the images at `location`, in mixed order; rules and errors as `sources.open_source`."""
     names = split_names(location)
     if split == ALL and names != [ALL]:
         wholes = [open_split(name, location, each) for each in names]
