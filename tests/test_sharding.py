@@ -27,6 +27,8 @@ def test_mesh_is_data_by_fsdp_with_auto_axes(fsdp):
 
 def test_mesh_is_laid_out_process_by_process():
     class Device:
+        platform = "tpu"
+
         def __init__(self, process_index, id):
             self.process_index, self.id = process_index, id
 
