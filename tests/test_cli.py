@@ -41,13 +41,13 @@ def readme_commands() -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_parses(readme_commands):
-    parser, seen = cli._parser(), set()
+    seen = set()
     for words in readme_commands:
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         else:
             assert words[0] == "tinymim", words
-            options = parser.parse_args(cli._overrides_last(words[1:]))
+            options = cli._parse(words[1:])
             seen.add(options.command)
             if getattr(options, "config", None):
                 from tinymim_jax.config import load_config
@@ -130,9 +130,14 @@ def test_help_teaches(capsys):
     assert "KEY=VALUE" in out
 
 
-def test_overrides_may_stand_between_flags():
-    words = ["--config", "a.py", "optim.base_lr=1", "--workdir", "w"]
-    assert cli._overrides_last(words) == ["--config", "a.py", "--workdir", "w", "optim.base_lr=1"]
+def test_overrides_may_stand_between_flags(capsys):
+    options = cli._parse(["train", "--config", "a.py", "optim.base_lr=1", "--workdir", "w"])
+    assert (options.config, options.workdir, options.overrides) == ("a.py", "w", ["optim.base_lr=1"])
+    options = cli._parse(["evaluate", "runs/b", "--workers", "2", "seed=1", "--data_dir", "d"])
+    assert (options.checkpoint, options.overrides) == ("runs/b", ["seed=1"])
+    with pytest.raises(SystemExit):
+        cli._parse(["export", "runs/b", "--to", "vit", "--output", "x", "seed=1"])
+    assert "takes no KEY=VALUE: seed=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").iterdir()), ids=lambda p: p.name)

@@ -23,7 +23,7 @@ from tinymim_jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = [f"configs/digits.py:{name}" for name in ("mae_teacher", "mae_student", "distill", "finetune")]
-OTHERS = ("__init__", "base", "digits")
+OTHERS = ("__init__", "base", "chain", "digits")
 SPECS = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py")) if p.stem not in OTHERS]
 
 

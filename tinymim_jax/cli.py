@@ -7,7 +7,7 @@ import pathlib
 import re
 import sys
 
-from tinymim_jax import prepare_command
+from tinymim_jax import chain, prepare_command, sweep
 from tinymim_jax.startup import start_logging, use_compile_cache
 
 # What a user can mend: shown as one message without a traceback.
@@ -27,8 +27,7 @@ Distil a masked-image-modelling ViT into a small one by its token relations (Tin
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 130 interrupted."""
-    parser = _parser()
-    options = parser.parse_args(_overrides_last(sys.argv[1:] if arguments is None else arguments))
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     start_logging()
     try:
         status = options.run(options)
@@ -43,10 +42,16 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _overrides_last(words: list[str]) -> list[str]:
+def _parse(words: list[str]) -> argparse.Namespace:
     """argparse takes positional words in one run only; people write key=value between flags as well."""
     overrides = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
-    return [word for word in words if word not in overrides] + overrides
+    parser = _parser()
+    options = parser.parse_args([word for word in words if word not in overrides])
+    if overrides and not hasattr(options, "overrides"):
+        parser.error(f"{options.command} takes no KEY=VALUE: {' '.join(overrides)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    return options
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -116,6 +121,10 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    return sweep.run(options, _train)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from tinymim_jax.demo import demo
 
@@ -144,11 +153,15 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, such as configs/distill_b.py"
     )
     train.add_argument("--workdir", required=True, help="where everything about this run is kept")
-    train.add_argument(
-        "--fsdp", type=int, default=1, metavar="N", help="split large parameters over N devices (default 1)"
-    )
-    _runtime(train)
-    _overrides(train)
+    _training(train)
+
+    stages = _command(commands, "chain", chain.run, "train several stages in a row; run it again to go on")
+    chain.add_arguments(stages)
+    _training(stages)
+
+    points = _command(commands, "sweep", _sweep, "train the points that a config file yields; run it again to go on")
+    sweep.add_arguments(points)
+    _training(points)
 
     evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint on the evaluation split")
     evaluate.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
@@ -193,6 +206,14 @@ def _command(commands, name: str, run, description: str) -> argparse.ArgumentPar
     command = commands.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
     command.set_defaults(run=run)
     return command
+
+
+def _training(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--fsdp", type=int, default=1, metavar="N", help="split large parameters over N devices (default 1)"
+    )
+    _runtime(command)
+    _overrides(command)
 
 
 def _runtime(command: argparse.ArgumentParser) -> None:

@@ -225,26 +225,36 @@ class _StopRequest:
             self.requested = False
 
 
+def differences(workdir: pathlib.Path, config: ConfigDict) -> list[str]:
+    """A line for each key in which the experiment in `workdir` differs from `config`; none where there is none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return []
+    found, wanted = _flat(json.loads(path.read_text())), _flat(_as_json(config))
+    changes = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
+    return [f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in changes]
+
+
 def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Writes config.json, or makes sure that the one there is the same experiment."""
-    wanted = json.loads(json.dumps(config.to_dict()))
+    if rows := differences(workdir, config):
+        raise ValueError(
+            f"{workdir} holds another experiment:\n" + "\n".join(rows) + "\nChoose another --workdir, or delete it"
+        )
     path = workdir / "config.json"
     if path.exists():
-        found = json.loads(path.read_text())
-        changes = sorted(k for k in _flat(found) | _flat(wanted) if _flat(found).get(k) != _flat(wanted).get(k))
-        if changes:
-            rows = [f"  {key}: {_flat(found).get(key)!r} there, {_flat(wanted).get(key)!r} here" for key in changes]
-            raise ValueError(
-                f"{workdir} holds another experiment:\n" + "\n".join(rows) + "\nChoose another --workdir, or delete it"
-            )
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, wanted)
+        _write_json(path, _as_json(config))
     except OSError as error:
         raise OSError(
             f"cannot write to --workdir {workdir}: {error.strerror}; choose a folder you may write to"
         ) from error
+
+
+def _as_json(config: ConfigDict) -> dict:
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:

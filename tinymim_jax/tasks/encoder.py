@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,25 +62,29 @@ class Loaded:
     params: Params
 
 
-_STAND_INS: dict[str, Loaded] = {}
+_KEPT: dict[str, Loaded] | None = None
 
 
 @contextlib.contextmanager
-def stand_ins(checkpoints: Mapping[str, Loaded]) -> Iterator[None]:
-    """Inside the block `load` answers for these paths, of checkpoints that are yet to be made."""
-    _STAND_INS.update(checkpoints)
+def keeping_checkpoints() -> Iterator[dict[str, Loaded]]:
+    """Inside the block every checkpoint is read once. What is put into the dict stands for one yet to be made."""
+    global _KEPT
+    _KEPT = kept = {}
     try:
-        yield
+        yield kept
     finally:
-        _STAND_INS.clear()
+        _KEPT = None
 
 
 def load(path: str) -> Loaded:
     """Reads an export, a converted file or a run of ours."""
-    if path in _STAND_INS:
-        return _STAND_INS[path]
+    if _KEPT is not None and path in _KEPT:
+        return _KEPT[path]
     model, params = load_params(path)
-    return Loaded(path, model, params)
+    loaded = Loaded(path, model, params)
+    if _KEPT is not None:
+        _KEPT[path] = loaded
+    return loaded
 
 
 def fit_positions(loaded: Loaded, encoder: ViT) -> Params:

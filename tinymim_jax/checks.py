@@ -1,0 +1,108 @@
+"""Is an experiment sound? All of it is built and its step is traced: no accelerator is used, nothing is computed."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tinymim_jax.config import load_config
+from tinymim_jax.data.examples import Source
+from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_experiment, build_optimizer
+from tinymim_jax.points import Point, Run
+from tinymim_jax.state import trained_paths
+from tinymim_jax.tasks.encoder import Loaded, keeping_checkpoints
+from tinymim_jax.train import differences
+
+
+def check_points(points: Iterable[Point], *, data_dir: str | None = None, need_data: bool = True) -> None:
+    """Raises the first error that running the points would meet before their first step, with the point's name.
+
+    A checkpoint that an earlier stage is yet to make is stood in for by zeros of its shapes. With `need_data` False,
+    data that is not here is stood in for by ImageNet's length and classes.
+    """
+    # Whoever starts the runs must not take the devices from them.
+    jax.config.update("jax_platforms", "cpu")
+    traced: dict[str, frozenset] = {}
+    with keeping_checkpoints() as kept:
+        for point, run in _runs(points):
+            try:
+                config = load_config(run.config, run.words)
+                _check_unchanged(run, config)
+                kept[str(run.workdir)] = _check(config, run, kept, traced, data_dir, need_data)
+            except (ValueError, TypeError, OSError, AttributeError, KeyError) as error:
+                raise ValueError(f"{_name(point, run)}: {error}") from error
+
+
+def check_words(points: Iterable[Point]) -> None:
+    """Raises ValueError, with the point's name, where the overrides do not fit the config."""
+    for point, run in _runs(points):
+        try:
+            load_config(run.config, run.words)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{_name(point, run)}: {error}") from error
+
+
+def _runs(points: Iterable[Point]) -> list[tuple[Point, Run]]:
+    return [(point, run) for point in points for run in point.runs]
+
+
+def _name(point: Point, run: Run) -> str:
+    return " ".join(filter(None, (point.name and f"point {point.name}", run.name and f"stage {run.name}"))) or "here"
+
+
+def _check_unchanged(run: Run, config: ConfigDict) -> None:
+    if rows := differences(run.workdir, config):
+        raise ValueError(
+            f"{run.workdir} holds another experiment: its file or the words behind the command have changed\n"
+            + "\n".join(rows)
+            + "\nPut them back, choose another --workdir, or delete that folder"
+        )
+
+
+def _check(config: ConfigDict, run: Run, kept: dict, traced: dict, data_dir: str | None, need_data: bool) -> Loaded:
+    """What the run's checkpoint will look like."""
+    experiment = _build(config, data_dir, need_data)
+    task, key = experiment.task, jax.random.key(0)
+    params = jax.eval_shape(task.init, key)
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
+    same_step = _step_key(config, kept)
+    if same_step not in traced:
+        if task.start is not None:
+            task.start(zeros)
+        traced[same_step] = trained_paths(task, task.load_frozen(), batch_shapes(experiment))
+    build_optimizer(experiment, traced[same_step])
+    return Loaded(str(run.workdir), task.model, zeros)
+
+
+def _build(config: ConfigDict, data_dir: str | None, need_data: bool) -> Experiment:
+    try:
+        return build_experiment(config, data_dir=data_dir)
+    except FileNotFoundError:
+        if need_data or config.data.source == "digits":
+            raise
+        return assemble(config, _NotHere(), _NotHere())
+
+
+def _step_key(config: ConfigDict, kept: dict[str, Loaded]) -> str:
+    """Equal for configs whose steps are traced alike: points often differ in their seed or learning rate alone."""
+    values: dict[str, Any] = config.to_dict()
+    for name in ("seed", "optim", "checkpoint"):
+        values.pop(name)
+    text = json.dumps(values, sort_keys=True, default=str)
+    for path, loaded in kept.items():
+        text = text.replace(json.dumps(path), json.dumps(loaded.model, sort_keys=True))
+    return text
+
+
+class _NotHere(Source):
+    name, split = "stand-in", "train"
+    class_names = tuple(map(str, range(1000)))
+
+    def __len__(self) -> int:
+        return 1281167
+
+    def __getitem__(self, index: int):
+        raise IndexError(index)
