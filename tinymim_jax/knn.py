@@ -1,0 +1,166 @@
+"""k-nearest-neighbour accuracy of a checkpoint's features: no training, no choice but k (DINO's protocol)."""
+
+import functools
+import logging
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
+
+from tinymim_jax.data.examples import Source
+from tinymim_jax.data.pipeline import Batches, eval_batches
+from tinymim_jax.data.sources import open_source
+from tinymim_jax.data.transforms import EvalView
+from tinymim_jax.features import extract_features
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.neighbors import nearest, unit_length, vote
+from tinymim_jax.progress import span
+from tinymim_jax.sharding import AXES, batch_sharding, make_mesh, replicated
+from tinymim_jax.state import place_frozen
+from tinymim_jax.tasks.encoder import compute_dtype, fit_positions, load
+
+log = logging.getLogger(__name__)
+
+NEIGHBORS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+_QUERIES = 1024  # at a time
+_BANK_ROWS = 65_536  # of each device, at a time: similarities take 4 bytes x 1,024 x these, 256 MiB
+
+
+def evaluate_knn(
+    config: ConfigDict,
+    checkpoint: str | pathlib.Path,
+    *,
+    neighbors: Sequence[int] = NEIGHBORS,
+    temperature: float = TEMPERATURE,
+    pool: str = "mean",
+    data_dir: str | None = None,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Top-1 and top-5 of k-NN on `config.data`: neighbours from its training split, queries from its evaluation split.
+
+    Args:
+      config: any experiment; its data, image size, dtype and batch size are used.
+      checkpoint: a run, or a converted file; its encoder alone is used.
+      neighbors: the k's.
+      temperature: neighbours weigh exp(cosine / temperature).
+      pool: 'mean' of the patch tokens, or 'cls'.
+
+    Raises ValueError where a split has no labels, or fewer images than the largest k.
+    """
+    data = config.data
+    options = {"data_dir": data_dir}
+    bank_source = open_source(
+        data.source, split=data.train_split, examples=data.examples or None, seed=config.seed, **options
+    )
+    query_source = open_source(data.source, split=data.eval_split, **options)
+    for split, source in ((data.train_split, bank_source), (data.eval_split, query_source)):
+        if source.classes == 0:
+            raise ValueError(f"split {split!r} of {data.source!r} has no labels: k-NN counts by them")
+    if max(neighbors) > len(bank_source):
+        raise ValueError(f"k={max(neighbors)}: split {data.train_split!r} has {len(bank_source)} images only")
+
+    mesh = make_mesh()
+    loaded = load(str(checkpoint))
+    image_size = tuple(config.model.image_size)
+    encoder = ViT.from_record(loaded.model["encoder"], image_size=image_size, dtype=compute_dtype(config.model))
+    params = place_frozen(fit_positions(loaded, encoder), mesh)
+    settings = {"pool": pool, "mean": tuple(data.mean), "std": tuple(data.std)}
+
+    def features_of(source: Source, name: str) -> tuple[np.ndarray, np.ndarray]:
+        began = time.perf_counter()
+        found = extract_features(encoder, params, _batches(config, source, workers), mesh, **settings)
+        seconds = time.perf_counter() - began
+        log.info("features of %s: %d in %s, %.0f images/s", name, len(source), span(seconds), len(source) / seconds)
+        return found
+
+    bank, queries = features_of(bank_source, data.train_split), features_of(query_source, data.eval_split)
+    scores = knn_scores(
+        *bank, queries[0], classes=bank_source.classes, neighbors=neighbors, temperature=temperature, mesh=mesh
+    )
+    result: dict[str, float] = {}
+    for k, votes in scores.items():
+        order = np.argsort(-votes, axis=1, kind="stable")[:, :5]
+        hits = order == queries[1][:, None]
+        result |= {f"knn{k}_top1": float(hits[:, 0].mean()), f"knn{k}_top5": float(hits.any(axis=1).mean())}
+    return result | {"examples": len(queries[1])}
+
+
+def knn_scores(
+    bank: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    *,
+    classes: int,
+    neighbors: Sequence[int],
+    temperature: float,
+    mesh: Mesh,
+) -> dict[int, np.ndarray]:
+    """For each k the votes float32 `[queries, classes]`; the highest is the answer.
+
+    `bank` `[n, dim]` with `labels` `[n]`, and `queries` `[m, dim]`, are features of any length, on the host. The bank
+    is split over the devices of `mesh`; no more than 1,024 x 65,536 similarities are held by a device at a time.
+    """
+    largest = max(neighbors)
+    rows = -(-len(bank) // mesh.size)
+    chunks = -(-rows // _BANK_ROWS)
+    padded = mesh.size * chunks * -(-rows // chunks)
+    placed = [
+        _placed(_padded(array, padded), mesh)
+        for array in (np.asarray(bank, np.float32), labels, np.ones(len(bank), bool))
+    ]
+    search = _search(mesh, chunks, largest)
+    found = []
+    for start in range(0, len(queries), _QUERIES):
+        some = _padded(np.asarray(queries[start : start + _QUERIES], np.float32), min(_QUERIES, len(queries)))
+        similarities, theirs = search(jax.device_put(some, replicated(mesh)), *placed)
+        found.append([vote(similarities[:, :k], theirs[:, :k], classes, temperature) for k in neighbors])
+    columns = zip(*([np.asarray(votes) for votes in each] for each in found))
+    return {k: np.concatenate(parts)[: len(queries)] for k, parts in zip(neighbors, columns)}
+
+
+def _search(mesh: Mesh, chunks: int, k: int):
+    """The jitted (queries, bank, labels, valid) -> similarities and labels of the k nearest, on every device."""
+    split = PartitionSpec(AXES)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), split, split, split),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    def on_device(queries, bank, labels, valid):
+        parts = [array.reshape(chunks, -1, *array.shape[1:]) for array in (bank, labels, valid)]
+        best = jax.lax.map(lambda part: nearest(queries, unit_length(part[0]), *part[1:], k), tuple(parts))
+        everywhere = jax.lax.all_gather(best, AXES, axis=0, tiled=True)  # [devices * chunks, queries, k]
+        similarities, theirs = (jnp.concatenate(list(array), axis=1) for array in everywhere)
+        similarities, places = jax.lax.top_k(similarities, k)
+        return similarities, jnp.take_along_axis(theirs, places, axis=1)
+
+    return jax.jit(lambda queries, *rest: on_device(unit_length(queries), *rest))
+
+
+def _batches(config: ConfigDict, source: Source, workers: int) -> Batches:
+    return eval_batches(
+        source,
+        view=EvalView(tuple(config.model.image_size), config.data.eval_resize),
+        batch_size=config.train.batch_size,
+        upright=config.data.upright,
+        workers=workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _placed(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])
+
+
+def _padded(array: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([array, np.zeros((length - len(array), *array.shape[1:]), array.dtype)])
