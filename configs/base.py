@@ -78,17 +78,39 @@ def distill() -> ml_collections.ConfigDict:
     """TinyMIM pre-training."""
     config = common("distill")
     config.distill = ml_collections.ConfigDict()
-    config.distill.target = "qk_vv"  # a row of TARGETS
+    config.distill.target = "qk_vv"  # relations qk, qq, kk, vv joined by _ | a row of FEATURES (targets.py)
+    config.distill.relation_loss = "kl"  # of relations: kl (of their softmax) | smooth_l1 | mse (of scaled products)
+    config.distill.feature_loss = "smooth_l1"  # of features: smooth_l1 | mse | cosine
+    config.distill.beta = 2.0  # where smooth_l1 turns linear
     config.distill.student_tap = config_dict.placeholder(int)  # block counted from 1; None: the last
-    config.distill.last_heads = "teacher"  # heads of the student's last block: teacher (adaptive block) | own
+    # In place of student_tap and teacher.tap: ((student block, teacher block, weight), ...)
+    config.distill.taps = config_dict.placeholder(object)
+    # adaptive: the student's tapped blocks have the teacher's heads (published) | own: as model.heads says, which must
+    # be the teacher's for relations | resplit: as model.heads says, and relations of q, k, v cut anew into equal heads
+    config.distill.heads = "adaptive"
+    config.distill.relation_heads = config_dict.placeholder(int)  # of resplit; None: as many as the teacher's
+    config.distill.mask_ratio = 0.0  # share of patches hidden from the student; only visible ones are compared
+    config.distill.mim_weight = 0.0  # of MAE's loss on the hidden patches, added to the distillation's; 0: off
+    config.distill.mim = ml_collections.ConfigDict()  # its decoder, as in mae()
+    config.distill.mim.decoder_dim = 512
+    config.distill.mim.decoder_depth = 8
+    config.distill.mim.decoder_heads = 16
+    config.distill.mim.normalize_pixels = True
+    config.distill.jitter = ml_collections.ConfigDict()  # of the student's view
+    config.distill.jitter.brightness = 0.4
+    config.distill.jitter.contrast = 0.4
+    config.distill.jitter.saturation = 0.4
     config.distill.teacher = ml_collections.ConfigDict()
     config.distill.teacher.name = ""  # a row of TEACHERS: its tapped block, its address; empty: any checkpoint
     config.distill.teacher.path = ""  # what `tinymim convert` wrote, or a run of ours
     config.distill.teacher.tap = config_dict.placeholder(int)  # None: the row's, or the last block
-    config.distill.jitter = ml_collections.ConfigDict()  # of the student's view; the teacher sees it clean
-    config.distill.jitter.brightness = 0.4
-    config.distill.jitter.contrast = 0.4
-    config.distill.jitter.saturation = 0.4
+    config.distill.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: as the student's
+    config.distill.teacher.masked = False  # hide the student's hidden patches from the teacher too
+    config.distill.teacher.drop_path = 0.0  # by model.drop_path_schedule
+    config.distill.teacher.jitter = ml_collections.ConfigDict()  # of its view, drawn apart from the student's; 0: clean
+    config.distill.teacher.jitter.brightness = 0.0
+    config.distill.teacher.jitter.contrast = 0.0
+    config.distill.teacher.jitter.saturation = 0.0
     return config
 
 
@@ -130,5 +152,10 @@ def classify() -> ml_collections.ConfigDict:
     config.classify.switch_prob = 0.5  # of cutmix, where both are on
     config.classify.erase = 0.0  # probability of random erasing, for each image
     config.classify.head_std = 2e-5
-    config.classify.heads = "keep"  # keep: as pre-trained | official: 3, 6, 12 in every block
+    # keep: as pre-trained | official: 3, 6, 12 in every block | uniform: those of the first block in every block
+    config.classify.heads = "keep"
+    # Of a pre-trained init; relations train nothing of the last block behind q, k and v. keep: as it is (published)
+    # | zero_init: it starts as the identity | copy_previous: what lies behind q, k, v is the block's before
+    # | drop: the encoder is one block shorter
+    config.classify.last_block = "keep"
     return config

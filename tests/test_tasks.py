@@ -13,11 +13,9 @@ from tinymim_jax.checkpoint_format import CheckpointError
 from tinymim_jax.convert import convert_file
 from tinymim_jax.evaluate import evaluate_checkpoint
 from tinymim_jax.experiment import build_experiment
-from tinymim_jax.models.blocks import Tap
 from tinymim_jax.ops.posembed import resize_table
 from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import make_mesh
-from tinymim_jax.targets import TARGETS
 from tinymim_jax.tasks import classify
 from tinymim_jax.teachers import TEACHERS
 
@@ -170,7 +168,7 @@ def test_evaluating_a_checkpoint_without_a_head_is_refused(golden, converted, da
     [
         ("distill", "distill.target=qkvv", r"did you mean 'qk_vv'"),
         ("distill", "model.variant=nan", r"did you mean 'nano'"),
-        ("distill", "distill.last_heads=both", r"Choices: 'teacher', 'own'"),
+        ("distill", "distill.heads=both", r"Choices: 'adaptive', 'own', 'resplit'"),
         ("distill", "distill.teacher.name=mae_vit_larg", r"did you mean 'mae_vit_large'"),
         ("distill", "distill.teacher.name=mae_vit_base", r"has width 768 and 12 blocks"),
         ("distill", "distill.teacher.tap=9", r"has blocks 1 to 5"),
@@ -198,24 +196,9 @@ def test_a_missing_teacher_says_how_to_get_it(data_dir, tmp_path):
 
 
 def test_relations_need_equal_heads_and_tokens(converted, data_dir, golden):
-    words = [f"distill.teacher.path={converted / 'teacher'}", "distill.last_heads=own"]
-    with pytest.raises(ValueError, match=r"has 2 heads and the teacher's 4.*last_heads='teacher'"):
+    words = [f"distill.teacher.path={converted / 'teacher'}", "distill.heads=own"]
+    with pytest.raises(ValueError, match=r"has 2 heads and the teacher's 4.*heads='adaptive'.*'resplit'"):
         run_steps(small_config("distill", *words), data_dir, make_mesh(devices=jax.devices()[:1]), 1)
-
-
-def test_target_rows_extract_what_their_names_say():
-    rng = np.random.default_rng(0)
-    heads = {name: jnp.asarray(rng.normal(size=(2, 5, 3, 4)), jnp.float32) for name in "qkv"}
-    nothing = jnp.zeros((2, 5, 12))
-    tap = Tap(**heads, attention=nothing, middle=nothing, ffn=nothing, output=nothing)
-    for name, target in TARGETS.items():
-        got = target.extract(tap)
-        assert tuple(got) == target.names == tuple(name.split("_"))
-        for pair, logits in got.items():
-            want = np.einsum("bqhd,bkhd->bhqk", heads[pair[0]], heads[pair[1]]) / 2
-            np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5)
-        for value in target.loss(got, got).values():
-            np.testing.assert_allclose(value, 0, atol=1e-6)
 
 
 def test_top_k_counts_ties_for_the_first_class_and_nan_for_none():

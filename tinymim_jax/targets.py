@@ -1,17 +1,25 @@
 """TARGETS: what student and teacher are compared on, and how.
 
-A new target is one function and one row.
+Relations go by their letters, in any combination ('qk_vv', 'qq_kk_vv'); features by the rows of FEATURES.
+A new feature is one row there.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Mapping
 
+import numpy as np
 from jaxtyping import Array, Float
 
+from tinymim_jax.errors import unknown
 from tinymim_jax.models.blocks import Tap
-from tinymim_jax.ops.relations import relation_kl, relation_logits
+from tinymim_jax.ops.layer_norm import layer_norm
+from tinymim_jax.ops.losses import cosine_distance, mean_squared, smooth_l1
+from tinymim_jax.ops.relations import relation_kl, relation_logits, resplit
 
 Extracted = dict[str, Array]
+Comparison = Callable[[Array, Array], Float[Array, "batch"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,44 +29,148 @@ class Target:
     names: of the parts of the loss.
     extract: what is taken from a tap, by name. Only this is computed.
     loss: (student, teacher) -> float32 [batch] for each name; training minimises the mean of their plain sum.
+    adapted: the student's arrays [batch, tokens, width] pass through a Linear to the teacher's width before `loss`.
     """
 
     names: tuple[str, ...]
     extract: Callable[[Tap], Extracted]
     loss: Callable[[Extracted, Extracted], dict[str, Float[Array, "batch"]]]
+    adapted: bool = False
 
 
-def relations(*names: str) -> Target:
-    """Token relations such as 'qk' or 'vv', compared by KL(teacher || student) (paper, section 3.1).
+RELATIONS = ("qk", "qq", "kk", "vv")
 
-    Relations are compared head by head, so both tapped blocks must have equally many heads.
+
+def relations(*names: str, loss: str = "kl", beta: float = 2.0, heads: int | None = None) -> Target:
+    """Token relations such as 'qk' or 'vv' (paper, section 3.1).
+
+    Args:
+      loss: 'kl' is KL(teacher || student) of their softmaxes; 'smooth_l1' and 'mse' compare the scaled products.
+      beta: where smooth-L1 turns linear.
+      heads: q, k and v are cut into this many relation heads (`ops.relations.resplit`). None takes the heads of
+        attention, of which both tapped blocks must then have equally many.
     """
+    compare = _chosen("relation_loss", loss, {"kl": relation_kl, **_distances(beta)})
 
     def extract(tap: Tap) -> Extracted:
-        return {name: relation_logits(getattr(tap, name[0]), getattr(tap, name[1])) for name in names}
+        def part(letter: str) -> Array:
+            features = getattr(tap, letter)
+            return features if heads is None else resplit(features, heads)
 
-    def loss(student: Extracted, teacher: Extracted) -> dict[str, Float[Array, "batch"]]:
-        return {name: _relation_loss(student[name], teacher[name]) for name in names}
+        return {name: relation_logits(part(name[0]), part(name[1])) for name in names}
 
-    return Target(names, extract, loss)
+    def losses(student: Extracted, teacher: Extracted) -> dict[str, Float[Array, "batch"]]:
+        for name in names:
+            _check_relations(student[name], teacher[name])
+        return {name: compare(student[name], teacher[name]) for name in names}
+
+    return Target(names, extract, losses)
 
 
-def _relation_loss(student: Array, teacher: Array) -> Float[Array, "batch"]:
+def _check_relations(student: Array, teacher: Array) -> None:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"the student's tapped block has {student.shape[1]} heads and the teacher's {teacher.shape[1]}: relations "
-            "are compared head by head; set distill.last_heads='teacher' (the published adaptive block)"
+            "are compared head by head; set distill.heads='adaptive' (the published adaptive block) or 'resplit'"
         )
     if student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f"the student sees {student.shape[2]} tokens and the teacher {teacher.shape[2]}: give both the same "
             "patch size and image size"
         )
-    return relation_kl(student, teacher)
 
 
-TARGETS: dict[str, Target] = {
-    "qk_vv": relations("qk", "vv"),
-    "qk": relations("qk"),
-    "vv": relations("vv"),
+def _joined(name: str) -> Callable[[Tap], Array]:
+    """q, k or v with its heads side by side, [batch, tokens, width]."""
+
+    def take(tap: Tap) -> Array:
+        features = getattr(tap, name)
+        return features.reshape(*features.shape[:2], -1)
+
+    return take
+
+
+# What is taken from a tap, [batch, tokens, width], by the name of its part of the loss.
+FEATURES: dict[str, dict[str, Callable[[Tap], Array]]] = {
+    "cls": {"cls": lambda tap: tap.output[:, :1]},
+    "output": {"output": lambda tap: tap.output},
+    "ffn": {"ffn": lambda tap: tap.ffn},
+    # The block's output under the name of the paper's comparison of branches before and after their residual sum.
+    "ffn_residual": {"ffn_residual": lambda tap: tap.output},
+    "attention": {"attention": lambda tap: tap.attention},
+    "attention_residual": {"attention_residual": lambda tap: tap.middle},
+    "q": {"q": _joined("q")},
+    "k": {"k": _joined("k")},
+    "v": {"v": _joined("v")},
+    "qkv": {name: _joined(name) for name in "qkv"},
 }
+
+
+def features(name: str, *, loss: str = "smooth_l1", beta: float = 2.0) -> Target:
+    """A row of FEATURES against the teacher's, which passes a LayerNorm without scale and bias first.
+
+    The student's always passes a Linear, at equal widths too: the teacher's feature is normalised and the student's is
+    not, and so all widths are treated alike. `loss` is 'smooth_l1' (published, with beta 2), 'mse' or 'cosine'.
+    """
+    take = FEATURES[name]
+    compare = _chosen("feature_loss", loss, {**_distances(beta), "cosine": cosine_distance})
+
+    def extract(tap: Tap) -> Extracted:
+        return {part: function(tap) for part, function in take.items()}
+
+    def losses(student: Extracted, teacher: Extracted) -> dict[str, Float[Array, "batch"]]:
+        return {part: compare(student[part], _normalized(student[part], teacher[part])) for part in take}
+
+    return Target(tuple(take), extract, losses, adapted=True)
+
+
+def _normalized(student: Array, teacher: Array) -> Array:
+    """The teacher's feature, normalised token by token in float32."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student's feature is {student.shape} and the teacher's {teacher.shape}: bring it to the teacher's "
+            "width by a Linear, and the teacher's tokens to the student's grid"
+        )
+    width = teacher.shape[-1]
+    return layer_norm(teacher, np.ones(width, np.float32), np.zeros(width, np.float32))
+
+
+def _distances(beta: float) -> dict[str, Comparison]:
+    if not beta > 0:
+        raise ValueError(f"distill.beta={beta} must be positive: smooth-L1 turns linear there; the paper has 2")
+    return {"smooth_l1": functools.partial(smooth_l1, beta=beta), "mse": mean_squared}
+
+
+def _chosen(key: str, name: str, choices: Mapping[str, Comparison]) -> Comparison:
+    if name not in choices:
+        raise unknown(f"distill.{key}", name, choices)
+    return choices[name]
+
+
+# With their published losses. Other orders of the letters are the same target.
+TARGETS: dict[str, Target] = {
+    "_".join(names): relations(*names)
+    for count in range(1, len(RELATIONS) + 1)
+    for names in itertools.combinations(RELATIONS, count)
+} | {name: features(name) for name in FEATURES}
+
+
+def find_target(
+    name: str,
+    *,
+    relation_loss: str = "kl",
+    feature_loss: str = "smooth_l1",
+    beta: float = 2.0,
+    relation_heads: int | None = None,
+) -> Target:
+    """The target of that name with these losses; an error names the nearest one."""
+    of_features = functools.partial(features, loss=feature_loss, beta=beta)
+    of_relations = functools.partial(relations, loss=relation_loss, beta=beta, heads=relation_heads)
+    # Whichever is not used is checked too.
+    of_features("output"), of_relations("qk")
+    if name in FEATURES:
+        return of_features(name)
+    parts = name.split("_")
+    if not set(parts) <= set(RELATIONS) or len(set(parts)) < len(parts):
+        raise unknown("distill.target", name, TARGETS)
+    return of_relations(*parts)

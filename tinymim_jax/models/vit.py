@@ -119,23 +119,37 @@ class ViT(nn.Module):
         """
         x, scales = self.embed(images, keep), self._path_scales(images, drop_key)
         x = run_blocks(self.blocks, x, scales, scan=self.scan, remat=self.remat)
-        return self.norm(x) if self.final_norm else x
+        return self.finish(x)
 
     def encode(
         self,
         images: Images,
         *,
-        tap: int,
+        tap: int | Sequence[int],
         keep: Int[Array, "batch kept"] | None = None,
         drop_key: jax.Array | None = None,
-    ) -> Tap:
-        """What block `tap`, counted from 1, shows; later blocks are not run."""
-        if not 1 <= tap <= self.depth:
-            raise ValueError(f"tap={tap} is not a block of this encoder: choose 1 to {self.depth}")
+    ) -> Tap | tuple[Tap, ...]:
+        """What block `tap`, counted from 1, shows, or each of several blocks, in the order asked for.
+
+        One pass; blocks after the last of them are not run.
+        """
+        wanted = (tap,) if isinstance(tap, int) else tuple(tap)
+        for block in wanted:
+            if not 1 <= block <= self.depth:
+                raise ValueError(f"tap={block} is not a block of this encoder: choose 1 to {self.depth}")
         x, scales = self.embed(images, keep), self._path_scales(images, drop_key)
-        before = None if scales is None else scales[: tap - 1]
-        x = run_blocks(self.blocks[: tap - 1], x, before, scan=self.scan, remat=self.remat)
-        return self.blocks[tap - 1](x, None if scales is None else scales[tap - 1])
+        taps: dict[int, Tap] = {}
+        done = 0
+        for block in sorted(set(wanted)):
+            between = None if scales is None else scales[done : block - 1]
+            x = run_blocks(self.blocks[done : block - 1], x, between, scan=self.scan, remat=self.remat)
+            taps[block] = self.blocks[block - 1](x, None if scales is None else scales[block - 1])
+            x, done = taps[block].output, block
+        return taps[tap] if isinstance(tap, int) else tuple(taps[block] for block in wanted)
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        """What follows the last block: the final norm, where there is one."""
+        return self.norm(tokens) if self.final_norm else tokens
 
     def embed(self, images: Images, keep: Int[Array, "batch kept"] | None = None) -> Tokens:
         """CLS and patch tokens with their positions, as they enter the first block."""

@@ -1,8 +1,11 @@
 """Loss values in float32, whatever the dtype that comes in."""
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
+
+Features = Float[Array, "batch *rest"]
 
 
 def masked_pixel_loss(
@@ -29,6 +32,32 @@ def masked_pixel_loss(
         target = (target - mean) / jnp.sqrt(variance + 1e-6)
     error = jnp.mean((prediction.astype(jnp.float32) - target) ** 2, axis=-1)  # [batch, patches]
     return jnp.sum(error * hidden, axis=1) / jnp.sum(hidden, axis=1)
+
+
+def smooth_l1(student: Features, teacher: Features, *, beta: float) -> Float[Array, "batch"]:
+    """torch's smooth_l1_loss, averaged over each image: squared differences / (2 beta) up to beta, linear beyond."""
+    distance = jnp.abs(student.astype(jnp.float32) - teacher.astype(jnp.float32))
+    near = jnp.minimum(distance, beta)
+    return _image_mean(0.5 * near**2 / beta + (distance - near))
+
+
+def mean_squared(student: Features, teacher: Features) -> Float[Array, "batch"]:
+    """Squared differences, averaged over each image."""
+    return _image_mean((student.astype(jnp.float32) - teacher.astype(jnp.float32)) ** 2)
+
+
+def cosine_distance(student: Features, teacher: Features) -> Float[Array, "batch"]:
+    """1 - cosine of the vectors on the last axis, averaged over each image; a zero vector has cosine 0."""
+    return _image_mean(1.0 - jnp.sum(_unit(student) * _unit(teacher), axis=-1))
+
+
+def _unit(vectors: Features) -> Features:
+    vectors = vectors.astype(jnp.float32)
+    return vectors * jax.lax.rsqrt(jnp.maximum(jnp.sum(vectors**2, axis=-1, keepdims=True), 1e-12))
+
+
+def _image_mean(values: Features) -> Float[Array, "batch"]:
+    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 
 
 def soft_cross_entropy(

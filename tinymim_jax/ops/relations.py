@@ -15,6 +15,11 @@ def relation_logits(left: HeadFeatures, right: HeadFeatures) -> Logits:
     return logits * scale
 
 
+def resplit(features: HeadFeatures, heads: int) -> Float[Array, "batch tokens {heads} new_head_dim"]:
+    """The same channels cut into `heads` equal heads, whatever attention cut them into (MiniLMv2, arXiv 2012.15828)."""
+    return features.reshape(*features.shape[:2], heads, -1)
+
+
 def relation_kl(student: Logits, teacher: Logits) -> Float[Array, "batch"]:
     """KL(teacher || student) of the softmaxes, summed over keys, averaged over heads and queries, for each image.
 

@@ -18,6 +18,7 @@ from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
 from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
 from tinymim_jax.tasks.encoder import Loaded, build_encoder, fill_encoder, load
+from tinymim_jax.tasks.last_block import check_last_block, with_last_block, without_last_block
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def build(config: ConfigDict, classes: int) -> Task:
 
     def start(params: Params) -> Params:
         assert loaded is not None
-        filled = fill_encoder(params, loaded, encoder, same_heads=classify.heads == "keep")
+        source = with_last_block(loaded, classify.last_block)
+        filled = fill_encoder(params, source, encoder, same_heads=classify.heads == "keep")
         return filled | _same_head(params, loaded, classify.pool)
 
     record = {"classes": classes, "pool": classify.pool}
@@ -101,15 +103,19 @@ def _augmentation(classify: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Ar
 
 def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     """The encoder to fine-tune; its attention heads are a choice when they were pre-trained."""
+    choice, last_block = config.classify.heads, config.classify.last_block
+    check_last_block(last_block, pretrained=loaded is not None)
     encoder = build_encoder(config.model, final_norm=config.classify.pool == "cls")
-    choice = config.classify.heads
+    if last_block == "drop":
+        encoder = without_last_block(encoder)
     if choice == "official":
         if encoder.embed_dim not in OFFICIAL_HEADS:
             raise ValueError(f"classify.heads='official' is published for widths {tuple(OFFICIAL_HEADS)} only")
         return encoder.clone(heads=OFFICIAL_HEADS[encoder.embed_dim])
-    if choice != "keep":
-        raise unknown("classify.heads", choice, ("keep", "official"))
-    return encoder.clone(heads=tuple(loaded.model["encoder"]["heads"])) if loaded else encoder
+    if choice not in ("keep", "uniform"):
+        raise unknown("classify.heads", choice, ("keep", "official", "uniform"))
+    heads = with_last_block(loaded, last_block).model["encoder"]["heads"] if loaded else encoder.block_heads
+    return encoder.clone(heads=heads[0] if choice == "uniform" else tuple(heads))
 
 
 def _same_head(params: Params, loaded: Loaded, pool: str) -> Params:

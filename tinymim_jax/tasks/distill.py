@@ -8,11 +8,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoint_format import CheckpointError
-from tinymim_jax.errors import unknown
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.color import color_jitter, normalize
 from tinymim_jax.ops.keys import named
-from tinymim_jax.targets import TARGETS
+from tinymim_jax.params_io import merge
+from tinymim_jax.targets import find_target
+from tinymim_jax.tasks.decoder import PixelPrediction, decoder_record, fill_decoder, pixel_prediction
+from tinymim_jax.tasks.distill_inputs import build_inputs
+from tinymim_jax.tasks.distill_pairs import adapter_record, align_heads, compare, find_blocks, init_adapters, make_pairs
 from tinymim_jax.tasks.encoder import Loaded, build_encoder, compute_dtype, fill_encoder, fit_positions, load
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
 from tinymim_jax.teachers import find_teacher, how_to_get
@@ -22,51 +24,81 @@ def build(config: ConfigDict, classes: int) -> Task:
     """The task of `config`; labels are not used."""
     del classes
     distill = config.distill
-    if distill.target not in TARGETS:
-        raise unknown("distill.target", distill.target, TARGETS)
-    target = TARGETS[distill.target]
+    find_target(distill.target)  # a misspelt one is said before the teacher is looked for
     loaded = _load_teacher(distill.teacher)
     teacher, tap = _teacher(loaded, config)
-    student = _student(config, teacher.block_heads[tap - 1])
-    student_tap = distill.student_tap or student.depth
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
-    jitter = dict(distill.jitter)
+    student = build_encoder(config.model)
+    blocks = find_blocks(distill, student.depth, teacher.depth, tap)
+    student = align_heads(distill, student, teacher, blocks)
+    pairs = make_pairs(distill, student, teacher, blocks)
+    inputs = build_inputs(config, student, teacher)
+    mim = pixel_prediction(distill, student)
+    student_taps = tuple(pair.student for pair in blocks) + ((student.depth,) if mim else ())
+    teacher_taps = tuple(pair.teacher for pair in blocks)
 
     def init(key: jax.Array) -> Params:
-        return {"encoder": student.init(key, jnp.zeros((1, *student.image_size, 3)))["params"]}
-
-    def load_frozen() -> Params:
-        # Blocks after the tap are never run, so they need not lie on the device either.
-        unused = {f"blocks_{i}" for i in range(tap, teacher.depth)} | {"norm"}
-        used = {name: leaf for name, leaf in fit_positions(loaded, teacher).items() if name not in unused}
-        return jax.tree.map(lambda leaf: np.asarray(leaf, teacher.dtype), used)
+        params = {"encoder": student.init(key, jnp.zeros((1, *student.image_size, 3)))["params"]}
+        if adapters := init_adapters(key, pairs, student, teacher):
+            params["adapter"] = adapters
+        return params | (mim.init(key) if mim else {})
 
     def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
-        clean = batch["image"]
-        view = color_jitter(named(key, "jitter"), clean, **jitter) if train else clean
-        seen_by_teacher: Any = teacher.apply({"params": frozen}, normalize(clean, mean, std), tap=tap, method="encode")
+        student_view, teacher_view = inputs.views(batch["image"], key, train)
+        masking = inputs.masking(key, len(student_view))
+        keep = masking.keep if masking else None
+        seen_by_teacher: Any = teacher.apply(
+            {"params": frozen},
+            teacher_view,
+            tap=teacher_taps,
+            keep=keep if inputs.teacher_masked else None,
+            drop_key=named(key, "teacher_drop_path") if train else None,
+            method="encode",
+        )
         seen_by_student: Any = student.apply(
             {"params": params["encoder"]},
-            normalize(view, mean, std),
-            tap=student_tap,
+            student_view,
+            tap=student_taps,
+            keep=keep,
             drop_key=named(key, "drop_path") if train else None,
             method="encode",
         )
-        wanted = jax.lax.stop_gradient(target.extract(seen_by_teacher))
-        parts = target.loss(target.extract(seen_by_student), wanted)
-        return {"loss": jnp.sum(jnp.stack(list(parts.values())), axis=0), **parts}
+        wanted = [inputs.aligned(tap, masking) for tap in seen_by_teacher]
+        values = compare(pairs, params.get("adapter"), seen_by_student[: len(pairs)], wanted)
+        if mim:
+            assert masking is not None
+            reconstruction = mim.losses(params, seen_by_student[-1].output, student_view, masking)
+            values |= {"loss": values["loss"] + mim.weight * reconstruction, "mae": reconstruction}
+        return values
 
-    def start(params: Params) -> Params:
-        return fill_encoder(params, load(config.init), student)
+    model = {"encoder": student.record()}
+    if any(pair.target.adapted for pair in pairs):
+        model["adapter"] = adapter_record(distill, pairs, teacher)
+    if mim:
+        model["decoder"] = decoder_record(mim.decoder)
 
     return Task(
-        model={"encoder": student.record()},
+        model=model,
         init=init,
         losses=losses,
-        names=("loss", *target.names),
-        load_frozen=load_frozen,
-        start=start if config.init else None,
+        names=("loss", *(name for pair in pairs for name in pair.names), *(("mae",) if mim else ())),
+        load_frozen=lambda: _frozen(loaded, teacher, max(teacher_taps)),
+        start=(lambda params: _filled(params, load(config.init), student, model, mim)) if config.init else None,
     )
+
+
+def _frozen(loaded: Loaded, teacher: ViT, last: int) -> Params:
+    """The teacher's weights up to block `last`: later ones are never run, so they need not lie on the device either."""
+    unused = {f"blocks_{i}" for i in range(last, teacher.depth)} | {"norm"}
+    used = {name: leaf for name, leaf in fit_positions(loaded, teacher).items() if name not in unused}
+    return jax.tree.map(lambda leaf: np.asarray(leaf, teacher.dtype), used)
+
+
+def _filled(params: Params, source: Loaded, student: ViT, model: dict, mim: PixelPrediction | None) -> Params:
+    """`params` with what the checkpoint has for them: the encoder, and adapters and decoder where they are equal."""
+    params = fill_encoder(params, source, student)
+    if "adapter" in model and source.model.get("adapter") == model["adapter"]:
+        params |= {"adapter": merge(params["adapter"], source.params["adapter"])}
+    return fill_decoder(params, source, mim.decoder) if mim else params
 
 
 def _load_teacher(teacher: ConfigDict) -> Loaded:
@@ -101,18 +133,18 @@ def _teacher(loaded: Loaded, config: ConfigDict) -> tuple[ViT, int]:
     tap = tap or record["depth"]
     if not 1 <= tap <= record["depth"]:
         raise ValueError(f"distill.teacher.tap={tap}: {loaded.path} has blocks 1 to {record['depth']}")
-    image_size = tuple(config.model.image_size)
-    return ViT.from_record(
-        record, image_size=image_size, dtype=compute_dtype(config.model), scan=config.model.scan
-    ), tap
-
-
-def _student(config: ConfigDict, teacher_heads: int) -> ViT:
-    """The student; its last block has the teacher's heads when it is to be the published adaptive block."""
-    student = build_encoder(config.model)
-    choice = config.distill.last_heads
-    if choice == "teacher":
-        return student.clone(heads=(*student.block_heads[:-1], teacher_heads))
-    if choice == "own":
-        return student
-    raise unknown("distill.last_heads", choice, ("teacher", "own"))
+    teacher = ViT.from_record(
+        record,
+        image_size=tuple(config.distill.teacher.image_size or config.model.image_size),
+        drop_path=config.distill.teacher.drop_path,
+        drop_path_schedule=config.model.drop_path_schedule,
+        dtype=compute_dtype(config.model),
+        scan=config.model.scan,
+    )
+    if any(side % teacher.patch_size for side in teacher.image_size):
+        raise ValueError(
+            f"distill.teacher.image_size: images of {teacher.image_size[0]}x{teacher.image_size[1]} cannot be cut into "
+            f"the teacher's patches of {teacher.patch_size}: choose multiples of it; tokens are brought to the "
+            "student's grid"
+        )
+    return teacher, tap

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from tinymim_jax.models.mae_decoder import MaeDecoder, MaskedAutoencoder
+from tinymim_jax.models.mae_decoder import MaskedAutoencoder
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import random_masking
 from tinymim_jax.ops.patches import patchify
-from tinymim_jax.params_io import merge
+from tinymim_jax.tasks.decoder import build_decoder, decoder_record, fill_decoder
 from tinymim_jax.tasks.encoder import build_encoder, fill_encoder, load
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
 
@@ -20,16 +20,7 @@ def build(config: ConfigDict, classes: int) -> Task:
     """The task of `config`; labels are not used."""
     del classes
     encoder = build_encoder(config.model)
-    decoder = MaeDecoder(
-        grid=encoder.grid,
-        patch_size=encoder.patch_size,
-        embed_dim=config.mae.decoder_dim,
-        depth=config.mae.decoder_depth,
-        heads=config.mae.decoder_heads,
-        scan=encoder.scan,
-        remat=encoder.remat,
-        dtype=encoder.dtype,
-    )
+    decoder = build_decoder(config.mae, encoder)
     network = MaskedAutoencoder(encoder, decoder)
     mask_ratio, normalize_pixels = config.mae.mask_ratio, config.mae.normalize_pixels
     mean, std = tuple(config.data.mean), tuple(config.data.std)
@@ -47,18 +38,12 @@ def build(config: ConfigDict, classes: int) -> Task:
         target = patchify(images, encoder.patch_size)
         return {"loss": masked_pixel_loss(prediction, target, masking.hidden, normalize=normalize_pixels)}
 
-    decoder_record = {"embed_dim": decoder.embed_dim, "depth": decoder.depth, "heads": decoder.heads}
-
     def start(params: Params) -> Params:
         loaded = load(config.init)
-        params = fill_encoder(params, loaded, encoder)
-        if loaded.model.get("decoder") != decoder_record:
-            return params
-        # Converted files hold the decoder's fixed position table as well.
-        return params | {"decoder": merge(params["decoder"], loaded.params["decoder"], allow_unused=("pos_embed",))}
+        return fill_decoder(fill_encoder(params, loaded, encoder), loaded, decoder)
 
     return Task(
-        model={"encoder": encoder.record(), "decoder": decoder_record},
+        model={"encoder": encoder.record(), "decoder": decoder_record(decoder)},
         init=init,
         losses=losses,
         names=("loss",),

@@ -1,0 +1,54 @@
+"""Bringing two networks' tokens into line: other grids, other image sizes, visible patches only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Grid = tuple[int, int]
+Tokens = Float[Array, "batch tokens *rest"]
+
+
+def bilinear_matrix(old: int, new: int) -> np.ndarray:
+    """Weights [new, old] of torch's bilinear interpolation: align_corners False, no antialiasing, edges repeated."""
+    centre = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+    left = np.floor(centre).astype(int)
+    share = centre - left
+    weights = np.zeros((new, old))
+    np.add.at(weights, (np.arange(new), left), 1 - share)
+    np.add.at(weights, (np.arange(new), np.minimum(left + 1, old - 1)), share)
+    return weights.astype(np.float32)
+
+
+def resize_tokens(tokens: Tokens, old: Grid, new: Grid) -> Float[Array, "batch new_tokens *rest"]:
+    """Patch tokens of the grid `old` (rows, columns) as they would lie on the grid `new`; the CLS token is kept.
+
+    Bilinear, in float32; the result has the dtype that came in. Equal grids change nothing.
+    """
+    if old == new:
+        return tokens
+    batch, count, *rest = tokens.shape
+    if count != 1 + old[0] * old[1]:
+        raise ValueError(f"{count} tokens are not a CLS token and a grid of {old[0]}x{old[1]} patches")
+    grid = tokens[:, 1:].reshape(batch, *old, -1).astype(jnp.float32)
+    grid = jnp.einsum("rh,bhwd->brwd", bilinear_matrix(old[0], new[0]), grid, precision="highest")
+    grid = jnp.einsum("cw,brwd->brcd", bilinear_matrix(old[1], new[1]), grid, precision="highest")
+    patches = grid.reshape(batch, new[0] * new[1], *rest).astype(tokens.dtype)
+    return jnp.concatenate([tokens[:, :1], patches], axis=1)
+
+
+def visible_tokens(tokens: Tokens, keep: Int[Array, "batch kept"]) -> Float[Array, "batch visible *rest"]:
+    """The CLS token and the patch tokens at the positions `keep` (from 0, in that order), image by image."""
+    cls = jnp.zeros((keep.shape[0], 1), keep.dtype)
+    positions = jnp.concatenate([cls, keep + 1], axis=1)
+    return jnp.take_along_axis(tokens, positions.reshape(*positions.shape, *(1,) * (tokens.ndim - 2)), axis=1)
+
+
+def resize_images(
+    images: Float[Array, "batch height width 3"], size: tuple[int, int]
+) -> Float[Array, "batch new_height new_width 3"]:
+    """Pixels of 0..255 at another (height, width): bicubic, antialiased, clipped to 0..255."""
+    if images.shape[1:3] == size:
+        return images
+    resized = jax.image.resize(images, (images.shape[0], *size, 3), "cubic", antialias=True)
+    return jnp.clip(resized, 0.0, 255.0)

@@ -1,0 +1,85 @@
+"""What tasks do with an MAE decoder: build it, fill it from a checkpoint, and add its loss to another task's."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from tinymim_jax.models.mae_decoder import MaeDecoder
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.losses import masked_pixel_loss
+from tinymim_jax.ops.masking import Masking, random_masking
+from tinymim_jax.ops.patches import patchify
+from tinymim_jax.params_io import merge
+from tinymim_jax.tasks.encoder import Loaded
+from tinymim_jax.tasks.task import Params
+
+
+def build_decoder(sizes: ConfigDict, encoder: ViT) -> MaeDecoder:
+    """The decoder of `config.mae`, or of `config.distill.mim`, behind this encoder."""
+    return MaeDecoder(
+        grid=encoder.grid,
+        patch_size=encoder.patch_size,
+        embed_dim=sizes.decoder_dim,
+        depth=sizes.decoder_depth,
+        heads=sizes.decoder_heads,
+        scan=encoder.scan,
+        remat=encoder.remat,
+        dtype=encoder.dtype,
+    )
+
+
+def decoder_record(decoder: MaeDecoder) -> dict[str, Any]:
+    """The architecture as plain JSON."""
+    return {"embed_dim": decoder.embed_dim, "depth": decoder.depth, "heads": decoder.heads}
+
+
+def fill_decoder(params: Params, loaded: Loaded, decoder: MaeDecoder) -> Params:
+    """`params` with the loaded decoder, where the checkpoint has one of this architecture."""
+    if loaded.model.get("decoder") != decoder_record(decoder):
+        return params
+    # Converted files hold the decoder's fixed position table as well.
+    return params | {"decoder": merge(params["decoder"], loaded.params["decoder"], allow_unused=("pos_embed",))}
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelPrediction:
+    """MAE's loss beside distillation: the hidden patches of the student's own view, from what it sees of it."""
+
+    student: ViT
+    decoder: MaeDecoder
+    weight: float
+    mask_ratio: float
+    normalize_pixels: bool
+
+    def init(self, key: jax.Array) -> Params:
+        """Parameters of the decoder, as in an MAE run."""
+        masking = random_masking(key, 1, self.student.grid[0] * self.student.grid[1], self.mask_ratio)
+        latent = jnp.zeros((1, 1 + masking.keep.shape[1], self.student.embed_dim))
+        return {"decoder": self.decoder.init(named(key, "decoder"), latent, masking.restore)["params"]}
+
+    def losses(self, params: Params, tokens: jax.Array, images: jax.Array, masking: Masking) -> jax.Array:
+        """float32 [batch] from the student's last block output and the pixels that it was shown a part of."""
+        latent: Any = self.student.apply({"params": params["encoder"]}, tokens, method="finish")
+        prediction: Any = self.decoder.apply({"params": params["decoder"]}, latent, masking.restore)
+        target = patchify(images, self.student.patch_size)
+        return masked_pixel_loss(prediction, target, masking.hidden, normalize=self.normalize_pixels)
+
+
+def pixel_prediction(distill: ConfigDict, student: ViT) -> PixelPrediction | None:
+    """What `distill.mim_weight` and `distill.mim` ask for; None where the weight is 0."""
+    weight, ratio = distill.mim_weight, distill.mask_ratio
+    normalize_pixels, decoder = distill.mim.normalize_pixels, build_decoder(distill.mim, student)
+    if weight < 0:
+        raise ValueError(f"distill.mim_weight={weight} must not be negative: 0 leaves the loss out")
+    if not weight:
+        return None
+    if not ratio:
+        raise ValueError(
+            f"distill.mim_weight={weight} asks for the pixels of hidden patches, but distill.mask_ratio={ratio} hides "
+            "none: set it, for example to 0.75"
+        )
+    return PixelPrediction(student, decoder, weight, ratio, normalize_pixels)

@@ -1,0 +1,93 @@
+"""What student and teacher are shown of one batch, and how the teacher's tokens are brought to the student's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from tinymim_jax.models.blocks import Tap
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.color import color_jitter, normalize
+from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.masking import Masking, kept_patches, random_masking
+from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The two views and what is hidden of them.
+
+    jitter, teacher_jitter: strengths of each view's own ColorJitter; the crop is one for both.
+    mask_ratio: share of the patches that is hidden from the student; 0 hides nothing.
+    teacher_masked: the same patches are hidden from the teacher. Otherwise it sees the whole image, and those of its
+      tokens are compared that the student has.
+    grid, teacher_grid: patches (rows, columns) of each.
+    teacher_size: height and width of the teacher's images, in pixels.
+    """
+
+    jitter: dict[str, float]
+    teacher_jitter: dict[str, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mask_ratio: float
+    teacher_masked: bool
+    grid: Grid
+    teacher_grid: Grid
+    teacher_size: tuple[int, int]
+
+    def views(self, images: jax.Array, key: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Normalised pixels for student and teacher from uint8 [batch, height, width, 3]."""
+        student, teacher = images, images
+        if train:
+            student = _jittered(named(key, "jitter"), images, self.jitter)
+            teacher = _jittered(named(key, "teacher_jitter"), images, self.teacher_jitter)
+        if teacher.shape[1:3] != self.teacher_size:
+            teacher = resize_images(teacher.astype(jnp.float32), self.teacher_size)
+        return normalize(student, self.mean, self.std), normalize(teacher, self.mean, self.std)
+
+    def masking(self, key: jax.Array, batch: int) -> Masking | None:
+        """Patches hidden from the student, other ones in each image; None where all are visible."""
+        if not self.mask_ratio:
+            return None
+        return random_masking(named(key, "masking"), batch, self.grid[0] * self.grid[1], self.mask_ratio)
+
+    def aligned(self, tap: Tap, masking: Masking | None) -> Tap:
+        """The teacher's tap token by token as the student's: on its grid, and the visible patches only."""
+        if self.teacher_grid != self.grid:
+            tap = jax.tree.map(lambda tokens: resize_tokens(tokens, self.teacher_grid, self.grid), tap)
+        if masking is not None and not self.teacher_masked:
+            tap = jax.tree.map(lambda tokens: visible_tokens(tokens, masking.keep), tap)
+        return tap
+
+
+def build_inputs(config: ConfigDict, student: ViT, teacher: ViT) -> Inputs:
+    """The inputs of `config` for these networks. Raises ValueError where its masks cannot be had."""
+    distill = config.distill
+    ratio, masked = distill.mask_ratio, distill.teacher.masked
+    kept_patches(student.grid[0] * student.grid[1], ratio)
+    if masked and not ratio:
+        raise ValueError(
+            "distill.teacher.masked=True hides from the teacher what the student does not see, but "
+            f"distill.mask_ratio={ratio}: set it, for example to 0.75, or distill.teacher.masked=False"
+        )
+    if masked and student.grid != teacher.grid:
+        raise ValueError(
+            f"distill.teacher.masked=True needs one grid of patches for both, but the student's is {student.grid} and "
+            f"the teacher's {teacher.grid}: set distill.teacher.masked=False, or give both the same patches"
+        )
+    return Inputs(
+        jitter=dict(distill.jitter),
+        teacher_jitter=dict(distill.teacher.jitter),
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        mask_ratio=ratio,
+        teacher_masked=masked,
+        grid=student.grid,
+        teacher_grid=teacher.grid,
+        teacher_size=tuple(teacher.image_size),
+    )
+
+
+def _jittered(key: jax.Array, images: jax.Array, strengths: dict[str, float]) -> jax.Array:
+    return color_jitter(key, images, **strengths) if any(strengths.values()) else images
