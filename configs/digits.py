@@ -16,6 +16,17 @@ def get_config(experiment: str = "distill"):
     return make[experiment]()
 
 
+def sweep():
+    """Learning rates of fine-tuning, for `tinymim sweep configs/digits.py:finetune`."""
+    for rate in (1.6e-2, 3.2e-2):
+        yield {"optim.base_lr": rate}
+
+
+def study(trial):
+    """The same for Optuna."""
+    return {"optim.base_lr": trial.suggest_float("base_lr", 4e-3, 6.4e-2, log=True)}
+
+
 def mae_teacher():
     """A teacher of 128 x 6 blocks, 1.2 M parameters."""
     config = _small(base.mae())

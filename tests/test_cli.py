@@ -13,6 +13,7 @@ from runs import SMALL
 
 from tinymim_jax import cli
 from tinymim_jax.params_io import load_params
+from tinymim_jax.points import from_words, plan, read_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,14 +34,24 @@ def _stay_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(scope="module")
-def readme_commands() -> list[list[str]]:
+def readme_words(*wanted: str) -> list[str]:
+    """Behind `tinymim`: the one command of the README that contains all of these."""
+    (words,) = [words for words in commands_shown() if all(any(w in word for word in words) for w in wanted)]
+    return words[1:]
+
+
+@pytest.fixture(scope="module", name="readme_commands")
+def _readme_commands() -> list[list[str]]:
+    return commands_shown()
+
+
+def commands_shown() -> list[list[str]]:
     blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line]
 
 
-def test_every_command_of_the_readme_parses(readme_commands):
+def test_every_command_of_the_readme_parses(readme_commands, tmp_path):
     seen = set()
     for words in readme_commands:
         if words[0] == "make":
@@ -53,7 +64,9 @@ def test_every_command_of_the_readme_parses(readme_commands):
                 from tinymim_jax.config import load_config
 
                 load_config(options.config, options.overrides)
-    assert {"prepare", "convert", "train", "evaluate", "export"} <= seen
+            if options.command in ("chain", "sweep"):
+                assert plan(read_stages(options.file), tmp_path, from_words(options.overrides))
+    assert {"prepare", "convert", "train", "chain", "sweep", "evaluate", "export"} <= seen
 
 
 def test_the_digits_commands_of_the_readme_run(readme_commands, tmp_path, data_dir, capsys, golden):
@@ -74,6 +87,10 @@ def test_the_digits_commands_of_the_readme_run(readme_commands, tmp_path, data_d
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result == pytest.approx(json.loads((run_folder / "result.json").read_text()))
+    words = ["knn", run_folder, "--k", "5", "data.train_split=train[:100]", "--data_dir", data_dir, "--compile_cache", ""]
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["knn5_top5"] >= json.loads(out.splitlines()[-1])["knn5_top1"] > 0
     code, _, err = run(capsys, "export", run_folder, "--to", "vit", "--output", tmp_path / "out.safetensors")
     assert code == 0, err
     # And back: what was exported is a legal file to convert.
@@ -123,7 +140,7 @@ def test_errors_are_one_message_without_a_traceback(words, message, tmp_path, ca
 def test_help_teaches(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for word in ("train", "evaluate", "convert", "export", "prepare", "demo", "configs/distill_b.py"):
+    for word in ("train", "chain", "sweep", "evaluate", "convert", "export", "prepare", "demo", "configs/distill_b.py"):
         assert word in out
     _, out, _ = run(capsys, "train", "--help")
     assert "resume" in out
@@ -158,3 +175,13 @@ def test_launch_scripts_say_what_they_would_run():
     )
     assert tpu.stdout.count("gcloud compute tpus tpu-vm") == 4
     assert "a\\\\\\ b.py" in tpu.stdout or "a\\ b.py" in tpu.stdout
+
+
+def test_a_slurm_array_runs_the_points_of_a_sweep(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "7"}
+    words = [ROOT / "launch/slurm.sbatch", "sweep", "configs/digits.py:finetune", "--workdir", "w"]
+    out = subprocess.run(["bash", *words], capture_output=True, text=True, check=True, env=environment).stdout
+    options = cli._parse(out.split("bin/tinymim ")[1].split())
+    assert (options.command, options.index, options.workdir) == ("sweep", 7, "w")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from tinymim_jax.checkpoint_format import CheckpointError
 from tinymim_jax.config import load_config
 from tinymim_jax.data.examples import Source
 from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_experiment, build_optimizer
@@ -32,7 +33,7 @@ def check_points(points: Iterable[Point], *, data_dir: str | None = None, need_d
                 config = load_config(run.config, run.words)
                 _check_unchanged(run, config)
                 kept[str(run.workdir)] = _check(config, run, kept, traced, data_dir, need_data)
-            except (ValueError, TypeError, OSError, AttributeError, KeyError) as error:
+            except (ValueError, TypeError, OSError, AttributeError, KeyError, CheckpointError) as error:
                 raise ValueError(f"{_name(point, run)}: {error}") from error
 
 

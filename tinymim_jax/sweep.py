@@ -57,7 +57,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workdir", required=True, metavar="DIR", help="each point has a folder here")
     mode = command.add_mutually_exclusive_group(required=True)
     mode.add_argument("--list", action="store_true", help="points, their states and results; writes the table too")
-    mode.add_argument("--run", choices=("local",), help="run all points on this machine")
+    mode.add_argument("--run", dest="where", choices=("local",), help="run all points on this machine")
     mode.add_argument("--index", type=int, metavar="N", help="run one point: for job arrays. Exit status as of train")
     mode.add_argument("--study", metavar="NAME", help="let Optuna choose the points")
     command.add_argument("--trials", type=int, default=20, metavar="N", help="of --study, in all (default 20)")

@@ -1,0 +1,326 @@
+"""`tinymim sweep`: points are checked, named, run, stopped, resumed and counted. Real trainings, of a few steps."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+from processes import output_of, run_python
+from runs import SMALL
+from test_cli import readme_words, run
+
+from tinymim_jax.metrics import read
+from tinymim_jax.points import State, folder_name, from_words, plan, read_stages, short_names, word
+from tinymim_jax.sweep import read_points
+from tinymim_jax.tables import summarize, write_table
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = [f"{n:03d}_base_lr={rate}_seed={seed}" for seed in (0, 1) for n, rate in enumerate((0.016, 0.032))]
+MANY = "train.duration=40 steps"
+
+FILE = """
+from configs import digits
+
+def get_config():
+    return digits.finetune()
+
+def sweep():
+    yield {"optim.base_lr": 1e30, "train.max_skipped": 1}
+    yield {"optim.base_lr": 2e-2, "note.paper": 80.5}
+
+def sweep_wrong():
+    yield {"optim.base_lr": 1e-2}
+    yield {"optim.base_rl": 2e-2}
+
+def sweep_unbuildable():
+    yield {"train.batch_size": 8}
+    yield {"train.batch_size": 9, "train.accumulate": 2}
+
+def sweep_empty():
+    return []
+
+def sweep_twice():
+    yield {"seed": 1}
+    yield {"seed": 1}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.setattr("tinymim_jax.sharding.initialize_distributed", lambda: None)
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def file(tmp_path) -> pathlib.Path:
+    path = tmp_path / "my" / "sweeps.py"
+    path.parent.mkdir()
+    path.write_text(FILE)
+    return path
+
+
+def command(workdir, data_dir, *words) -> list[str]:
+    """The README's sweep, shrunk."""
+    shown = readme_words("sweep", "--run")
+    seeds = shown.index("--seeds")
+    moved = [str(workdir) if word.startswith("runs/") else word for word in [*shown[:seeds], *shown[seeds + 2 :]]]
+    return [*moved, "--seeds", "2", "--data_dir", data_dir, "--compile_cache", "", *SMALL, MANY, *words]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data_dir):
+    """Two points of two seeds, two at a time: the workdir and what was printed."""
+    workdir = tmp_path_factory.mktemp("sweep")
+    process = start(command(workdir, data_dir, "--jobs", "2"))
+    status, out, err = output_of(process)
+    assert status == 0, out + err
+    return workdir, out
+
+
+def start(words):
+    os.chdir(ROOT)
+    return run_python(f"from tinymim_jax.cli import main; main({[str(w) for w in words]!r})")
+
+
+def results(workdir) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in workdir.glob("*/result.json")}
+
+
+def test_all_points_are_run_and_tabled(undisturbed):
+    workdir, out = undisturbed
+    found = {name: json.loads(text) for name, text in results(workdir).items()}
+    assert sorted(found) == sorted(NAMES)
+    for number, rate in enumerate((0.016, 0.032)):
+        own = [name for name in NAMES if name.startswith(f"{number:03d}")]
+        configs = [json.loads((workdir / name / "config.json").read_text()) for name in own]
+        assert [config["optim"]["base_lr"] for config in configs] == [rate] * 2
+        assert [config["seed"] for config in configs] == [0, 1]
+    table = json.loads((workdir / "table.json").read_text())
+    assert (table["metric"], table["direction"]) == ("top1", "max")
+    for row in table["rows"]:
+        values = [found[name]["top1"] for name in row["workdirs"]]
+        assert row["mean"] == pytest.approx(np.mean(values), rel=1e-12)
+        assert row["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-12)
+    assert table["rows"][0]["mean"] >= table["rows"][1]["mean"]
+    assert (workdir / "table.md").read_text().strip() in out
+    assert (workdir / "table.png").stat().st_size > 1000
+    assert "| 2 finished |" in out
+    assert "001 seed 1 | " in out
+
+
+def test_the_same_command_again_runs_nothing(undisturbed, data_dir, capsys):
+    workdir, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.json*")}
+    status, out, _ = run(capsys, *command(workdir, data_dir))
+    assert status == 0
+    assert "first step" not in out
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.json*")} == before
+
+
+def test_list_shows_states_and_results(undisturbed, data_dir, tmp_path, capsys):
+    workdir, _ = undisturbed
+    words = [word for word in command(workdir, data_dir) if word not in ("--run", "local")]
+    status, out, _ = run(capsys, *words, "--list")
+    assert status == 0
+    lines = out.splitlines()
+    for index, name in enumerate(NAMES):
+        line = next(line for line in lines if name in line)
+        assert line.split()[:3] == [str(index), name, "finished"]
+        assert f"top1 {json.loads(results(workdir)[name])['top1']:.4g}" in line
+    words = [word for word in command(tmp_path / "new", data_dir) if word not in ("--run", "local")]
+    status, out, _ = run(capsys, *words, "--list")
+    assert (status, out.count("not started")) == (0, 4)
+    assert not (tmp_path / "new").exists()
+
+
+def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_dir, tmp_path):
+    def begin(step: int):
+        """Starts the sweep; once a point is beyond `step`, (process, its workdir)."""
+        process = start(command(tmp_path, data_dir, "--jobs", "2"))
+        for _ in range(600):
+            for name in NAMES:
+                path = tmp_path / name / "metrics.jsonl"
+                if path.exists() and (rows := read(path)) and step <= rows[-1]["step"] < 30:
+                    return process, path.parent
+            time.sleep(0.1)
+        raise AssertionError(output_of(process))
+
+    process, _ = begin(2)
+    process.send_signal(signal.SIGINT)
+    status, out, _ = output_of(process)
+    assert status == 75, out
+    assert "all saved" in out
+    assert "interrupted step" in out
+
+    process, running = begin(9)
+    process.kill()
+    process.wait()
+    time.sleep(1.0)  # its children must not outlive it
+    said = (running / "log.txt").stat().st_size
+    time.sleep(1.5)
+    assert (running / "log.txt").stat().st_size == said
+    assert not (running / "result.json").exists()
+
+    status, out, err = output_of(start(command(tmp_path, data_dir, "--jobs", "2")))
+    assert status == 0, out + err
+    assert "resuming at step" in (running / "log.txt").read_text()
+    assert results(tmp_path) == results(undisturbed[0])
+
+
+def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_path, capsys):
+    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
+    status, out, _ = run(capsys, *words, "--run", "local")
+    assert status == 1
+    failing, sound = "000_base_lr=1e+30_max_skipped=1", "001_base_lr=0.02"
+    assert list(results(tmp_path / "w")) == [sound]
+    assert f"{failing} failed: loss or gradient were not finite" in out
+    assert "Lower optim.base_lr" in (tmp_path / "w" / failing / "failed.txt").read_text()
+    rows = list(csv.DictReader((tmp_path / "w" / "table.csv").open()))
+    assert [(row["point"], row["finished"], row["paper"]) for row in rows] == [("1", "1", "80.5"), ("0", "0", "")]
+    assert (float(rows[0]["top1_mean"]), rows[1]["top1_mean"]) == (
+        json.loads(results(tmp_path / "w")[sound])["top1"],
+        "",
+    )
+    status, out, _ = run(capsys, *words, "--list")
+    assert [line.split()[2] for line in out.splitlines()[:2]] == ["failed", "finished"]
+
+
+def test_index_runs_one_point(file, data_dir, tmp_path, capsys):
+    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
+    status, _, err = run(capsys, *words, "--index", "1")
+    assert status == 0, err
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["001_base_lr=0.02"]
+    assert list(results(tmp_path / "w")) == ["001_base_lr=0.02"]
+    status, _, err = run(capsys, *words, "--index", "0")
+    assert status == 1
+    assert "not finite" in err
+    assert "not finite" in (tmp_path / "w" / "000_base_lr=1e+30_max_skipped=1" / "failed.txt").read_text()
+    status, _, err = run(capsys, *words, "--index", "2")
+    assert status == 1
+    assert "points 0 to 1" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["--sweep", "wrong"], ["point 1 of sweep_wrong()", "did you mean 'optim.base_lr'"]),
+        (["--sweep", "unbuildable"], ["point 001_batch_size=9_accumulate=2: train.batch_size=9", "choose a divisor"]),
+        (["--sweep", "empty"], ["sweep_empty() yields no points"]),
+        (["--sweep", "twice"], ["points 0 and 1 are the same"]),
+        (["--sweep", "wrng"], ["--sweep='wrng' is unknown", "'sweep_wrong'"]),
+        (["optim.base_lr=1"], ["optim.base_lr differs from point to point"]),
+        (["optim.b3=1"], ["point 0", "did you mean 'optim.b"]),
+        (["data.source=digit"], ["digit"]),
+        (["--jobs", "0"], ["counted from 1"]),
+        (["--sweep", "twice", "--seeds", "2"], ["points 0 and 1"]),
+    ],
+)
+def test_nothing_runs_before_everything_is_sound(words, messages, file, data_dir, tmp_path, capsys):
+    common = ["--workdir", tmp_path / "w", "--data_dir", data_dir, "--run", "local", *SMALL[:-5]]
+    status, out, err = run(capsys, "sweep", file, *common, *words)
+    assert status == 1, out
+    assert err.startswith("tinymim sweep: ")
+    for message in messages:
+        assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_changed_sweep_is_noticed(undisturbed, data_dir, capsys):
+    status, _, err = run(capsys, *command(undisturbed[0], data_dir, "optim.b1=0.8"))
+    assert status == 1
+    assert "holds another experiment" in err
+    assert "optim.b1: 0.9 there, 0.8 here" in err
+
+
+def test_names_are_stable_unique_and_safe(tmp_path):
+    name = folder_name(3, {"optim.base_lr": 1e-3, "model.drop_path": 0.1}, 0)
+    assert name == "003_base_lr=0.001_drop_path=0.1_seed=0"
+    hard = {"train.duration": "300 epochs", "init": "runs/a b/c:d", "model.heads": (2, 4), "data.examples": -1}
+    assert folder_name(0, hard) == "000_duration=300-epochs_init=c-d_heads=2,4_examples=-1"
+    keys = ["model.drop_path", "distill.teacher.drop_path", "optim.base_lr"]
+    assert list(short_names(keys).values()) == ["model.drop_path", "teacher.drop_path", "base_lr"]
+    long = {f"a.{letter * 20}": value for letter, value in zip("bcdefghij", range(9))}
+    names = {folder_name(0, long | {"a.jjjj": value}) for value in range(50)}
+    assert len(names) == 50
+    assert max(map(len, names)) <= 120
+    few, more = (read_points("configs/digits.py:finetune", "sweep", tmp_path, {}, seeds) for seeds in (1, 3))
+    assert [point.name for point in more][: len(few)] == [point.name for point in few]
+    assert len({point.name for point in more}) == len(more) == 6
+
+
+@pytest.mark.parametrize(
+    "value", [1, 1e-3, True, None, "qk_vv", "18", "None", "", "300 epochs", (1, 2), np.float64(0.1)]
+)
+def test_words_come_back_as_they_were(value):
+    assert from_words([word("a.b", value)]) == {"a.b": value}
+
+
+def test_keys_find_their_stages(tmp_path):
+    stages = read_stages("configs/chain.py:digits")
+    changes = {"seed": 3, "distill.teacher.path": "x", "small.optim.base_lr": 1.0}
+    teacher, large, small, classifier = plan(stages, tmp_path, changes)
+    assert all("seed=3" in run.words for run in (teacher, large, small, classifier))
+    assert f"distill.teacher.path={tmp_path / 'large'}" in small.words  # a link is not undone by a word for all
+    assert "optim.base_lr=1.0" in small.words
+    assert not any(word.startswith("optim") for word in large.words)
+    with pytest.raises(ValueError, match=r"stage 'small'.*did you mean 'optim.base_lr'"):
+        plan(stages, tmp_path, {"small.optim.base_rl": 1})
+    with pytest.raises(ValueError, match=r"did you mean 'mae.mask_ratio'"):
+        plan(stages, tmp_path, {"mae.mask_ration": 1})
+
+
+def test_the_table_counts_as_numpy_does(tmp_path):
+    points = read_points("configs/digits.py:finetune", "sweep", tmp_path, {}, 3)
+    values = dict(zip((point.name for point in points), (0.5, 0.7, 0.6, 0.9, 0.8, 0.75)))
+    states = {name: State("finished", result={"top1": value, "loss": -value}) for name, value in values.items()}
+    rows = summarize(points, states, metric="top1", direction="max")
+    for row in rows:
+        own = [values[name] for name in row["workdirs"]]
+        np.testing.assert_allclose([row["mean"], row["std"]], [np.mean(own), np.std(own, ddof=1)], rtol=1e-12)
+    assert [row["point"] for row in rows] == [1, 0]
+    assert [row["point"] for row in summarize(points, states, metric="top1", direction="min")] == [0, 1]
+    states[points[1].name] = State("failed", "why")  # of three seeds two are left, and the table says so
+    row = next(row for row in summarize(points, states, metric="loss", direction="min") if row["point"] == 1)
+    assert (row["states"], len(row["values"])) == ({"failed": 1, "finished": 2}, 2)
+    with pytest.raises(ValueError, match="did you mean 'top1'"):
+        write_table(points, states, tmp_path, metric="top")
+
+
+def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    words = ["sweep", "configs/digits.py:finetune", "--study", "study", "--workdir", tmp_path, "--data_dir", data_dir]
+    words += ["--compile_cache", "", *SMALL]
+    status, out, err = run(capsys, *words, "--trials", "1")
+    assert status == 0, out + err
+    (first,) = results(tmp_path)
+    status, out, err = run(capsys, *words, "--trials", "2")
+    assert status == 0, out + err
+    assert len(results(tmp_path)) == 2
+    assert first in results(tmp_path)
+    rates = [json.loads((tmp_path / n / "config.json").read_text())["optim"]["base_lr"] for n in results(tmp_path)]
+    assert len(set(rates)) == 2
+    assert all(4e-3 <= rate <= 6.4e-2 for rate in rates)
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 2
+
+
+def test_trials_behind_the_median_are_stopped(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    from tinymim_jax.study import _Watch
+
+    points = read_points("configs/digits.py:finetune", "sweep", tmp_path, {})
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+    metrics = points[0].runs[0].workdir / "metrics.jsonl"
+    metrics.parent.mkdir()
+    for value, behind in ((0.5, False), (0.4, True), (0.6, False)):
+        trial = study.ask()
+        watch = _Watch(trial, points[0], "top1")
+        metrics.write_text('{"step": 3, "train/loss": 1.0}\n')
+        assert not watch()
+        metrics.write_text(f'{{"step": 3, "train/loss": 1.0}}\n{{"step": 4, "eval/top1": {value}}}\n')
+        assert watch() == behind
+        study.tell(trial, value)
