@@ -87,8 +87,7 @@ def test_the_digits_commands_of_the_readme_run(readme_commands, tmp_path, data_d
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result == pytest.approx(json.loads((run_folder / "result.json").read_text()))
-    words = ["knn", run_folder, "--k", "5", "data.train_split=train[:100]", "--data_dir", data_dir, "--compile_cache", ""]
-    code, out, err = run(capsys, *words)
+    code, out, err = run(capsys, "knn", run_folder, "--k", "5", "--data_dir", data_dir, "--compile_cache", "")
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["knn5_top5"] >= json.loads(out.splitlines()[-1])["knn5_top1"] > 0
     code, _, err = run(capsys, "export", run_folder, "--to", "vit", "--output", tmp_path / "out.safetensors")

@@ -7,6 +7,8 @@ import pathlib
 import re
 import sys
 
+from ml_collections import ConfigDict
+
 from tinymim_jax import chain, prepare_command, sweep
 from tinymim_jax.startup import start_logging, use_compile_cache
 
@@ -70,24 +72,40 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from tinymim_jax.config import apply_overrides, from_json, load_config
-
-    if options.config:
-        config = load_config(options.config, options.overrides)
-    else:
-        path = pathlib.Path(options.checkpoint) / "config.json"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist: name the experiment with --config, or give the workdir of a run"
-            )
-        config = from_json(json.loads(path.read_text()))
-        apply_overrides(config, options.overrides)
+    config = _config_of(options)
     _start_jax(options)
     from tinymim_jax.evaluate import evaluate_checkpoint
 
     result = evaluate_checkpoint(config, options.checkpoint, data_dir=options.data_dir, workers=options.workers)
     print(json.dumps(result))
     return 0
+
+
+def _knn(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    _start_jax(options)
+    from tinymim_jax.knn import evaluate_knn
+
+    chosen = {"neighbors": options.k, "temperature": options.temperature, "pool": options.pool}
+    result = evaluate_knn(config, options.checkpoint, data_dir=options.data_dir, workers=options.workers, **chosen)
+    print(json.dumps(result))
+    return 0
+
+
+def _config_of(options: argparse.Namespace) -> ConfigDict:
+    """The experiment of --config, or that of the run whose checkpoint it is."""
+    from tinymim_jax.config import apply_overrides, from_json, load_config
+
+    if options.config:
+        return load_config(options.config, options.overrides)
+    path = pathlib.Path(options.checkpoint) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: name the experiment with --config, or give the workdir of a run"
+        )
+    config = from_json(json.loads(path.read_text()))
+    apply_overrides(config, options.overrides)
+    return config
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -164,10 +182,13 @@ def _parser() -> argparse.ArgumentParser:
     _training(points)
 
     evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint on the evaluation split")
-    evaluate.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
-    evaluate.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment (default: the run's own config.json)")
-    _runtime(evaluate)
-    _overrides(evaluate)
+    _judged(evaluate)
+
+    knn = _command(commands, "knn", _knn, "k-nearest-neighbour accuracy of a checkpoint's features, without training")
+    knn.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours (default 10 20 100 200)")
+    knn.add_argument("--temperature", type=float, default=0.07, help="weight exp(cosine / it) (default 0.07, as DINO)")
+    knn.add_argument("--pool", default="mean", help="features: mean of the patch tokens, or cls (default mean)")
+    _judged(knn)
 
     convert = _command(
         commands, "convert", _convert, "read a PyTorch checkpoint (.pth or .safetensors), without PyTorch"
@@ -212,6 +233,14 @@ def _training(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fsdp", type=int, default=1, metavar="N", help="split large parameters over N devices (default 1)"
     )
+    _runtime(command)
+    _overrides(command)
+
+
+def _judged(command: argparse.ArgumentParser) -> None:
+    """A checkpoint, and the experiment that says on what it is judged."""
+    command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    command.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment (default: the run's own config.json)")
     _runtime(command)
     _overrides(command)
 
