@@ -73,7 +73,20 @@ def test_tap_is_the_block_it_names(params):
         stream = tap.output
 
 
-@pytest.mark.parametrize("tap", [0, 4])
+@pytest.mark.parametrize("scan", [False, True])
+def test_several_taps_are_the_single_ones_of_one_pass(params, scan):
+    encoder, key = TINY.clone(scan=scan), jax.random.key(3)
+
+    def encode(tap):
+        return encoder.apply({"params": params}, IMAGES, tap=tap, drop_key=key, method="encode")
+
+    for tap, got in zip((3, 1, 3), jax.jit(lambda: encode((3, 1, 3)))()):
+        want = jax.jit(lambda tap=tap: encode(tap))()
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tap", [0, 4, (1, 4)])
 def test_tap_outside_is_refused(params, tap):
     with pytest.raises(ValueError, match="choose 1 to 3"):
         TINY.apply({"params": params}, IMAGES, tap=tap, method="encode")
@@ -97,6 +110,19 @@ def test_a_tap_costs_nothing_beyond_itself():
     tokens = 2 * 65
     needed = 2 * (2 * 64) * 48 * 64 + 2 * tokens * 64 * 3 * 64  # patch projection and qkv, in multiply-adds
     assert needed <= flops(qkv, params, images) < 1.2 * needed
+
+
+def test_several_taps_cost_what_the_last_one_does():
+    encoder = ViT(embed_dim=64, depth=4, heads=4, patch_size=4, image_size=(32, 32))
+    images = jnp.zeros((2, 32, 32, 3))
+    params = jax.jit(encoder.init)(jax.random.key(0), images)["params"]
+    one, two = (
+        flops(
+            lambda p, x, t=t: [tap.q for tap in encoder.apply({"params": p}, x, tap=t, method="encode")], params, images
+        )
+        for t in ((3,), (1, 3))
+    )
+    assert one <= two < 1.01 * one
 
 
 def test_scan_and_remat_change_nothing_but_the_program(params):

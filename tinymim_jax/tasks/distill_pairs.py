@@ -94,11 +94,13 @@ def align_heads(distill: ConfigDict, student: ViT, teacher: ViT, pairs: Sequence
     heads, given = list(student.block_heads), {}
     for pair in pairs:
         count = teacher.block_heads[pair.teacher - 1]
-        if given.setdefault(pair.student, count) != count or student.embed_dim % count:
+        gives = f"distill.heads='adaptive' gives the student's block {pair.student} the {count} heads of the teacher's"
+        if given.setdefault(pair.student, count) != count:
+            raise ValueError(f"{gives} block {pair.teacher} and {given[pair.student]} of another: set it to 'resplit'")
+        if student.embed_dim % count:
             raise ValueError(
-                f"distill.heads='adaptive' gives the student's block {pair.student} the {count} heads of the teacher's "
-                f"block {pair.teacher}, but it has {given[pair.student]} of another one or they do not divide the "
-                f"student's width {student.embed_dim}: set distill.heads='resplit'"
+                f"{gives} block {pair.teacher}, which do not divide the student's width {student.embed_dim}: set "
+                "distill.heads='resplit'"
             )
         heads[pair.student - 1] = count
     return student.clone(heads=tuple(heads))

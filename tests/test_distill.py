@@ -1,0 +1,411 @@
+"""Options of distillation: what each computes, what it trains, and that its runs are legal everywhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from runs import run_steps, small_config
+
+from tinymim_jax import optim
+from tinymim_jax.convert import to_torch
+from tinymim_jax.models.heads import Classifier
+from tinymim_jax.models.mae_decoder import MaskedAutoencoder
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.color import color_jitter, normalize
+from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.losses import masked_pixel_loss
+from tinymim_jax.ops.masking import random_masking
+from tinymim_jax.ops.patches import patchify
+from tinymim_jax.params_io import load_params, save_params
+from tinymim_jax.sharding import make_mesh
+from tinymim_jax.targets import TARGETS
+from tinymim_jax.tasks import TASKS
+from tinymim_jax.tasks.decoder import build_decoder
+
+TEACHER = ViT(embed_dim=32, depth=3, heads=4, patch_size=4, image_size=(16, 16))
+PATCH_8 = TEACHER.clone(patch_size=8)
+MEAN = STD = (0.5, 0.5, 0.5)  # of configs/digits.py
+CLEAN = tuple(f"distill.jitter.{name}=0.0" for name in ("brightness", "contrast", "saturation"))
+MIM = tuple(f"distill.mim.{key}" for key in ("decoder_dim=8", "decoder_depth=1", "decoder_heads=2"))
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+BATCH = {"image": jnp.asarray(IMAGES), "label": jnp.zeros(4, jnp.int32)}
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Random teachers with 4 x 4 and with 2 x 2 patches."""
+    path = tmp_path_factory.mktemp("teachers")
+    for name, vit in (("teacher", TEACHER), ("patch_8", PATCH_8)):
+        params = jax.jit(vit.init)(jax.random.key(1), np.zeros((1, 16, 16, 3), np.float32))["params"]
+        save_params(path / name, {"encoder": params}, {"encoder": vit.record()})
+    return path
+
+
+def distill(folder, *words, teacher="teacher"):
+    """A student of 16 x 2 blocks with 4 x 4 patches."""
+    return small_config("distill", "model.patch_size=4", f"distill.teacher.path={folder / teacher}", *words)
+
+
+def task_of(config):
+    return TASKS[config.task](config, 10)
+
+
+def losses_of(folder, *words, teacher="teacher", key=KEY, train=True, params=None):
+    """The task's losses at its initial parameters (or `params`) for four fixed images."""
+    task = task_of(distill(folder, *words, teacher=teacher))
+    params = task.init(jax.random.key(2)) if params is None else params
+    return jax.jit(task.losses, static_argnums=4)(params, task.load_frozen(), BATCH, key, train)
+
+
+OPTIONS = {
+    "qq_kk_vv by smooth-L1": ["distill.target=qq_kk_vv", "distill.relation_loss=smooth_l1"],
+    "cls, cosine": ["distill.target=cls", "distill.feature_loss=cosine"],
+    "qkv, small beta, other adaptive heads": ["distill.target=qkv", "distill.beta=0.5", "model.heads=1"],
+    "three pairs": ["distill.taps=((1,1,1.0),(2,3,0.5),(2,2,2.0))", "model.scan=True"],
+    "resplit, 2 heads": ["distill.heads=resplit", "distill.relation_heads=2", "model.heads=1"],
+    "masked, both": ["distill.mask_ratio=0.5", "distill.teacher.masked=True", "model.dtype=bfloat16"],
+    "masked, another grid": ["distill.mask_ratio=0.5", "distill.teacher.image_size=(24,16)"],
+    "teacher's noise": ["distill.teacher.drop_path=0.5", "distill.teacher.jitter.contrast=0.4", "train.accumulate=2"],
+    "mim and features": [
+        *("distill.mask_ratio=0.5", "distill.mim_weight=0.5", "distill.target=ffn", "distill.feature_loss=mse"),
+        *("distill.mim.normalize_pixels=False", *MIM),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_train(folder, data_dir, name):
+    config = distill(folder, *OPTIONS[name])
+    state, losses, before, after = run_steps(config, data_dir, make_mesh(devices=jax.devices()[:1]), 2)
+    assert np.isfinite(losses).all()
+    assert int(state.skipped) == 0
+    start = task_of(config).init(jax.random.key(config.seed))
+    # The first learning rate is 0, the second is not: something of every part has moved.
+    for part, params in state.params.items():
+        moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), params, start[part])
+        assert any(jax.tree.leaves(moved)), part
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_the_published_path_costs_what_it_did(folder):
+    """Options that are off add nothing: the same FLOPs and the same bits as the method written out."""
+    config = distill(folder, "distill.teacher.tap=2")
+    task = task_of(config)
+    student = ViT.from_record(task.model["encoder"])
+    target, jitter = TARGETS["qk_vv"], dict(config.distill.jitter)
+
+    def by_hand(params, frozen, image, key):
+        seen = TEACHER.apply({"params": frozen}, normalize(image, MEAN, STD), tap=2, method="encode")
+        view = normalize(color_jitter(named(key, "jitter"), image, **jitter), MEAN, STD)
+        own = student.apply({"params": params["encoder"]}, view, tap=2, method="encode")
+        return jnp.mean(sum(target.loss(target.extract(own), target.extract(seen)).values()))
+
+    def ours(params, frozen, image, key):
+        return jnp.mean(task.losses(params, frozen, {"image": image}, key, True)["loss"])
+
+    args = (task.init(jax.random.key(2)), task.load_frozen(), BATCH["image"], KEY)
+    compiled = [jax.jit(jax.value_and_grad(function)).lower(*args).compile() for function in (by_hand, ours)]
+    costs = [c.cost_analysis() for c in compiled]
+    flops = [(cost[0] if isinstance(cost, list) else cost)["flops"] for cost in costs]
+    assert flops[1] <= flops[0]
+    want, got = (c(*args) for c in compiled)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), got, want)
+
+
+# What of the student's last block each target trains.
+BEHIND = {"attn/proj": ("attention", "attention_residual"), "norm2": (), "mlp/fc1": (), "mlp/fc2": ()}
+WHOLE_BLOCK = ("cls", "output", "ffn", "ffn_residual")
+
+
+@pytest.mark.parametrize("target", ["qk_vv", "kk", "attention", "attention_residual", *WHOLE_BLOCK, "v", "qkv"])
+def test_gradients_reach_what_they_should_and_nothing_else(folder, target):
+    task = task_of(distill(folder, f"distill.target={target}", "model.drop_path=0.0"))
+    params, frozen = task.init(jax.random.key(2)), task.load_frozen()
+
+    def loss(params, frozen):
+        return jnp.mean(task.losses(params, frozen, BATCH, KEY, True)["loss"])
+
+    paths = optim.reached(loss, params, frozen)
+    trained = {"/".join(path) for path in paths}
+    behind = {name for name, targets in BEHIND.items() if target in (*targets, *WHOLE_BLOCK)}
+    never = {"encoder/norm"} | {f"encoder/blocks_1/{name}" for name in BEHIND if name not in behind}
+    every = {"/".join(path) for path in flatten_dict(params)}
+    want = {name for name in every if not any(name.startswith(f"{prefix}/") for prefix in never)}
+    assert trained == want
+    grads, of_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, frozen)
+    for path, value in flatten_dict(grads).items():
+        assert np.any(value) == (path in paths), path
+    assert not any(np.any(x) for x in jax.tree.leaves(of_teacher))
+
+
+def test_several_taps_are_the_weighted_sum_of_single_ones(folder):
+    own = ["distill.heads=resplit", "model.drop_path=0.3"]
+    both = losses_of(folder, *own, "distill.taps=((2,3,1.0),(1,2,0.5))")
+    last = losses_of(folder, *own, "distill.student_tap=2", "distill.teacher.tap=3")
+    first = losses_of(folder, *own, "distill.student_tap=1", "distill.teacher.tap=2")
+    np.testing.assert_allclose(both["loss"], last["loss"] + 0.5 * first["loss"], rtol=1e-5)
+    np.testing.assert_allclose(both["qk_1_2"], first["qk"], rtol=1e-5)
+    np.testing.assert_allclose(both["vv_2_3"], last["vv"], rtol=1e-5)
+    assert set(both) == {"loss", "qk_1_2", "vv_1_2", "qk_2_3", "vv_2_3"}
+
+
+def test_adaptive_heads_are_those_of_every_tapped_teacher_block(folder):
+    task = task_of(distill(folder, "distill.taps=((2,3,1.0),)"))
+    assert task.model["encoder"]["heads"] == [2, 4]
+    task = task_of(distill(folder, "distill.taps=((1,2,1.0),(2,3,1.0))"))
+    assert task.model["encoder"]["heads"] == [4, 4]
+    for choice in ("own", "resplit"):
+        assert task_of(distill(folder, f"distill.heads={choice}")).model["encoder"]["heads"] == [2, 2]
+
+
+def test_resplit_is_adaptive_where_head_counts_agree(folder):
+    adaptive, own, resplit = (losses_of(folder, "model.heads=4", f"distill.heads={h}")["loss"]
+                              for h in ("adaptive", "own", "resplit"))  # fmt: skip
+    np.testing.assert_array_equal(adaptive, own)
+    np.testing.assert_array_equal(adaptive, resplit)
+
+
+TWINS = ("model.embed_dim=32", "model.depth=3", "model.heads=4", "distill.heads=own", *CLEAN)
+
+
+def twin_params(folder):
+    return {"encoder": load_params(folder / "teacher")[1]["encoder"]}
+
+
+def test_the_same_patches_are_hidden_from_both(folder):
+    """A student that is the teacher has loss 0 only if both see the same patches, in the same order."""
+    masked = [*TWINS, "distill.mask_ratio=0.5", "distill.teacher.masked=True"]
+    params = twin_params(folder)
+    for train in (True, False):
+        got = losses_of(folder, *masked, params=params, train=train)
+        np.testing.assert_allclose(got["loss"], 0, atol=1e-6)
+    # A teacher that sees everything has other attention in the end, but the same q, k, v of block 1 at visible patches.
+    whole = [*TWINS, "distill.mask_ratio=0.5"]
+    first = losses_of(folder, *whole, "distill.student_tap=1", "distill.teacher.tap=1", params=params)
+    np.testing.assert_allclose(first["loss"], 0, atol=1e-6)
+    assert (np.asarray(losses_of(folder, *whole, params=params)["loss"]) > 1e-4).all()
+
+
+def test_masks_come_from_the_step_key_and_differ_between_images(folder):
+    words = [*TWINS, "distill.mask_ratio=0.5", "distill.target=ffn"]
+    task = task_of(distill(folder, *words))
+    params = task.init(jax.random.key(2))
+    same = {"image": jnp.asarray(np.repeat(IMAGES[:1], 4, axis=0))}
+    run = jax.jit(task.losses, static_argnums=4)
+    loss = np.asarray(run(params, task.load_frozen(), same, KEY, True)["loss"])
+    again = np.asarray(run(params, task.load_frozen(), same, KEY, True)["loss"])
+    other = np.asarray(run(params, task.load_frozen(), same, jax.random.key(6), True)["loss"])
+    np.testing.assert_array_equal(loss, again)
+    assert len(set(loss)) == 4
+    assert not set(loss) & set(other)
+
+
+def test_a_teacher_of_another_grid(folder):
+    """Of a plain picture and without positions all patch tokens agree, so the teacher's grid makes no difference."""
+    vit, params = TEACHER.clone(pos_embed="learned"), load_params(folder / "teacher")[1]["encoder"]
+    nowhere = params | {"pos_embed": np.zeros((1, 17, 32), np.float32)}
+    save_params(folder / "nowhere", {"encoder": nowhere}, {"encoder": vit.record()})
+    plain = {"image": jnp.full((2, 16, 16, 3), 90, jnp.uint8)}
+    losses = []
+    for size in ("None", "(24,32)", "(8,12)"):
+        words = ["distill.teacher.tap=1", "distill.target=v", f"distill.teacher.image_size={size}"]
+        task = task_of(distill(folder, *words, teacher="nowhere"))
+        params = task.init(jax.random.key(2))
+        losses.append(jax.jit(task.losses, static_argnums=4)(params, task.load_frozen(), plain, KEY, False)["loss"])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+    assert np.isfinite(losses_of(folder, teacher="patch_8")["loss"]).all()
+
+
+@pytest.mark.parametrize("word", ["distill.teacher.drop_path=0.5", "distill.teacher.jitter.brightness=0.9"])
+def test_noise_of_the_teacher_is_of_training_only(folder, word):
+    words = [*TWINS, "model.drop_path_schedule=constant"]
+    params = twin_params(folder)
+    np.testing.assert_allclose(losses_of(folder, *words, params=params)["loss"], 0, atol=1e-6)
+    noisy = losses_of(folder, *words, word, params=params)
+    assert np.max(noisy["loss"]) > 1e-4
+    np.testing.assert_allclose(losses_of(folder, *words, word, params=params, train=False)["loss"], 0, atol=1e-6)
+
+
+def test_the_mim_loss_is_maes(folder):
+    words = ["distill.mask_ratio=0.5", "model.drop_path=0.0", *CLEAN]
+    config = distill(folder, *words, "distill.mim_weight=0.3", *MIM)
+    task = task_of(config)
+    params, frozen = task.init(jax.random.key(2)), task.load_frozen()
+    got = jax.jit(task.losses, static_argnums=4)(params, frozen, BATCH, KEY, True)
+    alone = losses_of(folder, *words, params={"encoder": params["encoder"]})
+    np.testing.assert_allclose(got["loss"], alone["loss"] + 0.3 * got["mae"], rtol=1e-5)
+    encoder = ViT.from_record(task.model["encoder"])
+    network = MaskedAutoencoder(encoder, build_decoder(config.distill.mim, encoder))
+    images, masking = normalize(BATCH["image"], MEAN, STD), random_masking(named(KEY, "masking"), 4, 16, 0.5)
+    prediction = network.apply({"params": params}, images, masking)
+    want = masked_pixel_loss(prediction, patchify(images, 4), masking.hidden, normalize=True)
+    np.testing.assert_allclose(got["mae"], want, rtol=1e-5)
+    # Its gradient needs the whole encoder: nothing stays as it was.
+    paths = optim.reached(lambda p: task.losses(p, frozen, BATCH, KEY, True)["loss"].mean(), params)
+    assert paths == set(flatten_dict(params))
+
+
+@pytest.fixture(scope="module")
+def featured(folder):
+    """A student with adapters and a decoder, as its run would leave it."""
+    words = ["distill.target=ffn", "distill.mask_ratio=0.5", "distill.mim_weight=1.0", *MIM]
+    task = task_of(distill(folder, *words))
+    params = jax.device_get(task.init(jax.random.key(3)))
+    save_params(folder / "featured", params, task.model)
+    return folder / "featured", words, params
+
+
+def test_adapters_and_decoder_are_no_part_of_the_encoder(folder, featured):
+    path, words, params = featured
+    assert set(params) == {"encoder", "adapter", "decoder"}
+    assert params["adapter"]["taps_0"]["ffn"]["kernel"].shape == (16, 32)
+    # As a teacher, as the start of a classifier, and as a PyTorch file.
+    frozen = task_of(small_config("distill", "model.patch_size=4", f"distill.teacher.path={path}")).load_frozen()
+    np.testing.assert_array_equal(frozen["cls_token"], params["encoder"]["cls_token"])
+    finetune = small_config("finetune", "model.patch_size=4", f"init={path}")
+    task = task_of(finetune)
+    start = task.start(jax.device_get(task.init(jax.random.key(0))))
+    np.testing.assert_array_equal(start["encoder"]["cls_token"], params["encoder"]["cls_token"])
+    assert set(start) == {"encoder", "fc_norm", "head"}
+    model, loaded = load_params(path)
+    assert "decoder_pos_embed" in to_torch("mae", model, loaded)
+    # As the start of the same experiment everything fits; of another target the adapters start afresh.
+    task = task_of(distill(folder, *words, f"init={path}"))
+    jax.tree.map(np.testing.assert_array_equal, task.start(jax.device_get(task.init(jax.random.key(9)))), params)
+    task = task_of(distill(folder, "distill.target=attention", f"init={path}"))
+    fresh = jax.device_get(task.init(jax.random.key(9)))
+    jax.tree.map(np.testing.assert_array_equal, task.start(fresh)["adapter"], fresh["adapter"])
+
+
+def test_a_chain_of_students_with_resplit(folder, data_dir):
+    """L -> S -> T with the heads of each size: relations are cut anew, no stage changes a head count."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    small = distill(folder, "distill.heads=resplit", "model.embed_dim=24", "model.heads=6", "model.depth=3")
+    with pytest.raises(ValueError, match=r"Choices: 1, 2, 4, 8"):
+        task_of(
+            distill(folder, "distill.heads=resplit", "model.embed_dim=24", "model.heads=6", "distill.relation_heads=3")
+        )
+    state, losses, *_ = run_steps(small, data_dir, mesh, 1)
+    assert np.isfinite(losses).all()
+    save_params(folder / "small", jax.device_get(state.params), task_of(small).model)
+    words = ["distill.heads=resplit", "model.embed_dim=12", "model.heads=3"]
+    tiny = distill(folder, *words, teacher="small")
+    assert task_of(tiny).model["encoder"]["heads"] == [3, 3]
+    _, losses, *_ = run_steps(tiny, data_dir, mesh, 1)
+    assert np.isfinite(losses).all()
+    assert losses[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill.taps=((3,1,1.0),)"], r"distill\.taps: block 3 is none of the student's; it has blocks 1 to 2"),
+        (["distill.taps=((1,4,1.0),)"], r"none of the teacher's; it has blocks 1 to 3"),
+        (["distill.taps=((1,1),)"], r"\(student block, teacher block, positive weight\)"),
+        (["distill.taps=((1,1,0.0),)"], r"positive weight"),
+        (["distill.taps=()"], r"positive weight"),
+        (["distill.taps=12:18"], r"positive weight"),
+        (["distill.taps=((1,1,1.0),(1,1,2.0))"], r"names a pair twice"),
+        (["distill.taps=((1,1,1.0),)", "distill.student_tap=1"], r"set both to None"),
+        (["distill.student_tap=5"], r"distill\.student_tap: block 5"),
+        (["distill.heads=resplt"], r"did you mean 'resplit'"),
+        (["distill.relation_heads=2"], r"needs distill\.heads='resplit', but that is 'adaptive'"),
+        (["distill.heads=resplit", "distill.relation_heads=3"], r"Choices: 1, 2, 4, 8, 16"),
+        (["model.embed_dim=18"], r"do not divide the student's width 18: set distill\.heads='resplit'"),
+        (["distill.teacher.masked=True"], r"distill\.mask_ratio=0\.0: set it"),
+        (["distill.mask_ratio=1.0"], r"mask_ratio=1\.0 must lie in \[0, 1\)"),
+        (["distill.mask_ratio=0.99"], r"hides all of 16 patches"),
+        (["distill.mim_weight=0.5"], r"distill\.mask_ratio=0\.0 hides none"),
+        (["distill.mim_weight=-1.0"], r"must not be negative"),
+        (["distill.teacher.image_size=(18,16)"], r"cannot be cut into the teacher's patches of 4"),
+        (
+            ["distill.teacher.image_size=(8,8)", "distill.teacher.masked=True", "distill.mask_ratio=0.5"],
+            r"the student's is \(4, 4\) and the teacher's \(2, 2\)",
+        ),
+        (["distill.target=fnn"], r"did you mean 'ffn'"),
+        (["distill.relation_loss=l1"], r"Choices: 'kl', 'smooth_l1', 'mse'"),
+    ],
+)
+def test_mistakes_name_the_remedy(folder, words, message):
+    with pytest.raises(ValueError, match=message):
+        task_of(distill(folder, *words))
+
+
+# Fine-tuning: what becomes of the last block.
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder):
+    return load_params(folder / "teacher")[1]["encoder"]
+
+
+def finetuned(folder, *words, init="teacher"):
+    """(task, its parameters at the start) of a classifier that starts from the 32 x 3 teacher."""
+    sizes = ["model.patch_size=4", "model.embed_dim=32", "model.depth=3", "model.heads=4"]
+    task = task_of(small_config("finetune", *sizes, f"init={folder / init}", *words))
+    return task, task.start(jax.device_get(task.init(jax.random.key(0))))
+
+
+def features(task, params):
+    network = Classifier(ViT.from_record(task.model["encoder"]), **task.model["classifier"])
+    images = normalize(BATCH["image"], MEAN, STD)
+    return np.asarray(jax.jit(lambda p: network.apply({"params": p}, images, method="features"))(params))
+
+
+def test_keep_leaves_the_last_block(folder, pretrained):
+    _, params = finetuned(folder)
+    jax.tree.map(np.testing.assert_array_equal, params["encoder"]["blocks_2"], pretrained["blocks_2"])
+
+
+def test_zero_init_is_the_encoder_without_its_last_block(folder, pretrained):
+    zero, zero_params = finetuned(folder, "classify.last_block=zero_init")
+    short, short_params = finetuned(folder, "classify.last_block=drop")
+    assert short.model["encoder"]["depth"] == 2
+    assert short.model["encoder"]["heads"] == [4, 4]
+    assert set(zero_params["encoder"]) - set(short_params["encoder"]) == {"blocks_2"}
+    np.testing.assert_array_equal(features(zero, zero_params), features(short, short_params))
+    kept = features(*finetuned(folder))
+    assert np.abs(kept - features(zero, zero_params)).max() > 0.1
+    # All of it can learn, and what distillation trained is there.
+    last = zero_params["encoder"]["blocks_2"]
+    np.testing.assert_array_equal(last["attn"]["qkv"]["kernel"], pretrained["blocks_2"]["attn"]["qkv"]["kernel"])
+    np.testing.assert_array_equal(last["mlp"]["fc1"]["kernel"], pretrained["blocks_2"]["mlp"]["fc1"]["kernel"])
+
+
+def test_copy_previous_takes_what_lies_behind_q_k_v(folder, pretrained):
+    _, params = finetuned(folder, "classify.last_block=copy_previous")
+    last, before = params["encoder"]["blocks_2"], pretrained["blocks_1"]
+    for name in ("norm2", "mlp"):
+        jax.tree.map(np.testing.assert_array_equal, last[name], before[name])
+    jax.tree.map(np.testing.assert_array_equal, last["attn"]["proj"], before["attn"]["proj"])
+    jax.tree.map(np.testing.assert_array_equal, last["attn"]["qkv"], pretrained["blocks_2"]["attn"]["qkv"])
+    jax.tree.map(np.testing.assert_array_equal, last["norm1"], pretrained["blocks_2"]["norm1"])
+
+
+@pytest.mark.parametrize("choice", ["zero_init", "drop"])
+def test_a_fine_tuned_last_block_is_left_alone(folder, choice):
+    """Evaluating a classifier builds the same task on it: its last block must not be treated a second time."""
+    task, params = finetuned(folder, f"classify.last_block={choice}")
+    moved = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.01), params)
+    save_params(folder / f"finetuned_{choice}", moved, task.model)
+    _, again = finetuned(folder, f"classify.last_block={choice}", init=f"finetuned_{choice}")
+    jax.tree.map(np.testing.assert_array_equal, again, moved)
+
+
+def test_mistaken_last_blocks(folder):
+    with pytest.raises(ValueError, match=r"did you mean 'zero_init'"):
+        finetuned(folder, "classify.last_block=zero_int")
+    with pytest.raises(ValueError, match=r"init is empty"):
+        task_of(small_config("finetune", "classify.last_block=drop"))
+
+
+def test_uniform_heads(folder):
+    task = task_of(distill(folder, "model.embed_dim=32", "model.depth=3"))
+    save_params(folder / "adaptive", jax.device_get(task.init(jax.random.key(0))), task.model)
+    assert task.model["encoder"]["heads"] == [2, 2, 4]
+    assert finetuned(folder, init="adaptive")[0].model["encoder"]["heads"] == [2, 2, 4]
+    uniform, _ = finetuned(folder, "classify.heads=uniform", init="adaptive")
+    assert uniform.model["encoder"]["heads"] == [2, 2, 2]
