@@ -92,6 +92,19 @@ def _knn(options: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(options: argparse.Namespace) -> int:
+    use_compile_cache(options.compile_cache)
+    from tinymim_jax.inference import load
+
+    model = load(options.checkpoint)
+    for image, predictions in zip(options.images, model.classify(options.images, top=options.top)):
+        if options.json:
+            print(json.dumps({"image": image, "predictions": [each._asdict() for each in predictions]}))
+        else:
+            print(f"{image}: " + ", ".join(f"{each.name} {each.probability:.1%}" for each in predictions))
+    return 0
+
+
 def _config_of(options: argparse.Namespace) -> ConfigDict:
     """The experiment of --config, or that of the run whose checkpoint it is."""
     from tinymim_jax.config import apply_overrides, from_json, load_config
@@ -189,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
     knn.add_argument("--temperature", type=float, default=0.07, help="weight exp(cosine / it) (default 0.07, as DINO)")
     knn.add_argument("--pool", default="mean", help="features: mean of the patch tokens, or cls (default mean)")
     _judged(knn)
+
+    predict = _command(commands, "predict", _predict, "the classes that a fine-tuned checkpoint sees in images")
+    predict.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to name for each (default 5)")
+    predict.add_argument("--json", action="store_true", help="one JSON line for each image")
+    _compile_cache(predict)
 
     convert = _command(
         commands, "convert", _convert, "read a PyTorch checkpoint (.pth or .safetensors), without PyTorch"

@@ -1,6 +1,7 @@
 """From a config to the objects of a run: sources, task, schedule, optimizer, batches."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,23 @@ def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
         workers=workers,
         **_this_process(),
     )
+
+
+def preprocessing(experiment: Experiment) -> dict[str, Any]:
+    """How an image becomes what the model sees in evaluation, and what its answers are called: plain JSON.
+
+    It travels beside the weights, in model.json, so that they can be used without the config; see inference.py.
+    """
+    config = experiment.config
+    return {
+        "image_size": list(config.model.image_size),
+        "resize": config.data.eval_resize,
+        "interpolation": "bicubic",
+        "upright": config.data.upright,
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "class_names": list(experiment.train_source.class_names),
+    }
 
 
 def _this_process() -> dict[str, int]:

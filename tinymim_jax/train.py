@@ -24,6 +24,7 @@ from tinymim_jax.experiment import (
     build_experiment,
     build_optimizer,
     evaluation_batches,
+    preprocessing,
     training_batches,
 )
 from tinymim_jax.metrics import Averages, Writer, compute, no_averages
@@ -93,7 +94,7 @@ def train(
     with checkpoints:
         state = checkpoints.restore(abstract)
         state = fresh_state() if state is None else state
-        _write_json(workdir / "model.json", task.model)
+        _write_json(workdir / "model.json", task.model | {"preprocessing": preprocessing(experiment)})
         _announce(experiment, state, paths, mesh)
         result = _loop(experiment, mesh, state, frozen, train_step, checkpoints, workdir, workers)
     _write_json(finished, result)
