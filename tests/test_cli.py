@@ -46,7 +46,8 @@ def _readme_commands() -> list[list[str]]:
 
 
 def commands_shown() -> list[list[str]]:
-    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
+    blocks = [text for language, text in blocks if not language]
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line]
 
