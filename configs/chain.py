@@ -2,6 +2,7 @@
 
 FILE is MAE-L -> B -> S -> T; FILE:b,t and FILE:s,t are other lists. The last student is fine-tuned. The first one's
 teacher must be given: distill.teacher.path=teachers/mae_vit_large (b.distill.teacher.name=mae_vit_base for another).
+Last blocks have 16 heads, as MAE-L; with distill.heads=resplit every student keeps its own number of heads throughout.
 FILE:digits is a chain on handwritten digits, its teacher included, in minutes on two cores.
 """
 

@@ -123,8 +123,10 @@ def test_mistaken_chain_files(tmp_path, capsys):
         assert message in err
 
 
-@pytest.mark.parametrize("sizes", ["", ":s,t", ":b,t"])
-def test_the_published_chains_build_at_full_size(sizes, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("sizes", "heads"), [("", "adaptive"), ("", "resplit"), (":s,t", "resplit"), (":b,t", "adaptive")]
+)
+def test_the_published_chains_build_at_full_size(sizes, heads, monkeypatch, tmp_path):
     vit = ViT(embed_dim=1024, depth=24, heads=16, image_size=(224, 224), pos_embed="learned")
     shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
@@ -133,7 +135,13 @@ def test_the_published_chains_build_at_full_size(sizes, monkeypatch, tmp_path):
         "tinymim_jax.tasks.encoder.load_params",
         lambda path: loads.append(path) or ({"encoder": vit.record()}, {"encoder": zeros}),
     )
-    runs = plan(read_stages(f"configs/chain.py{sizes}"), tmp_path, {"distill.teacher.path": "teachers/mae"})
+    words = {
+        "distill.teacher.path": "teachers/mae",
+        "distill.heads": heads,
+        "model.scan": True,
+        "model.dtype": "float32",
+    }
+    runs = plan(read_stages(f"configs/chain.py{sizes}"), tmp_path, words)
     check_points([Point("", 0, None, {}, {}, runs)], data_dir=str(tmp_path), need_data=False)
     assert loads == ["teachers/mae"]
     assert [run.name for run in runs] == [*(sizes[1:] or "b,s,t").split(","), "classifier"]

@@ -22,8 +22,12 @@ from tinymim_jax.teachers import TEACHERS
 from tinymim_jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-DIGITS = [f"configs/digits.py:{name}" for name in ("mae_teacher", "mae_student", "distill", "finetune")]
-OTHERS = ("__init__", "base", "chain", "digits")
+SMALL = [
+    f"configs/{file}.py:{name}"
+    for file in ("digits", "cifar10")
+    for name in ("mae_teacher", "mae_student", "distill", "finetune")
+]
+OTHERS = ("__init__", "base", "chain", "cifar10", "digits")
 SPECS = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py")) if p.stem not in OTHERS]
 
 
@@ -116,7 +120,7 @@ def test_every_key_is_read_by_something(tmp_path, data_dir):
 def test_configs_of_a_task_have_the_same_keys():
     base = {name: load_config(str(ROOT / f"configs/{file}")) for name, file in
             {"mae": "mae_b.py", "distill": "distill_b.py", "classify": "finetune_b.py"}.items()}  # fmt: skip
-    for spec in [*SPECS, *DIGITS]:
+    for spec in [*SPECS, *SMALL]:
         config = load_config(str(ROOT / spec))
         assert flat_keys(config) == flat_keys(base[config.task]), spec
 

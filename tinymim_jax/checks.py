@@ -1,5 +1,6 @@
 """Is an experiment sound? All of it is built and its step is traced: no accelerator is used, nothing is computed."""
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -26,13 +27,13 @@ def check_points(points: Iterable[Point], *, data_dir: str | None = None, need_d
     """
     # Whoever starts the runs must not take the devices from them.
     jax.config.update("jax_platforms", "cpu")
-    traced: dict[str, frozenset] = {}
+    seen: dict[str, Any] = {}
     with keeping_checkpoints() as kept:
         for point, run in _runs(points):
             try:
                 config = load_config(run.config, run.words)
                 _check_unchanged(run, config)
-                kept[str(run.workdir)] = _check(config, run, kept, traced, data_dir, need_data)
+                kept[str(run.workdir)] = _check(config, run, kept, seen, data_dir, need_data)
             except (ValueError, TypeError, OSError, AttributeError, KeyError, CheckpointError) as error:
                 raise ValueError(f"{_name(point, run)}: {error}") from error
 
@@ -63,19 +64,22 @@ def _check_unchanged(run: Run, config: ConfigDict) -> None:
         )
 
 
-def _check(config: ConfigDict, run: Run, kept: dict, traced: dict, data_dir: str | None, need_data: bool) -> Loaded:
+def _check(config: ConfigDict, run: Run, kept: dict, seen: dict, data_dir: str | None, need_data: bool) -> Loaded:
     """What the run's checkpoint will look like."""
+    everything, step = _key(config, kept), _key(config, kept, without=("optim",))
+    if everything in seen:
+        return seen[everything]
     experiment = _build(config, data_dir, need_data)
-    task, key = experiment.task, jax.random.key(0)
-    params = jax.eval_shape(task.init, key)
+    task = dataclasses.replace(experiment.task, init=jax.jit(experiment.task.init))  # traced once for all its uses
+    params = jax.eval_shape(task.init, jax.random.key(0))
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
-    same_step = _step_key(config, kept)
-    if same_step not in traced:
+    if step not in seen:
         if task.start is not None:
             task.start(zeros)
-        traced[same_step] = trained_paths(task, task.load_frozen(), batch_shapes(experiment))
-    build_optimizer(experiment, traced[same_step])
-    return Loaded(str(run.workdir), task.model, zeros)
+        seen[step] = trained_paths(task, task.load_frozen(), batch_shapes(experiment))
+    build_optimizer(dataclasses.replace(experiment, task=task), seen[step])
+    seen[everything] = Loaded(str(run.workdir), task.model, zeros)
+    return seen[everything]
 
 
 def _build(config: ConfigDict, data_dir: str | None, need_data: bool) -> Experiment:
@@ -87,14 +91,15 @@ def _build(config: ConfigDict, data_dir: str | None, need_data: bool) -> Experim
         return assemble(config, _NotHere(), _NotHere())
 
 
-def _step_key(config: ConfigDict, kept: dict[str, Loaded]) -> str:
-    """Equal for configs whose steps are traced alike: points often differ in their seed or learning rate alone."""
+def _key(config: ConfigDict, kept: dict[str, Loaded], without: tuple[str, ...] = ()) -> str:
+    """Equal for configs that are as sound as each other: points often differ in their seed or learning rate alone."""
     values: dict[str, Any] = config.to_dict()
-    for name in ("seed", "optim", "checkpoint"):
+    for name in ("seed", "checkpoint", *without):
         values.pop(name)
     text = json.dumps(values, sort_keys=True, default=str)
     for path, loaded in kept.items():
-        text = text.replace(json.dumps(path), json.dumps(loaded.model, sort_keys=True))
+        read = {part: loaded.model.get(part) for part in ("encoder", "classifier")}  # all that is read of another run
+        text = text.replace(json.dumps(path), json.dumps(read, sort_keys=True))
     return text
 
 

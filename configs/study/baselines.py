@@ -1,0 +1,45 @@
+"""Is distillation worth more than MAE on the student itself, or than no pre-training? (paper, first table)
+
+FILE:tinymim, FILE:mae and FILE:scratch are the three ways at full size, a sweep over sizes each, all with the
+fine-tuning of Base; the teacher of S and T is MAE-B, that of B is MAE-L, and they lie at teachers/mae_vit_base and
+teachers/mae_vit_large. At the small scale they are FILE:small_tinymim (with distill.teacher.path=runs/study/teacher),
+FILE:small_mae and FILE:small_scratch.
+"""
+
+# Top-1 of T, S and B: (TinyMIM, MAE directly).
+PAPER = {"Ti": (75.8, 71.6), "S": (83.0, 80.6), "B": (85.0, 83.6)}
+HEADS = {"Ti": 6, "S": 6, "B": 12}  # as published for students of TinyMIM
+
+_SMALL = {"tinymim": "../cifar10.py:distill", "mae": "../cifar10.py:mae_student"}
+_FULL = {"tinymim": "../distill_b.py", "mae": "../mae_b.py"}
+
+
+def get_chain(way: str = "tinymim"):
+    files, finetune, way = (
+        (_SMALL, "../cifar10.py:finetune", way.removeprefix("small_"))
+        if way.startswith("small_")
+        else (_FULL, "../finetune_b.py", way)
+    )
+    if way == "scratch":
+        return [("classifier", finetune, {})]
+    if way not in files:
+        raise ValueError(f"configs/study/baselines.py:{way} is unknown. Choices: tinymim, mae, scratch, small_WAY")
+    return [("student", files[way], {}), ("classifier", finetune, {"init": "{student}"})]
+
+
+def sweep(way: str):
+    """Sizes; at the small scale there is one, and the learning rate of fine-tuning is chosen instead."""
+    if way.startswith("small_"):
+        for rate in (4e-3, 8e-3):
+            yield {"classifier.optim.base_lr": rate}
+        return
+    for size, (tinymim, mae) in PAPER.items():
+        point = {"model.variant": size}
+        if way in ("", "tinymim"):
+            large = size == "B"
+            point |= {
+                "student.model.heads": HEADS[size],
+                "student.distill.teacher.name": "mae_vit_large" if large else "mae_vit_base",
+                "student.distill.teacher.path": "teachers/mae_vit_large" if large else "teachers/mae_vit_base",
+            }
+        yield point | {"note.paper": {"mae": mae, "scratch": None}.get(way, tinymim)}
