@@ -79,8 +79,9 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
       ConvertError: the parameters are not those of this model in this family; all differences are listed.
     """
     expected = leaves(_family(family).rows_with(parts_of(model)), sizes_of(model))
-    # What distillation added to the student for the time of its training has no name in PyTorch.
-    arrays = dict(_flatten({part: tree for part, tree in params.items() if part != "adapter"}))
+    # What the record says that distillation added for the time of its training has no name in PyTorch.
+    added = {"adapter"} & set(model)
+    arrays = dict(_flatten({part: tree for part, tree in params.items() if part not in added}))
     arrays |= _fixed_tables(model, arrays)
     problems = _differences(
         {leaf.ours: leaf.our_shape for leaf in expected}, {path: np.shape(x) for path, x in arrays.items()}
