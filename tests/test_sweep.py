@@ -324,3 +324,18 @@ def test_trials_behind_the_median_are_stopped(tmp_path):
         metrics.write_text(f'{{"step": 3, "train/loss": 1.0}}\n{{"step": 4, "eval/top1": {value}}}\n')
         assert watch() == behind
         study.tell(trial, value)
+
+
+def test_trials_of_a_stopped_study_are_taken_up(data_dir, tmp_path):
+    optuna = pytest.importorskip("optuna")
+    from tinymim_jax.study import _take_up
+
+    study = optuna.create_study()
+    stopped = study.ask()
+    rate = stopped.suggest_float("rate", 0, 1)
+    stopped.set_user_attr("number", 0)
+    _take_up(study, optuna.trial.TrialState)
+    again = study.ask()
+    assert again.suggest_float("rate", 0, 1) == rate
+    assert (again.number, again.user_attrs["number"]) == (1, 0)  # so it goes on in the folder where it was
+    assert study.ask().suggest_float("rate", 0, 1) != rate

@@ -38,7 +38,7 @@ class Children:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
@@ -62,6 +62,14 @@ class Children:
             if state.name != "finished":
                 break
         return state
+
+    def stop(self, *_) -> None:
+        """Asks every child to save and stop; nothing more is started."""
+        if not self.stopping:
+            print("stopping: every run saves after its step; press Ctrl-C again to stop at once, unsaved", flush=True)
+        self.stopping = True
+        for process in list(self._running):
+            _ask(process)
 
     def _run(self, run: Run, prefix: str, watch: Callable[[], bool] | None) -> State:
         if self.stopping:
@@ -110,13 +118,6 @@ class Children:
             return State("interrupted", run_state(run).detail)
         record(run.workdir, _reason(tail, code))
         return run_state(run)
-
-    def _stop(self, *_) -> None:
-        if not self.stopping:
-            print("stopping: every run saves after its step; press Ctrl-C again to stop at once, unsaved", flush=True)
-        self.stopping = True
-        for process in list(self._running):
-            _ask(process)
 
 
 def record(workdir: pathlib.Path, reason: str, file: str = FAILED) -> None:

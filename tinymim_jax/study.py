@@ -4,6 +4,7 @@ import argparse
 import concurrent.futures
 import logging
 import pathlib
+import threading
 from typing import Any
 
 from tinymim_jax.children import record
@@ -45,7 +46,7 @@ class _Trials:
         self._options, self._workdir, self._metric = options, workdir, metric
         self._choose, self._study = choose, study
         self._stages, self._words = read_stages(options.file), from_words(options.overrides)
-        self._checked = False
+        self._one_at_a_time = threading.Lock()
 
     def run(self, optuna) -> int:
         from tinymim_jax.children import Children
@@ -80,11 +81,12 @@ class _Trials:
         trial.set_user_attr("number", number)
         trial.set_user_attr("overrides", overrides)
         try:
-            point = self._point(trial, trial.user_attrs)
-            check_points([point], data_dir=self._options.data_dir)
+            with self._one_at_a_time:
+                point = self._point(trial, trial.user_attrs)
+                check_points([point], data_dir=self._options.data_dir)
         except ValueError:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            children.stopping = True
+            children.stop()
             raise
         watch = _Watch(trial, point, self._metric)
         prefix = f"{number:03d}"
