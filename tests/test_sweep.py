@@ -30,7 +30,7 @@ def get_config():
 
 def sweep():
     yield {"optim.base_lr": 1e30, "train.max_skipped": 1}
-    yield {"optim.base_lr": 2e-2, "note.paper": 80.5}
+    yield {"optim.base_lr": 1.6e-2, "note.paper": 80.5}
 
 def sweep_wrong():
     yield {"optim.base_lr": 1e-2}
@@ -172,10 +172,10 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_di
 
 
 def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_path, capsys):
-    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
-    status, out, _ = run(capsys, *words, "--run", "local")
+    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL, MANY]
+    status, out, _ = output_of(start([*words, "--run", "local"]))
     assert status == 1
-    failing, sound = "000_base_lr=1e+30_max_skipped=1", "001_base_lr=0.02"
+    failing, sound = "000_base_lr=1e+30_max_skipped=1", "001_base_lr=0.016"
     assert list(results(tmp_path / "w")) == [sound]
     assert f"{failing} failed: loss or gradient were not finite" in out
     assert "Lower optim.base_lr" in (tmp_path / "w" / failing / "failed.txt").read_text()
@@ -190,18 +190,38 @@ def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_p
 
 
 def test_index_runs_one_point(file, data_dir, tmp_path, capsys):
-    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
-    status, _, err = run(capsys, *words, "--index", "1")
+    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL, MANY]
+    status, _, err = output_of(start([*words, "--index", "1"]))
     assert status == 0, err
-    assert [path.name for path in (tmp_path / "w").iterdir()] == ["001_base_lr=0.02"]
-    assert list(results(tmp_path / "w")) == ["001_base_lr=0.02"]
-    status, _, err = run(capsys, *words, "--index", "0")
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["001_base_lr=0.016"]
+    assert list(results(tmp_path / "w")) == ["001_base_lr=0.016"]
+    status, _, err = output_of(start([*words, "--index", "0"]))
     assert status == 1
     assert "not finite" in err
     assert "not finite" in (tmp_path / "w" / "000_base_lr=1e+30_max_skipped=1" / "failed.txt").read_text()
     status, _, err = run(capsys, *words, "--index", "2")
     assert status == 1
     assert "points 0 to 1" in err
+
+
+def test_a_point_may_be_a_chain(data_dir, tmp_path):
+    (tmp_path / "digits.py").write_text((ROOT / "configs" / "digits.py").read_text())
+    (tmp_path / "chain.py").write_text(
+        "def get_chain():\n"
+        "    return [('start', 'digits.py:finetune', {}), ('end', 'digits.py:finetune', {'init': '{start}'})]\n"
+        "def sweep():\n"
+        "    yield {'optim.base_lr': 0.016, 'end.optim.b1': 0.8}\n"
+    )
+    words = ["sweep", tmp_path / "chain.py", "--workdir", tmp_path / "w", "--data_dir", data_dir, *SMALL, MANY]
+    status, out, err = output_of(start([*words, "--compile_cache", "", "--seeds", "1", "--index", "0"]))
+    assert status == 0, out + err
+    configs = {
+        name: tmp_path / "w" / "000_base_lr=0.016_b1=0.8_seed=0" / name / "config.json" for name in ("start", "end")
+    }
+    first, last = (json.loads(configs[name].read_text()) for name in ("start", "end"))
+    assert (first["optim"]["b1"], last["optim"]["b1"]) == (0.9, 0.8)
+    assert (first["init"], last["init"]) == ("", str(configs["start"].parent))
+    assert all((path.parent / "result.json").exists() for path in configs.values())
 
 
 @pytest.mark.parametrize(
@@ -291,14 +311,14 @@ def test_the_table_counts_as_numpy_does(tmp_path):
         write_table(points, states, tmp_path, metric="top")
 
 
-def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path, capsys):
+def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path):
     pytest.importorskip("optuna")
     words = ["sweep", "configs/digits.py:finetune", "--study", "study", "--workdir", tmp_path, "--data_dir", data_dir]
     words += ["--compile_cache", "", *SMALL]
-    status, out, err = run(capsys, *words, "--trials", "1")
+    status, out, err = output_of(start([*words, "--trials", "1"]))
     assert status == 0, out + err
     (first,) = results(tmp_path)
-    status, out, err = run(capsys, *words, "--trials", "2")
+    status, out, err = output_of(start([*words, "--trials", "2"]))
     assert status == 0, out + err
     assert len(results(tmp_path)) == 2
     assert first in results(tmp_path)
