@@ -110,7 +110,8 @@ class Model:
     def _run(self, name: str, images: Any, function: Any) -> np.ndarray:
         several = isinstance(images, Sequence) and not isinstance(images, str)
         several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
-        views = [self._view(self._picture(image)) for image in (images if several else [images])]
+        given: Any = images if several else [images]
+        views = [self._view(self._picture(image)) for image in given]
         step, found = self._compiled(name, function), []
         for start in range(0, len(views), _LARGEST_BATCH):
             some = views[start : start + _LARGEST_BATCH]

@@ -54,11 +54,10 @@ def evaluate_knn(
     Raises ValueError where a split has no labels, or fewer images than the largest k.
     """
     data = config.data
-    options = {"data_dir": data_dir}
     bank_source = open_source(
-        data.source, split=data.train_split, examples=data.examples or None, seed=config.seed, **options
+        data.source, split=data.train_split, data_dir=data_dir, examples=data.examples or None, seed=config.seed
     )
-    query_source = open_source(data.source, split=data.eval_split, **options)
+    query_source = open_source(data.source, split=data.eval_split, data_dir=data_dir)
     for split, source in ((data.train_split, bank_source), (data.eval_split, query_source)):
         if source.classes == 0:
             raise ValueError(f"split {split!r} of {data.source!r} has no labels: k-NN counts by them")
@@ -137,7 +136,7 @@ def _search(mesh: Mesh, chunks: int, k: int):
     )
     def on_device(queries, bank, labels, valid):
         parts = [array.reshape(chunks, -1, *array.shape[1:]) for array in (bank, labels, valid)]
-        best = jax.lax.map(lambda part: nearest(queries, unit_length(part[0]), *part[1:], k), tuple(parts))
+        best = jax.lax.map(lambda part: nearest(queries, unit_length(part[0]), part[1], part[2], k), tuple(parts))
         everywhere = jax.lax.all_gather(best, AXES, axis=0, tiled=True)  # [devices * chunks, queries, k]
         similarities, theirs = (jnp.concatenate(list(array), axis=1) for array in everywhere)
         similarities, places = jax.lax.top_k(similarities, k)

@@ -166,8 +166,8 @@ def find_target(
     """The target of that name with these losses; an error names the nearest one."""
     of_features = functools.partial(features, loss=feature_loss, beta=beta)
     of_relations = functools.partial(relations, loss=relation_loss, beta=beta, heads=relation_heads)
-    # Whichever is not used is checked too.
-    of_features("output"), of_relations("qk")
+    for check, one in ((of_features, "output"), (of_relations, "qk")):
+        check(one)  # also the losses of the kind that is not asked for
     if name in FEATURES:
         return of_features(name)
     parts = name.split("_")

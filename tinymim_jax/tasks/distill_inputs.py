@@ -85,7 +85,7 @@ def build_inputs(config: ConfigDict, student: ViT, teacher: ViT) -> Inputs:
         teacher_masked=masked,
         grid=student.grid,
         teacher_grid=teacher.grid,
-        teacher_size=tuple(teacher.image_size),
+        teacher_size=(teacher.image_size[0], teacher.image_size[1]),
     )
 
 
