@@ -32,6 +32,11 @@ def output_of(process):
     return process.returncode, out, process.errors.read()
 
 
+def saved_steps(workdir):
+    """Steps of the complete checkpoints of a run."""
+    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+
+
 def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
