@@ -16,7 +16,7 @@ from tinymim_jax.params_io import load_params
 from tinymim_jax.points import from_words, plan, read_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text() + (ROOT / "docs" / "replication.md").read_text()
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
