@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import io
 import logging
 import multiprocessing
@@ -417,7 +418,10 @@ def _own_cache(monkeypatch, tmp_path_factory):
 
 
 def start(words) -> subprocess.Popen:
-    return subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # In a shell's background jobs SIGINT is ignored, by their children too, these tests perhaps among them.
+    heed_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, start_new_session=True, preexec_fn=heed_ctrl_c, **streams)
 
 
 def wait_for_shards(process, scratch, more: int, before: int) -> int:
