@@ -74,3 +74,6 @@ def test_mistakes_are_told(run, data_dir):
         evaluate_knn(config, workdir, neighbors=(1,), pool="max", data_dir=data_dir)
     with pytest.raises(ValueError, match="k=2000: split 'train' has 1297 images only"):
         evaluate_knn(config, workdir, neighbors=(2000,), data_dir=data_dir)
+    for mistake in ({"neighbors": (5, 0)}, {"neighbors": ()}, {"neighbors": (5,), "temperature": 0.0}):
+        with pytest.raises(ValueError, match="choose k from 1 and a temperature above 0"):
+            evaluate_knn(config, workdir, data_dir=data_dir, **mistake)

@@ -520,6 +520,9 @@ def test_options_of_output_need_it(capsys):
     code, _, err = run(capsys, "digits", "--short_side", 256)
     assert code == 1
     assert "--short_side needs --output DIR" in err
+    code, _, err = run(capsys, "folder:/data/pets")
+    assert code == 1
+    assert "say where: --output DIR" in err
 
 
 def test_without_output_a_tfds_set_is_prepared(capsys, data_dir):

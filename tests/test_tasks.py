@@ -178,6 +178,7 @@ def test_evaluating_a_checkpoint_without_a_head_is_refused(golden, converted, da
         ("finetune", "classify.heads=official", r"published for widths \(192, 384, 768\)"),
         ("finetune", "train.duration=3 eons", r"'300 epochs' or '700 steps'"),
         ("finetune", "train.accumulate=3", r"choose a divisor"),
+        ("mae_teacher", "data.crops=3", r"data.crops=3 does not divide train.batch_size=8"),
         ("finetune", "data.eval_split=tset", r"test"),
     ],
 )

@@ -51,8 +51,11 @@ def evaluate_knn(
       temperature: neighbours weigh exp(cosine / temperature).
       pool: 'mean' of the patch tokens, or 'cls'.
 
-    Raises ValueError where a split has no labels, or fewer images than the largest k.
+    Raises ValueError where a split has no labels, or fewer images than the largest k; and for a k or a temperature
+    that means nothing.
     """
+    if not neighbors or min(neighbors) < 1 or temperature <= 0:
+        raise ValueError(f"k={list(neighbors)}, temperature={temperature}: choose k from 1 and a temperature above 0")
     data = config.data
     bank_source = open_source(
         data.source, split=data.train_split, data_dir=data_dir, examples=data.examples or None, seed=config.seed

@@ -61,8 +61,13 @@ def run(options: argparse.Namespace) -> int:
         given = [key for key in _OUTPUT_OPTIONS if getattr(options, key) is not None]
         if given:
             raise ValueError(f"--{given[0]} needs --output DIR, the folder in which the new set is written")
-        from tinymim_jax.data.sources import prepare
+        from tinymim_jax.data.sources import is_place, prepare
 
+        if is_place(options.source):
+            raise ValueError(
+                f"{options.source!r} can be trained on as it is (data.source={options.source}); to write it anew as a TFDS "
+                "set, say where: --output DIR"
+            )
         print(prepare(options.source, data_dir=options.data_dir))
         return 0
     return _write(options)

@@ -11,7 +11,7 @@ from tinymim_jax.data.files import raise_open_file_limit
 from tinymim_jax.data.splits import open_parts
 from tinymim_jax.data.tfds_source import open_tfds, prepare, tfds_splits
 
-__all__ = ["open_source", "prepare", "splits"]
+__all__ = ["is_place", "open_source", "prepare", "splits"]
 
 # Each has open_split(name, location, split) -> Source and split_names(location) -> list of str.
 _KINDS = {
@@ -78,6 +78,11 @@ def splits(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, in
     if kind is None:
         return tfds_splits(name, data_dir)
     return {split: len(kind.open_split(name, location, split)) for split in kind.split_names(location)}
+
+
+def is_place(name: str) -> bool:
+    """Whether `name` says where files lie (`folder:/data/pets`), rather than being a TFDS set's."""
+    return _kind(name)[0] is not None
 
 
 def _kind(name: str):
