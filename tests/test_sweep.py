@@ -8,6 +8,7 @@ import signal
 import time
 
 import numpy as np
+import optuna
 import pytest
 from processes import output_of, run_python, saved_steps
 from runs import SMALL
@@ -312,7 +313,6 @@ def test_the_table_counts_as_numpy_does(tmp_path):
 
 
 def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path):
-    pytest.importorskip("optuna")
     words = ["sweep", "configs/digits.py:finetune", "--study", "study", "--workdir", tmp_path, "--data_dir", data_dir]
     words += ["--compile_cache", "", *SMALL]
     status, out, err = output_of(start([*words, "--trials", "1"]))
@@ -329,7 +329,6 @@ def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path):
 
 
 def test_trials_behind_the_median_are_stopped(tmp_path):
-    optuna = pytest.importorskip("optuna")
     from tinymim_jax.study import _Watch
 
     points = read_points("configs/digits.py:finetune", "sweep", tmp_path, {})
@@ -347,7 +346,6 @@ def test_trials_behind_the_median_are_stopped(tmp_path):
 
 
 def test_trials_of_a_stopped_study_are_taken_up(data_dir, tmp_path):
-    optuna = pytest.importorskip("optuna")
     from tinymim_jax.study import _take_up
 
     study = optuna.create_study()
