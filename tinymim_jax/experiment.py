@@ -65,8 +65,8 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         )
     if config.data.crops < 1 or batch_size % config.data.crops:
         raise ValueError(
-            f"data.crops={config.data.crops} does not divide train.batch_size={batch_size}: a batch holds so many views of "
-            "each image; choose a divisor, or 1"
+            f"data.crops={config.data.crops} does not divide train.batch_size={batch_size}: a batch holds so many "
+            "views of each image; choose a divisor, or 1"
         )
 
     def in_steps(duration: str, name: str) -> int:

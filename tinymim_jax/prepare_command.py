@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> int:
 
         if is_place(options.source):
             raise ValueError(
-                f"{options.source!r} can be trained on as it is (data.source={options.source}); to write it anew as a TFDS "
-                "set, say where: --output DIR"
+                f"{options.source!r} can be trained on as it is (data.source={options.source}); to write it anew as a "
+                "TFDS set, say where: --output DIR"
             )
         print(prepare(options.source, data_dir=options.data_dir))
         return 0
