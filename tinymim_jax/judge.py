@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from tinymim_jax.data.examples import Source
 from tinymim_jax.data.pipeline import eval_batches
@@ -35,26 +36,31 @@ class Judge:
       batch_size: over all devices; None: 256 for each.
       dtype: of the computation, 'float32' or 'bfloat16'.
       workers: processes that decode images.
+      mesh: None: of all devices.
 
     Raises ValueError where it has no classifier.
     """
 
     def __init__(
-        self, checkpoint: str, *, batch_size: int | None = None, dtype: str = "float32", workers: int = 0
+        self,
+        checkpoint: str,
+        *,
+        batch_size: int | None = None,
+        dtype: str = "float32",
+        workers: int = 0,
+        mesh: Mesh | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
-        self.batch_size = BATCH * jax.device_count() if batch_size is None else batch_size
-        if self.batch_size < 1 or self.batch_size % jax.device_count():
-            raise ValueError(
-                f"batch_size={batch_size} must be a multiple of {jax.device_count()}, the number of devices"
-            )
+        self.mesh = make_mesh() if mesh is None else mesh
+        self.batch_size = BATCH * self.mesh.size if batch_size is None else batch_size
+        if self.batch_size < 1 or self.batch_size % self.mesh.size:
+            raise ValueError(f"batch_size={batch_size}: give a multiple of {self.mesh.size}, the number of devices")
         model = load(checkpoint, dtype=DTYPES[dtype])
         self.classifier = model.classifier()
         self.checkpoint, self.dtype, self.workers = checkpoint, dtype, workers
         self.record, self.preprocessing, self.class_names = model.record, model.preprocessing, model.class_names
         self.classes = model.record["classifier"]["classes"]
-        self.mesh = make_mesh()
         self._params = place_frozen(jax.device_get(model.params), self.mesh)
         self._step = row_step(self._answer, self.mesh)
 
@@ -82,15 +88,18 @@ class Judge:
         images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
         batch = {"image": images, "label": np.zeros(len(images), np.int32), "valid": np.ones(len(images), bool)}
         placed, arguments = place_batch(self.mesh, batch), (self._params, self._mask(None))
-        jax.block_until_ready(self._step(arguments, placed))
-        steps, seconds = 1, 0.0
+        before = jax.block_until_ready(self._step(arguments, placed))
+        steps = 1
         while True:
             began = time.perf_counter()
             for _ in range(steps):
-                result = self._step(arguments, placed)
-            jax.block_until_ready(result)
+                # As in `collect`, one step waits while another runs, and no more than that.
+                after = self._step(arguments, placed)
+                jax.block_until_ready(before)
+                before = after
+            jax.block_until_ready(before)
             # One clock decides for all hosts: the step is theirs together.
-            seconds = float(multihost_utils.broadcast_one_to_all(np.float64(time.perf_counter() - began)))
+            seconds = float(multihost_utils.broadcast_one_to_all(np.float32(time.perf_counter() - began)))
             if seconds >= _TIMED_SECONDS:
                 return steps * self.batch_size / seconds
             steps *= 2
@@ -113,8 +122,8 @@ class Judge:
                 "images_per_second": self.images_per_second(),
                 "batch_size": self.batch_size,
                 "dtype": self.dtype,
-                "device": jax.devices()[0].device_kind,
-                "devices": jax.device_count(),
+                "device": self.mesh.devices.flat[0].device_kind,
+                "devices": self.mesh.size,
             },
         }
 

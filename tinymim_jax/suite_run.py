@@ -191,6 +191,7 @@ def _together(suite: Suite, parts: Mapping[str, dict[str, Any]]) -> dict[str, An
     for key in ("top1", "top5", "ece"):
         whole[key] = float(np.mean([found[key] for found in done.values()]))
     whole["examples"] = sum(found["examples"] for found in done.values())
+    whole["classes"] = max(found["classes"] for found in done.values())
     if len(done) == len(suite.sets):
         whole["mce"] = float(np.mean(list(whole["corruption_errors"].values())))
     return whole

@@ -5,6 +5,7 @@ TensorFlow is never imported for reading; some sets need it once, to be prepared
 
 import contextlib
 import difflib
+import functools
 import io
 import json
 import logging
@@ -244,5 +245,6 @@ def _base(name: str) -> str:
     return name.split(":")[0].split("/")[0]
 
 
+@functools.cache
 def _known_sets() -> set[str]:
     return {"digits", *tfds.list_builders(with_community_datasets=False)}
