@@ -16,10 +16,10 @@ class _Pictures(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None
-    split, pictures, labels, several = "test", (), (), None
+    split, pictures, labels, several, classes = "test", (), (), None, imagenet_classes()
 
     def _info(self):
-        classes = tfds.features.ClassLabel(names=list(imagenet_classes()))
+        classes = tfds.features.ClassLabel(names=list(self.classes))
         features = {"image": tfds.features.Image(encoding_format="jpeg"), "file_name": tfds.features.Text()}
         if self.several is None:
             features["label"] = classes
@@ -40,10 +40,10 @@ class _Pictures(tfds.core.GeneratorBasedBuilder):
                 yield i, example | {"original_label": int(label), "real_label": list(self.several[i])}
 
 
-def write_set(data_dir, name: str, pictures, labels, *, split: str = "test", several=None) -> None:
-    """Writes the TFDS set `name` ("imagenet_a", "imagenet_v2/matched-frequency") under `data_dir`."""
+def write_set(data_dir, name: str, pictures, labels, *, split: str = "test", **fields) -> None:
+    """Writes the TFDS set `name`, such as "imagenet_v2/topimages", under `data_dir`; `fields` are those above."""
     base, _, config = name.partition("/")
-    fields = {"name": base, "split": split, "pictures": pictures, "labels": labels, "several": several}
+    fields |= {"name": base, "split": split, "pictures": pictures, "labels": labels}
     if config:
         fields["BUILDER_CONFIGS"] = [tfds.core.BuilderConfig(name=config, version="1.0.0")]
     with tfds.core.registered.skip_registration():

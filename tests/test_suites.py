@@ -1,4 +1,4 @@
-"""Suites on tiny sets of the same names and label spaces, against the network applied by hand; and how they are named."""
+"""Suites on tiny sets of the same names and label spaces, against the network applied by hand; how they are named."""
 
 import importlib
 import io
@@ -22,6 +22,7 @@ from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import make_mesh
+from tinymim_jax.suite_report import markdown
 from tinymim_jax.suites import ALEXNET_ERRORS, SUITES, class_indices, corruption_errors, parse_suites
 
 ENCODER = ViT(16, 1, 2, patch_size=16, image_size=(32, 32), final_norm=False)
@@ -212,11 +213,34 @@ def test_what_stands_beside_the_figures(evaluated, checkpoint, sets):
     assert results["model"]["forward_flops"] > 2 * 16 * 1000
     assert results["throughput"]["images_per_second"] > 0
     assert results["throughput"]["device"] == jax.devices()[0].device_kind
-    assert "TinyMIM" not in table  # a width that the paper has not
     found = results["suites"]["imagenet"]
     assert f"| imagenet | 13 | {found['classes']} | {100 * found['top1']:.1f} |" in table
-    first = found["confusions"][0]
-    assert f"- imagenet: {first['true']}, {first['predicted']}: {first['count']}" in table
+    first, weakest = found["confusions"][0], min(found["per_class"], key=lambda each: each["top1"])
+    assert f"- imagenet: {first['true']} taken for {first['predicted']} {first['count']} (" in table
+    assert f"- imagenet: {weakest['name']} {weakest['top1']:.0%} ({weakest['examples']})" in table
+
+
+def test_the_papers_figures_are_those_of_the_width():
+    figures = {"examples": 50, "top1": 0.5, "top5": 0.75, "ece": 0.125, "classes": 9, "status": "evaluated"}
+    suites = {"a": figures, "v2": figures, "c": figures | {"mce": 0.25, "sets": {}}, "r": {"status": "missing"}}
+    speed = {"images_per_second": 12345.6, "dtype": "float32", "batch_size": 8, "devices": 2, "device": "H100"}
+    sizes = {"depth": 12, "classes": 1000, "parameters": 86_567_656, "forward_flops": 35_127_656_448}
+    tables = {
+        width: markdown(
+            {"checkpoint": "x", "model": sizes | {"embed_dim": width}, "throughput": speed, "suites": suites}
+        )
+        for width in (192, 384, 768, 1024)
+    }
+    assert "| suite | images | classes | top-1 | top-5 | ECE | mCE | TinyMIM-B, paper |" in tables[768]
+    assert "| a | 50 | 9 | 50.0 | 75.0 | 12.5 | - | 43.0 |" in tables[768]
+    assert "| v2 | 50 | 9 | 50.0 | 75.0 | 12.5 | - | - |" in tables[768]
+    assert "| c | 50 | 9 | 50.0 | 75.0 | 12.5 | 25.0 | 32.7 |" in tables[768]
+    assert "| r | missing | - | - | - | - | - | 54.6 |" in tables[768]
+    assert "86.57 M parameters, 17.56 G multiply-adds an image" in tables[768]
+    assert "12,345.6 images/s, forward alone, float32, batches of 8 on 2 x H100" in tables[768]
+    assert "| a | 50 | 9 | 50.0 | 75.0 | 12.5 | - | 11.0 |" in tables[192]
+    assert "| c | 50 | 9 | 50.0 | 75.0 | 12.5 | 25.0 | 35.8 |" in tables[384]
+    assert "paper |" not in tables[1024]
 
 
 @pytest.mark.parametrize("batch_size", [8, 16])
@@ -233,6 +257,21 @@ def test_every_image_counts_once(checkpoint, sets, devices, batch_size):
     # TFDS has an order of its own: pictures are told by their first answers.
     want = np.argsort(-logits, axis=1)[:, :5].tolist()
     assert sorted(answers.best.tolist()) == sorted(want)
+
+
+def test_a_set_written_from_the_unpacked_archive(checkpoint, tmp_path):
+    """As `tinymim prepare folder:/data/imagenet-r --name imagenet_r` writes it: one split, and 200 classes alone."""
+    images, classes = pictures(5, 202), np.sort(np.random.default_rng(5).permutation(1000)[:200])
+    labels = np.concatenate([np.arange(200), [3, 150]])
+    names = [imagenet_classes()[c] for c in classes]
+    write_set(tmp_path, "imagenet_r", images, labels, split="train", classes=names)
+    found = suite_run._part(Judge(checkpoint, batch_size=16), SUITES["r"], "", str(tmp_path))
+    logits = logits_by_hand(checkpoint, images)
+    restricted = np.full_like(logits, -np.inf)
+    restricted[:, classes] = logits[:, classes]
+    check_figures(found, restricted, classes[labels])
+    assert found["split"] == "train"
+    assert [each["name"] for each in found["per_class"]] == names
 
 
 def test_weights_that_are_not_finite_answer_nothing(sets, checkpoint, tmp_path):

@@ -117,8 +117,9 @@ def _config_of(options: argparse.Namespace) -> ConfigDict:
         return load_config(options.config, options.overrides)
     path = pathlib.Path(options.checkpoint) / "config.json"
     if not path.exists():
+        suites = ", or test sets with --suite" if options.command == "evaluate" else ""
         raise FileNotFoundError(
-            f"{path} does not exist: name the experiment with --config, or give the workdir of a run"
+            f"{path} does not exist: name the experiment with --config{suites}, or give the workdir of a run"
         )
     config = from_json(json.loads(path.read_text()))
     apply_overrides(config, options.overrides)

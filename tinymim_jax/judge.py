@@ -22,7 +22,7 @@ from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.state import place_frozen
 from tinymim_jax.tasks.encoder import DTYPES
 
-BATCH = 256  # for each device, unless another is asked for
+BATCH, CPU_BATCH = 256, 64  # for each device, unless another is asked for
 _TOP = 5
 _TIMED_SECONDS = 1.0
 
@@ -33,7 +33,7 @@ class Judge:
     Args:
       checkpoint: workdir of a run, or what `tinymim convert` wrote; how images are prepared for it is in its record,
         and for converted files as published.
-      batch_size: over all devices; None: 256 for each.
+      batch_size: over all devices; None: 256 for each, on CPUs 64.
       dtype: of the computation, 'float32' or 'bfloat16'.
       workers: processes that decode images.
       mesh: None: of all devices.
@@ -53,7 +53,8 @@ class Judge:
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         self.mesh = make_mesh() if mesh is None else mesh
-        self.batch_size = BATCH * self.mesh.size if batch_size is None else batch_size
+        own = CPU_BATCH if jax.default_backend() == "cpu" else BATCH
+        self.batch_size = own * self.mesh.size if batch_size is None else batch_size
         if self.batch_size < 1 or self.batch_size % self.mesh.size:
             raise ValueError(f"batch_size={batch_size}: give a multiple of {self.mesh.size}, the number of devices")
         model = load(checkpoint, dtype=DTYPES[dtype])

@@ -23,7 +23,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--suite", nargs="+", metavar="NAME", help="judge the checkpoint on these instead; no config is needed"
     )
     options.add_argument("--output", metavar="FILE.json", help="write all figures there, after each set")
-    options.add_argument("--batch_size", type=int, metavar="N", help="over all devices (default: 256 for each)")
+    options.add_argument(
+        "--batch_size", type=int, metavar="N", help="over all devices (default: 256 for each; CPUs: 64)"
+    )
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default float32)")
 
 

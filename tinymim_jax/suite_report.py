@@ -5,29 +5,30 @@ from typing import Any
 
 from tinymim_jax.suites import PAPER, SUITES
 
-_CONFUSIONS = 5
+_NAMED = 5
 _HEAD = ("suite", "images", "classes", "top-1", "top-5", "ECE", "mCE")
 
 
 def markdown(results: Mapping[str, Any], data_dir: str | None = None) -> str:
-    """The table of what `suite_run.evaluate_suites` gave, in per cent. `data_dir` is where sets were looked for."""
+    """What `suite_run.evaluate_suites` gave, in per cent. `data_dir` is where sets were looked for."""
     suites = results["suites"]
     name, figures = PAPER.get(results["model"]["embed_dim"], ("", {}))
-    compared = [suite for suite in suites if suite in figures]
-    head = [*_HEAD, *([name] if compared else [])]
-    lines = [head, ["---"] * len(head)]
-    lines += [_row(suite, found) + ([_paper(suite, figures)] if compared else []) for suite, found in suites.items()]
-    table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-    parts = [_description(results), table]
-    if compared:
-        parts.append(f"Last column: {name} in the paper, top-1, of c the mCE.")
+    head, rows = [*_HEAD], [_row(suite, found) for suite, found in suites.items()]
+    if name:
+        head.append(f"{name}, paper")
+        for suite, row in zip(suites, rows):
+            row.append(f"{figures[suite]:.1f}" if suite in figures else "-")
+    lines = [" | ".join(cell.replace("|", "/") for cell in row) for row in [head, ["---"] * len(head), *rows]]
+    parts = [_description(results), "\n".join(f"| {line} |" for line in lines)]
     if "top1" in suites.get("c", {}):
-        parts.append("Of c, top-1, top-5 and ECE are means over its sets.")
-    confused = [line for suite, found in suites.items() for line in _confused(suite, found)]
-    parts += ["Most confused (true class, answer, of all its images):\n" + "\n".join(confused)] if confused else []
+        parts.append("Of c: top-1, top-5 and ECE are means over its sets; the paper's figure is the mCE.")
+    parts += _listed("Weakest classes (top-1, images):", {suite: _weakest(found) for suite, found in suites.items()})
+    parts += _listed(
+        "Most confused (of a class's images):", {suite: _confused(found) for suite, found in suites.items()}
+    )
     absent = [line for suite, found in suites.items() for line in _absent(suite, found)]
     place = data_dir or "$TFDS_DATA_DIR or ~/tensorflow_datasets"
-    parts += [f"Not evaluated (DATA_DIR: {place}):\n" + "\n".join(absent)] if absent else []
+    parts += ["\n".join([f"Not evaluated (DATA_DIR: {place}):", *absent])] if absent else []
     return "\n\n".join(parts)
 
 
@@ -35,8 +36,8 @@ def _description(results: Mapping[str, Any]) -> str:
     model, speed = results["model"], results["throughput"]
     return (
         f"{results['checkpoint']}: width {model['embed_dim']}, {model['depth']} blocks, {model['classes']} classes; "
-        f"{model['parameters'] / 1e6:.4g} M parameters, {model['forward_flops'] / 1e9:.4g} GFLOPs an image\n"
-        f"{speed['images_per_second']:,.4g} images/s, forward alone, {speed['dtype']}, batches of "
+        f"{model['parameters'] / 1e6:.4g} M parameters, {model['forward_flops'] / 2e9:.4g} G multiply-adds an image\n"
+        f"{speed['images_per_second']:,.1f} images/s, forward alone, {speed['dtype']}, batches of "
         f"{speed['batch_size']} on {speed['devices']} x {speed['device']}"
     )
 
@@ -55,14 +56,20 @@ def _row(suite: str, found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _paper(suite: str, figures: Mapping[str, float]) -> str:
-    return f"{figures[suite]:.1f}" if suite in figures else "-"
+def _listed(title: str, found: Mapping[str, list[str]]) -> list[str]:
+    lines = [f"- {suite}: {', '.join(some)}" for suite, some in found.items() if some]
+    return ["\n".join([title, *lines])] if lines else []
 
 
-def _confused(suite: str, found: Mapping[str, Any]) -> list[str]:
+def _weakest(found: Mapping[str, Any]) -> list[str]:
+    ordered = sorted(found.get("per_class", []), key=lambda each: each["top1"])
+    return [f"{each['name']} {each['top1']:.0%} ({each['examples']})" for each in ordered[:_NAMED]]
+
+
+def _confused(found: Mapping[str, Any]) -> list[str]:
     return [
-        f"- {suite}: {pair['true']}, {pair['predicted']}: {pair['count']} ({pair['share']:.0%})"
-        for pair in found.get("confusions", [])[:_CONFUSIONS]
+        f"{pair['true']} taken for {pair['predicted']} {pair['count']} ({pair['share']:.0%})"
+        for pair in found.get("confusions", [])[:_NAMED]
     ]
 
 
