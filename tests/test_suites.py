@@ -274,6 +274,19 @@ def test_a_set_written_from_the_unpacked_archive(checkpoint, tmp_path):
     assert [each["name"] for each in found["per_class"]] == names
 
 
+def test_classes_with_names_of_their_own_are_in_imagenets_order(sets, checkpoint, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("tinymim_jax.per_example._REPORT_SECONDS", 0.0)
+    record, params = load_params(checkpoint)
+    names = [f"thing {index}" for index in range(1000)]
+    save_params(tmp_path / "named", params, record | {"preprocessing": {"class_names": names}})
+    with caplog.at_level("INFO"):
+        model = Judge(str(tmp_path / "named"), batch_size=8)
+        results = suite_run.evaluate_suites(model, parse_suites(["imagenet"]), data_dir=sets[0])
+    check_figures(results["suites"]["imagenet"], *sets[1]["imagenet"][1:])
+    assert "calls its classes thing 0, thing 1, ...: they are taken to be in ImageNet's order" in caplog.text
+    assert "8/13 images | " in caplog.text
+
+
 def test_weights_that_are_not_finite_answer_nothing(sets, checkpoint, tmp_path):
     record, params = load_params(checkpoint)
     params["head"]["bias"] = np.full(1000, np.nan, np.float32)

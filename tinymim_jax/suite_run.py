@@ -42,6 +42,9 @@ def evaluate_suites(
             f"{len(imagenet_classes()):,}: give a checkpoint that was fine-tuned on ImageNet, or a set of your own, "
             "such as --suite folder:/data/pets@test"
         )
+    if imagenet and model.class_names and not _has_wordnet_ids(model):
+        named = ", ".join(model.class_names[:2])
+        log.warning("%s calls its classes %s, ...: they are taken to be in ImageNet's order", model.checkpoint, named)
     results = model.describe() | {"suites": {}}
     for name, suite in suites.items():
         parts: dict[str, dict[str, Any]] = {}
@@ -63,8 +66,9 @@ def _part(model: Judge, suite: Suite, part: str, data_dir: str | None) -> dict[s
     try:
         figures = _figures(model, suite, source)
     except (ValueError, OSError, RuntimeError) as error:
-        if type(error).__name__ == "JaxRuntimeError":
-            raise  # the device's trouble, not the set's
+        # The device's trouble is not the set's; and other hosts may be in the middle of a step that waits for this one.
+        if type(error).__name__ == "JaxRuntimeError" or jax.process_count() > 1:
+            raise
         return _failed(error)
     seconds = time.perf_counter() - began
     log.info(
@@ -120,8 +124,6 @@ def _open(suite: Suite, part: str, data_dir: str | None) -> Source:
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    if jax.process_count() > 1:
-        raise error  # the other hosts may be in the middle of a step that waits for this one
     log.error("%s", error)
     return {"status": "failed", "reason": str(error)}
 
@@ -135,26 +137,23 @@ def _figures(model: Judge, suite: Suite, source: Source) -> dict[str, Any]:
     answers = model.answers(source, allowed=allowed, whole=suite.whole)
     if answers.label.min() < 0 or answers.label.max() >= len(indices):
         raise ValueError(f"{source.name!r}, split {source.split!r}, has images without a label")
+    names = list(known) or [str(index) for index in range(model.classes)]
     if not known:
-        known = [str(index) for index in range(model.classes)]
         for index, name in zip(indices, source.class_names):
-            known[index] = name
+            names[index] = name
     several = None
     if "labels" in source[0]:
         several = [[int(indices[label]) for label in source[i].get("labels", ())] for i in range(len(source))]
-    return score(answers._replace(label=indices[answers.label]), known, several=several)
+    return score(answers._replace(label=indices[answers.label]), names, several=several)
 
 
-def _class_names(model: Judge, suite: Suite) -> tuple[str, ...] | list[str]:
-    if not suite.imagenet or all(WORDNET_ID.fullmatch(name) for name in model.class_names or [""]):
-        return model.class_names
-    if model.class_names:
-        log.warning(
-            "the classes of %s are not WordNet ids (%s, ...): taken to be ImageNet's in its order",
-            model.checkpoint,
-            model.class_names[0],
-        )
-    return imagenet_classes()
+def _class_names(model: Judge, suite: Suite) -> tuple[str, ...]:
+    """By class; of a model that does not call them by WordNet ids they are taken to be in ImageNet's order."""
+    return imagenet_classes() if suite.imagenet and not _has_wordnet_ids(model) else model.class_names
+
+
+def _has_wordnet_ids(model: Judge) -> bool:
+    return bool(model.class_names) and all(WORDNET_ID.fullmatch(name) for name in model.class_names)
 
 
 def _subset(suite: Suite, source: Source, indices: np.ndarray, classes: int) -> np.ndarray:
@@ -175,8 +174,10 @@ def _together(suite: Suite, parts: Mapping[str, dict[str, Any]]) -> dict[str, An
     """Of ImageNet-C's sets: figures by set, without their classes; corruption errors of whole corruptions; means."""
     done = {part: found for part, found in parts.items() if found["status"] == "evaluated"}
     left = {"per_class", "confusions"}
-    whole = {
-        "status": "evaluated" if len(done) == len(suite.sets) else "incomplete" if done else "missing",
+    statuses = [found["status"] for found in parts.values()]
+    nothing = "failed" if "failed" in statuses else "missing"
+    whole: dict[str, Any] = {
+        "status": "evaluated" if len(done) == len(suite.sets) else "incomplete" if done else nothing,
         "sets": {part: {key: v for key, v in found.items() if key not in left} for part, found in parts.items()},
         "mce": None,
     }
