@@ -9,7 +9,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from tinymim_jax import chain, prepare_command, sweep
+from tinymim_jax import chain, prepare_command, suite_command, sweep
 from tinymim_jax.startup import start_logging, use_compile_cache
 
 # What a user can mend: shown as one message without a traceback.
@@ -72,6 +72,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    suite_command.check(options)
+    if options.suite:
+        _start_jax(options)
+        return suite_command.run(options)
     config = _config_of(options)
     _start_jax(options)
     from tinymim_jax.evaluate import evaluate_checkpoint
@@ -113,8 +117,9 @@ def _config_of(options: argparse.Namespace) -> ConfigDict:
         return load_config(options.config, options.overrides)
     path = pathlib.Path(options.checkpoint) / "config.json"
     if not path.exists():
+        suites = ", or test sets with --suite" if options.command == "evaluate" else ""
         raise FileNotFoundError(
-            f"{path} does not exist: name the experiment with --config, or give the workdir of a run"
+            f"{path} does not exist: name the experiment with --config{suites}, or give the workdir of a run"
         )
     config = from_json(json.loads(path.read_text()))
     apply_overrides(config, options.overrides)
@@ -194,8 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_arguments(points)
     _training(points)
 
-    evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint on the evaluation split")
+    evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint, on its run's data or on test suites")
     _judged(evaluate)
+    suite_command.add_arguments(evaluate)
 
     knn = _command(commands, "knn", _knn, "k-nearest-neighbour accuracy of a checkpoint's features, without training")
     knn.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours (default 10 20 100 200)")

@@ -12,7 +12,7 @@ from tinymim_jax.errors import unknown
 from tinymim_jax.models.heads import POOLS
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
-from tinymim_jax.sharding import place_batch, replicated
+from tinymim_jax.per_example import collect, row_step
 
 
 def extract_features(
@@ -37,29 +37,9 @@ def extract_features(
     if pool not in POOLS:
         raise unknown("pool", pool, POOLS)
 
-    def extract(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def extract(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens: Any = encoder.apply({"params": params}, normalize(batch["image"], mean, std))
         tokens = tokens.astype(jnp.float32)
-        features = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(axis=1)
-        return features, batch["label"], batch["valid"]
+        return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(axis=1), batch["label"]
 
-    # Small next to the images: every host gets the rows of all.
-    extract_step = jax.jit(extract, out_shardings=replicated(mesh))
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    before = None
-    with batches:
-        for batch in batches:
-            # The batch before is fetched once this one is under way: the device does not wait for the host.
-            after = extract_step(params, place_batch(mesh, batch))
-            if before is not None:
-                found.append(_valid_rows(before))
-            before = after
-    if before is not None:
-        found.append(_valid_rows(before))
-    features, labels = (np.concatenate(parts) for parts in zip(*found))
-    return features, labels
-
-
-def _valid_rows(step: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-    features, labels, valid = (np.asarray(array) for array in step)
-    return features[valid], labels[valid]
+    return collect(row_step(extract, mesh), params, batches, mesh)

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,13 +87,30 @@ class Model:
 
     def logits(self, images: AnyImage | Sequence[AnyImage]) -> np.ndarray:
         """float32 `[classes]`; for several images `[images, classes]`."""
+        return self._run("logits", images, self.classifier())
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record of the architecture: plain JSON."""
+        return self._record
+
+    @property
+    def params(self) -> Any:
+        """The parameters that `classifier()` takes."""
+        return self._params
+
+    def classifier(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """(params, normalised pixels `[batch, height, width, 3]`) -> logits `[batch, classes]`: a function to jit.
+
+        Raises ValueError where the checkpoint has no classifier.
+        """
         if self._classifier is None:
             raise ValueError(
                 f"{self._path} has no classifier: fine-tune it first (tinymim train --config configs/finetune_s.py "
                 f"init={self._path}), or use embed()"
             )
         network = self._classifier
-        return self._run("logits", images, lambda params, pixels: network.apply({"params": params}, pixels))
+        return lambda params, pixels: network.apply({"params": params}, pixels)
 
     def embed(self, images: AnyImage | Sequence[AnyImage], *, pool: str = "mean") -> np.ndarray:
         """Features float32 `[dim]`, of several images `[images, dim]`: mean of the patch tokens, or the 'cls' token."""

@@ -12,12 +12,14 @@ from tinymim_jax.data.draws import permutation, philox
 class Example(TypedDict):
     """One record: `image`, the bytes of an image file as stored, and `label`, -1 where the set has none.
 
-    Segmentation sets add `mask`, the bytes of an image file whose pixels are classes.
+    Segmentation sets add `mask`, the bytes of an image file whose pixels are classes; ImageNet ReaL adds `labels`, all
+    that are right, which may be none.
     """
 
     image: bytes
     label: int
     mask: NotRequired[bytes]
+    labels: NotRequired[tuple[int, ...]]
 
 
 class Source(abc.ABC):

@@ -5,6 +5,7 @@ TensorFlow is never imported for reading; some sets need it once, to be prepared
 
 import contextlib
 import difflib
+import functools
 import io
 import json
 import logging
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _INFO_FILE = "dataset_info.json"  # lies in every directory that TFDS has finished
 _MASK = "segmentation_mask"  # what TFDS calls it
+_LABELS = ("label", "original_label")  # the latter in ImageNet ReaL, which has `real_label`, several, beside it
+_SEVERAL = "real_label"
 
 
 def open_tfds(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Source:
@@ -68,7 +71,8 @@ def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> Path:
 class TfdsSource(Source):
     """One split of a set that TFDS has prepared in `directory`, read without the code that prepared it.
 
-    Records of a segmentation set have their `mask`; labels are served where they are TFDS's ClassLabels.
+    Records of a segmentation set have their `mask`, those of ImageNet ReaL their `labels`; labels are served where they
+    are TFDS's ClassLabels.
     """
 
     def __init__(self, name: str, directory: str | os.PathLike, split: str):
@@ -80,14 +84,15 @@ class TfdsSource(Source):
         features = builder.info.features
         self.name = name
         self.split = split
-        self._labelled = _has(features, "label", tfds.features.ClassLabel)
-        self.class_names = tuple(features["label"].names) if self._labelled else ()
+        self._label = next((key for key in _LABELS if _has(features, key, tfds.features.ClassLabel)), None)
+        self.class_names = tuple(features[self._label].names) if self._label else ()
         self._directory = Path(directory)
         self._has_file_names = "file_name" in features
         self._has_masks = _has(features, _MASK, tfds.features.Image)
+        self._has_several = _has(features, _SEVERAL, tfds.features.Sequence)
         # Nothing else is decoded: other features may need TensorFlow for that.
-        served = ["image"] + ["label"] * self._labelled + [_MASK] * self._has_masks
-        served += ["file_name"] * self._has_file_names
+        served = ["image"] + [self._label] * (self._label is not None) + [_MASK] * self._has_masks
+        served += ["file_name"] * self._has_file_names + [_SEVERAL] * self._has_several
         self._features = tfds.features.FeaturesDict({key: features[key] for key in served})
         self._decoders = {key: tfds.decode.SkipDecoding() for key in ("image", _MASK) if key in served}
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -100,9 +105,11 @@ class TfdsSource(Source):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}/{self.split} has records 0 to {len(self) - 1}, got {index}")
         record = self._record(index)
-        example: Example = {"image": record["image"], "label": int(record["label"]) if self._labelled else -1}
+        example: Example = {"image": record["image"], "label": int(record[self._label]) if self._label else -1}
         if self._has_masks:
             example["mask"] = record[_MASK]
+        if self._has_several:
+            example["labels"] = tuple(map(int, record[_SEVERAL]))
         return example
 
     def describe(self, index: int) -> str:
@@ -238,5 +245,6 @@ def _base(name: str) -> str:
     return name.split(":")[0].split("/")[0]
 
 
+@functools.cache
 def _known_sets() -> set[str]:
     return {"digits", *tfds.list_builders(with_community_datasets=False)}
