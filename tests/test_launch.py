@@ -1,5 +1,6 @@
 """launch/: local processes, TPU VM hosts behind a stand-in for gcloud, Slurm's script, and the files for GKE and SkyPilot."""
 
+import json
 import os
 import pathlib
 import re
@@ -11,10 +12,12 @@ import sys
 import time
 
 import pytest
+import yaml
 from processes import JOB_VARIABLES, free_port, saved_steps
 from runs import SMALL
 
 from tinymim_jax import cli
+from tinymim_jax.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -64,7 +67,9 @@ def test_every_file_is_known():
 def test_jaxlib_knows_the_flags():
     """An unknown flag ends the process."""
     code = "import jax; print(jax.devices()[0].platform)"
-    line = f"source launch/env.sh gpu; env | grep -E 'XLA|NCCL'; exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    line = (
+        f"source launch/env.sh gpu; env | grep -E 'XLA|NCCL'; exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    )
     result = bash("-c", line, XLA_FLAGS="--xla_force_host_platform_device_count=2", NCCL_DEBUG="INFO")
     assert result.returncode == 0, result.stderr
     *settings, platform = result.stdout.splitlines()
@@ -81,16 +86,16 @@ def test_an_accelerator_that_does_not_start_is_an_error():
 
 # ---- Processes on this machine
 
-# Ends as it is told: `fails` and `waits` with their number for process 1, everyone else by SIGTERM.
+# Ends as it is told: at once, process 1 with a number, at SIGTERM or never.
 STUB = """#!/usr/bin/env bash
 echo "process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS devices ${JAX_LOCAL_DEVICE_IDS:-all}: $*"
-touch "$MARKS/$JAX_PROCESS_ID"
 case $1 in
   quick) exit 0 ;;
   fails) [[ $JAX_PROCESS_ID == 1 ]] && exit "$2" ;;
+  run) trap 'exit 75' TERM ;;
   stuck) trap '' TERM ;;
 esac
-[[ $1 == stuck ]] || trap 'exit 75' TERM
+touch "$MARKS/$JAX_PROCESS_ID"
 while :; do sleep 0.1; done
 """
 
@@ -103,7 +108,7 @@ def _local(tmp_path):
     started = []
 
     def start(*words, **variables):
-        settings = {"TINYMIM": str(stub), "MARKS": str(tmp_path / "marks"), "GRACE": "0"} | variables
+        settings = {"TINYMIM": str(stub), "MARKS": str(tmp_path / "marks")} | variables
         process = subprocess.Popen(
             ["bash", LAUNCH / "local.sh", *words],
             env=environment(**settings),
@@ -136,7 +141,7 @@ def test_local_processes_know_each_other(local):
 
 @pytest.mark.parametrize("status", [1, 86, 137])
 def test_one_failing_process_ends_the_others(local, status):
-    code, out = end_of(local("3", "fails", str(status)))
+    code, out = end_of(local("3", "fails", str(status), GRACE="0"))
     assert code == status
     assert f"exit status {status}, 2 did not end by themselves: killed" in out
 
@@ -304,7 +309,7 @@ def _slice(tmp_path):
 
 def test_two_hosts_train_are_preempted_and_go_on(slice_, tmp_path, data_dir):
     workdir = tmp_path / "shared" / "run"
-    small = [*SMALL, "train.duration=60 steps", "checkpoint.keep=50"]
+    small = [*SMALL, "train.duration=24 steps"]
     train = ["train", "--config", "configs/digits.py:finetune", "--workdir", str(workdir), *small]
     process = slice_.start("up", "--type", "v4-16", "--spot", "--delete", "--", *train, "--data_dir", data_dir)
     try:
@@ -316,7 +321,7 @@ def test_two_hosts_train_are_preempted_and_go_on(slice_, tmp_path, data_dir):
     assert code == 0, out
     assert (workdir / "result.json").exists()
     assert "2 processes" in out
-    assert len(re.findall(r"resuming at step \d+ of 60", out)) == 1, out
+    assert len(re.findall(r"resuming at step \d+ of 24", out)) == 1, out
     assert len(slice_.calls("queued-resources", "create", "--spot", "v4-16")) == 2
     assert len(slice_.calls("queued-resources", "delete", "--force")) == 2  # of the preempted one, and at the end
     assert not (tmp_path / "node").exists()
@@ -327,7 +332,7 @@ def test_two_hosts_train_are_preempted_and_go_on(slice_, tmp_path, data_dir):
     [
         (["exit 0", "exit 0"], 0, 1, "still exists and is paid for"),
         (["exit 1", "exit 1"], 1, 1, "exited 1"),
-        (["exit 1", "kill -KILL $$"], 1, 1, "exited 1, exited 137"),
+        (["exit 1", "kill -KILL $$"], 1, 1, "exited 137"),
         (["[[ -e again ]] || { touch again; exit 75; }"] * 2, 0, 2, "preempted: going on"),
         (["[[ -e again ]] || { touch again; exit 86; }"] * 2, 0, 2, "restart 1 of 2"),
         (["exit 86", "kill -KILL $$"], 1, 3, "given up"),
@@ -439,9 +444,13 @@ def sbatch(tmp_path, status: int, *words, **variables):
     shutil.copy(LAUNCH / "env.sh", tmp_path / "launch")
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12", "SLURM_CPUS_PER_TASK": "3"}
     command = ["bash", LAUNCH / "slurm.sbatch", *words]
-    result = subprocess.run(command, env=environment(**settings | variables), cwd=tmp_path, capture_output=True, text=True)
-    read = [path.read_text().splitlines() if path.exists() else [] for path in
-            (tmp_path / "srun_words", tmp_path / "scontrol_words")]
+    result = subprocess.run(
+        command, env=environment(**settings | variables), cwd=tmp_path, capture_output=True, text=True
+    )
+    read = [
+        path.read_text().splitlines() if path.exists() else []
+        for path in (tmp_path / "srun_words", tmp_path / "scontrol_words")
+    ]
     return result.returncode, *read
 
 
@@ -471,3 +480,135 @@ def test_slurm_dry_run():
     words = shlex.split(bash(LAUNCH / "slurm.sbatch", "--dry_run", "train", "--config", "a b.py").stdout)
     assert words[0] == "srun"
     assert words[-3:] == ["train", "--config", "a b.py"]
+
+
+# ---- Files for other engines; their schemas' own validators are not needed to run these tests
+
+
+def jobset(name: str) -> dict:
+    return yaml.safe_load((LAUNCH / name).read_text())
+
+
+def only(values):
+    (value,) = values
+    return value
+
+
+# Spelt as in JobSet's and Kubernetes' definitions, where a key that is unknown is dropped in silence.
+KEYS = {
+    "": {"apiVersion", "kind", "metadata", "spec"},
+    "spec": {"failurePolicy", "replicatedJobs"},
+    "spec.failurePolicy": {"maxRestarts", "rules"},
+    "spec.failurePolicy.rules": {"name", "action", "onJobFailureReasons", "onJobFailureMessagePatterns"},
+    "spec.replicatedJobs": {"name", "replicas", "template"},
+    "spec.replicatedJobs.template": {"spec"},
+    "spec.replicatedJobs.template.spec": {
+        "parallelism", "completions", "completionMode", "backoffLimit", "podFailurePolicy", "template"
+    },
+    "spec.replicatedJobs.template.spec.podFailurePolicy": {"rules"},
+    "spec.replicatedJobs.template.spec.podFailurePolicy.rules": {"action", "onPodConditions", "onExitCodes"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["jobset.yaml", "jobset_gpu.yaml"])
+def test_jobset_keys(name):
+    def check(node, path):
+        for item in node if isinstance(node, list) else [node]:
+            assert set(item) <= KEYS[path], path
+            for key, value in item.items():
+                if (below := f"{path}.{key}".strip(".")) in KEYS:
+                    check(value, below)
+
+    check(jobset(name), "")
+
+
+def action_of_jobset(spec: dict, exit_code: int | None) -> str:
+    """What the controllers of Job and JobSet do when a pod ends so; None: its node is taken away."""
+    job = only(spec["replicatedJobs"])["template"]["spec"]
+    container = only(job["template"]["spec"]["containers"])["name"]
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    assert job["backoffLimit"] == 0
+    for i, rule in enumerate(job["podFailurePolicy"]["rules"]):
+        codes, conditions = rule.get("onExitCodes"), rule.get("onPodConditions")
+        if codes and exit_code in codes["values"]:
+            assert (codes["containerName"], codes["operator"]) == (container, "In")
+            end = f"failed with exit code {exit_code} matching {rule['action']} rule at index {i}"
+            reason, message = "PodFailurePolicy", f"Container {container} for pod default/tinymim-0 {end}"
+            break
+        if conditions and exit_code is None:
+            assert conditions == [{"type": "DisruptionTarget", "status": "True"}]
+            end = f"has condition DisruptionTarget matching {rule['action']} rule at index {i}"
+            reason, message = "PodFailurePolicy", f"Pod default/tinymim-0 {end}"
+            break
+    for rule in spec["failurePolicy"]["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
+            return rule["action"]
+    return "RestartJobSet"
+
+
+@pytest.mark.parametrize("name", ["jobset.yaml", "jobset_gpu.yaml"])
+def test_jobset_restarts(name):
+    spec = jobset(name)["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] == 10
+    actions = {code: action_of_jobset(spec, code) for code in (1, 2, 75, 86, 134, 137, None)}
+    for code in (1, 2):
+        assert actions.pop(code) == "FailJobSet"
+    for code in (75, None):
+        assert actions.pop(code) == "RestartJobSetAndIgnoreMaxRestarts"
+    assert set(actions.values()) == {"RestartJobSet"}
+
+
+@pytest.mark.parametrize("name", ["jobset.yaml", "jobset_gpu.yaml"])
+def test_jobset_command_and_processes(name):
+    whole = jobset(name)
+    replicated = only(whole["spec"]["replicatedJobs"])
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    container = only(pod["containers"])
+    assert job["parallelism"] == job["completions"]
+    assert (job["completionMode"], pod["restartPolicy"]) == ("Indexed", "Never")
+    options = cli._parse(container["args"])
+    load_config(options.config, options.overrides)
+    mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert options.workdir.startswith("/data/")
+    assert "/data" in mounted
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+    if name == "jobset.yaml":
+        assert variables["PLATFORM"] == "tpu"
+        return
+    assert variables["PLATFORM"] == "gpu"
+    assert int(variables["JAX_NUM_PROCESSES"]) == job["completions"] * replicated["replicas"]
+    host, port = variables["JAX_COORDINATOR_ADDRESS"].split(":")
+    assert host == f"{whole['metadata']['name']}-{replicated['name']}-0-0.{whole['metadata']['name']}"
+    assert int(port) in {entry["containerPort"] for entry in container["ports"]}
+
+
+def test_the_image_starts_tinymim(tmp_path):
+    entry = json.loads(re.search(r"^ENTRYPOINT (.*)$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)[1])
+    shown = program(tmp_path / "tinymim", '#!/bin/sh\necho $NCCL_DEBUG\nprintf "%s\\n" "$@"\n')
+    variables = environment(PLATFORM="gpu", TINYMIM=str(shown))
+    command = [*entry, "train", "--config", "a b.py"]
+    result = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["WARN", "train", "--config", "a b.py"]
+
+
+def test_sky_yaml(tmp_path):
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    assert set(task) <= {"name", "workdir", "num_nodes", "resources", "envs", "file_mounts", "setup", "run"}
+    assert set(task["resources"]) <= {"accelerators", "use_spot", "job_recovery"}
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 3}
+    options = cli._parse(task["envs"]["COMMAND"].split())
+    load_config(options.config, options.overrides)
+    assert only(path for path in task["file_mounts"] if options.workdir.startswith(path + "/"))
+    assert all(isinstance(value, str) for value in task["envs"].values())
+    for part in ("setup", "run"):
+        assert bash("-n", program(tmp_path / part, task[part])).returncode == 0
+    shown = program(tmp_path / "tinymim", '#!/bin/sh\nenv | grep "^JAX_[CNP]"\necho "$@"\n')
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    result = bash(tmp_path / "run", **task["envs"], **nodes, TINYMIM=str(shown))
+    *settings, words = result.stdout.splitlines()
+    expected = {"JAX_COORDINATOR_ADDRESS=10.0.0.1:8482", "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1"}
+    assert expected <= set(settings)
+    assert words == task["envs"]["COMMAND"]
