@@ -11,7 +11,7 @@
 #
 # | left | why |
 # |---|---|
-# | LIBTPU_INIT_ARGS | libtpu 0.0.42 compiles a data-parallel step for v5e:4x4 to the same three all-reduces with and without --xla_tpu_enable_async_collective_fusion, --xla_tpu_enable_data_parallel_all_reduce_opt and --xla_enable_async_all_reduce |
+# | LIBTPU_INIT_ARGS | libtpu 0.0.42 for v5e:4x4 compiles a data-parallel step to the same three all-reduces with --xla_tpu_enable_async_collective_fusion, --xla_tpu_enable_data_parallel_all_reduce_opt, --xla_enable_async_all_reduce or none; with parameters split over chips the gathers are asynchronous without a flag |
 # | XLA_PYTHON_CLIENT_PREALLOCATE | memory taken at once does not fragment |
 # | NCCL_SOCKET_IFNAME, NCCL_IB_HCA | NCCL finds them; set them where a cluster's handbook says so |
 # | CUDA_VISIBLE_DEVICES | every process sees all GPUs of its node and takes its own: NCCL copies between them directly |

@@ -50,7 +50,7 @@ GresTypes=gpu
 KillWait=10
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory=1000 Gres=gpu:{cores} State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -65,7 +65,9 @@ class Cluster:
         settings = {"folder": folder, "host": host, "cores": max(os.cpu_count() or 1, 2)}
         settings |= {"controller": free_port(), "daemon": free_port()}
         (folder / "slurm.conf").write_text(CONFIGURATION.format(**settings))
-        (folder / "gres.conf").write_text(f"NodeName={host} Name=gpu Count={settings['cores']}\n")
+        (folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File={folder}/gpu[0-{settings['cores'] - 1}]\n")
+        for i in range(settings["cores"]):
+            (folder / f"gpu{i}").touch()
         (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
         (folder / "munge.key").chmod(0o400)
         outside = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES and not k.startswith("SLURM")}
@@ -77,9 +79,13 @@ class Cluster:
             "JAX_PLATFORMS": "cpu",
             "TINYMIM": str(tinymim),
         }
+        self.daemons = []
+
+    def start(self) -> None:
+        folder = self.folder
         munge = [f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid"]
         munge += [f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed", "--force", "--foreground"]
-        self.daemons = [subprocess.Popen(["munged", *munge])]
+        self.daemons.append(subprocess.Popen(["munged", *munge]))
         wait_for(lambda: (folder / "munge.socket").exists())
         for daemon in (["slurmctld", "-D"], ["slurmd", "-D"]):
             output = open(folder / f"{daemon[0]}.out", "w")  # noqa: SIM115, the daemon's own
@@ -133,8 +139,11 @@ def _cluster(tmp_path_factory):
     if missing or os.geteuid() != 0:
         pytest.fail(f"needs root and {', '.join(DAEMONS)}; missing: {', '.join(missing) or 'root'}")
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    yield cluster
-    cluster.stop()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 def test_two_tasks_train_are_signalled_requeue_themselves_and_resume(cluster, tmp_path, data_dir):
