@@ -2,7 +2,7 @@
 #
 # | set | value | why |
 # |---|---|---|
-# | JAX_PLATFORMS | tpu,cpu or cuda,cpu | an accelerator that does not start is an error; by default JAX falls back to the CPU |
+# | JAX_PLATFORMS | tpu,cpu or cuda,cpu | an accelerator that is there and does not start, or lacks its plugin, is an error; by default JAX goes on on the CPU |
 # | XLA_PYTHON_CLIENT_MEM_FRACTION | 0.9 | JAX takes 0.75 of a GPU; a tenth is enough for CUDA, cuDNN and NCCL |
 # | XLA_FLAGS | --xla_gpu_enable_latency_hiding_scheduler=true | gradients are summed over GPUs while the backward pass goes on |
 # | NCCL_DEBUG | WARN | NCCL says what failed; it is silent by default |

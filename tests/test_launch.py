@@ -1,5 +1,6 @@
 """launch/: the environment, processes on this machine, Slurm's script."""
 
+import functools
 import os
 import shlex
 import shutil
@@ -73,8 +74,10 @@ def _local(tmp_path):
 
     def start(*words, **variables):
         settings = {"TINYMIM": str(stub), "MARKS": str(tmp_path / "marks")} | variables
+        # In a shell's background jobs SIGINT is ignored, by their children too, these tests perhaps among them.
         process = subprocess.Popen(
             ["bash", LAUNCH / "local.sh", *words],
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             env=environment(**settings),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

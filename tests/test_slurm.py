@@ -110,6 +110,10 @@ class Cluster:
     def state(self, number: str) -> str:
         return self.job(number)["JobState"]
 
+    def states(self, number: str) -> list[str]:
+        """Of all jobs of an array."""
+        return re.findall(r"JobState=(\w+)", self.run("scontrol", "show", "job", number))
+
     def log(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("*_*.log")))
 
@@ -201,12 +205,13 @@ def test_a_sweep_as_an_array(cluster, tmp_path, data_dir):
     words = ["sweep", "configs/digits.py:finetune", "--workdir", tmp_path / "sweep", "--data_dir", data_dir, *SMALL]
     script = ["--array=0-1", "--gpus-per-node=1", "--ntasks-per-node=1", "launch/slurm.sbatch"]
     number = cluster.submit(*script, *words)
-    wait_for(lambda: len(list((tmp_path / "sweep").glob("*/result.json"))) == 2 or "Error" in cluster.log())
+    ended = ("COMPLETED", "FAILED")
+    wait_for(lambda: all(state in ended for state in cluster.states(number)))
     results = sorted((tmp_path / "sweep").glob("*/result.json"))
     assert len(results) == 2, cluster.log()
     rates = [json.loads((path.parent / "config.json").read_text())["optim"]["base_lr"] for path in results]
     assert rates == [1.6e-2, 3.2e-2]
-    wait_for(lambda: cluster.state(number) == "COMPLETED")
+    assert cluster.states(number) == ["COMPLETED"] * 2
 
 
 def _is_task(process: pathlib.Path, workdir: str) -> bool:
