@@ -39,7 +39,7 @@ main() {
   action=$1
   shift
   name='' zone='' project='' type='' runtime='' spot='' setup='' create_flags='' ssh_flags=''
-  restarts=10 poll=30 delete='' dry_run='' wait='' worker=0 created='' follower=0
+  restarts=10 poll=30 delete='' dry_run='' wait='' worker=0 created='' follower='' answer=''
   while (($#)); do
     case $1 in
       --name | --zone | --project | --type | --runtime | --setup | --create_flags | --ssh_flags | --restarts | --poll | --worker)
@@ -118,10 +118,12 @@ follow() {
       return
     fi
     nap
-    states=$(hosts)
+    ask hosts
+    states=$answer
     if [[ -z $states ]]; then
       # A host that does not answer may be restarting, or gone with the slice.
-      case $(condition) in
+      ask condition
+      case $answer in
         lost | missing) verdict=lost ;;
         ready) ((++unreachable % 10)) || say "the hosts did not answer $unreachable times" ;;
       esac
@@ -130,12 +132,22 @@ follow() {
     else
       verdict=$(judge "$states")
       # A host's error may be the end of another one: see whether they are still there.
-      [[ $verdict == error || $verdict == crashed ]] && nap && [[ $(condition) == @(lost|missing) ]] && verdict=lost
+      [[ $verdict == error || $verdict == crashed ]] && nap && ask condition && [[ $answer == @(lost|missing) ]] && verdict=lost
       [[ $verdict == error ]] && say "ended: ${states//$'\n'/, }"
     fi
   done
   for _ in {1..20}; do kill -0 "$follower" 2>/dev/null && sleep 0.2; done # the end of the log
   end_log
+}
+
+# Leaves the output in `answer`. Bash would lose a Ctrl-C that comes while it runs $(gcloud ...); `wait` heeds it.
+ask() {
+  local file
+  file=$(mktemp)
+  "$@" >"$file" &
+  wait $!
+  answer=$(<"$file")
+  rm "$file"
 }
 
 begin_log() { # from its beginning, or 0 for what comes
@@ -146,8 +158,10 @@ begin_log() { # from its beginning, or 0 for what comes
 }
 
 end_log() {
+  [[ -n $follower ]] || return # a group of no number is one's own
   kill -TERM -- "-$follower" 2>/dev/null
   wait "$follower" 2>/dev/null
+  follower=''
 }
 
 # What the ends of all hosts together mean; the exit statuses are tinymim's: 0, 1, 75 preempted, 86 stalled.
@@ -247,15 +261,17 @@ delete() {
 }
 
 install() {
-  local archive changed
-  changed=$(git -C "$root" status --porcelain) || fail "$root is no git checkout: what is copied is its last commit"
-  [[ -z $changed ]] || say "not committed, so not copied:"$'\n'"$changed"
-  archive=$(mktemp -d)/tinymim.tar.gz
-  git -C "$root" archive --format=tar.gz --output="$archive" HEAD || return
+  local folder changed copied
+  folder=$(mktemp -d)
+  if [[ -z $dry_run ]]; then
+    changed=$(git -C "$root" status --porcelain) || fail "$root is no git checkout: what is copied is its last commit"
+    [[ -z $changed ]] || say "not committed, so not copied:"$'\n'"$changed"
+    git -C "$root" archive --format=tar.gz --output="$folder/tinymim.tar.gz" HEAD || return
+  fi
   # shellcheck disable=SC2086
-  tpus tpu-vm scp "$archive" "$name:tinymim.tar.gz" --worker all $ssh_flags
-  local copied=$?
-  rm -r "$(dirname "$archive")"
+  tpus tpu-vm scp "$folder/tinymim.tar.gz" "$name:tinymim.tar.gz" --worker all $ssh_flags
+  copied=$?
+  rm -r "$folder"
   ((copied == 0)) && on_hosts all "$unpack"
 }
 

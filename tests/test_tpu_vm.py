@@ -1,5 +1,6 @@
 """launch/tpu_vm.sh on a slice of two hosts, which a stand-in for gcloud keeps on this machine."""
 
+import functools
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from processes import free_port, saved_steps
@@ -98,6 +100,8 @@ class Slice:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # In a shell's background jobs SIGINT is ignored, by their children too, these tests perhaps among them.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def make(self, tinymim: str, *, queue="ACTIVE", node="READY") -> None:
@@ -127,7 +131,8 @@ class Slice:
 
 @pytest.fixture(name="slice_")
 def _slice(tmp_path):
-    if not (shutil.which("git") and (ROOT / ".git").exists()):
+    head = ["git", "rev-parse", "HEAD"]
+    if not shutil.which("git") or subprocess.run(head, cwd=ROOT, capture_output=True).returncode:
         pytest.skip("tpu_vm.sh copies the last commit, and this is no git checkout")
     made = Slice(tmp_path)
     yield made
@@ -190,7 +195,17 @@ def test_stop_and_go_on(slice_):
     slice_.make("trap 'exit 75' TERM; [[ -e ~/again ]] && exit 0; touch ~/again; while :; do sleep 0.1; done\n")
     process = slice_.start("up", "--", "train", "--workdir", "/a")
     until(lambda: len(list(slice_.folder.glob("host*/again"))) == 2, process)
-    assert "running" in slice_.tpu_vm("status").stdout
+    while process.poll() is None:  # Ctrl-C while it starts the command is for what it starts
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    code, out = end_of(process)
+    assert code == 130, out
+    assert "the command goes on" in out
+    assert slice_.tpu_vm("status").stdout.count("tinymim: running") == 2
+    followed = len(slice_.calls("tinymim/launch/tpu_host.sh log"))
+    process = slice_.start("up", "--", "train", "--workdir", "/a")
+    until(lambda: len(slice_.calls("tinymim/launch/tpu_host.sh log")) > followed, process)
+    assert len(slice_.calls("tinymim/launch/tpu_host.sh start train --workdir /a")) == 1
     again = slice_.tpu_vm("run", "--", "train", "--workdir", "/a")
     assert again.returncode != 0
     assert "still running" in again.stderr
@@ -202,6 +217,21 @@ def test_stop_and_go_on(slice_):
     assert slice_.tpu_vm("up", "--", "train", "--workdir", "/a").returncode == 0
     assert slice_.tpu_vm("delete").returncode == 0
     assert not (slice_.folder / "queue").exists()
+
+
+def test_create_waits(slice_):
+    gcloud = GCLOUD.replace('write_text("ACTIVE")', 'write_text("WAITING_FOR_RESOURCES")').replace(
+        'node.write_text("READY")', "pass"
+    )
+    program(slice_.folder / "bin" / "gcloud", gcloud.format(python=sys.executable))
+    process = slice_.start("create", "--type", "v5p-8", "--wait")
+    until(lambda: (slice_.folder / "queue").exists() and len(slice_.calls("describe")) >= 4, process)
+    (slice_.folder / "node").write_text("READY")
+    (slice_.folder / "queue").write_text("ACTIVE")
+    code, out = end_of(process)
+    assert code == 0, out
+    assert "b is pending" in out
+    assert len(slice_.calls("create")) == 1
 
 
 def test_what_is_copied_and_installed(slice_):
