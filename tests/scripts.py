@@ -29,7 +29,7 @@ def program(path: pathlib.Path, text: str) -> pathlib.Path:
     return path
 
 
-def until(condition, process=None, seconds=100) -> None:
+def until(condition, process=None, seconds=400) -> None:
     """Waits for a condition, or for the process that should bring it about to fail."""
     end = time.monotonic() + seconds
     while not condition():
@@ -39,5 +39,5 @@ def until(condition, process=None, seconds=100) -> None:
 
 
 def end_of(process) -> tuple[int, str]:
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=400)
     return process.returncode, out

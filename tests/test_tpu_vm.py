@@ -79,6 +79,7 @@ class Slice:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        self.started = []
         program(folder / "bin" / "gcloud", GCLOUD.format(python=sys.executable))
         program(folder / "bin" / "uv", UV.format(python=sys.executable))
         self.variables = {
@@ -94,7 +95,7 @@ class Slice:
 
     def start(self, action, *words):
         command = ["bash", LAUNCH / "tpu_vm.sh", action, "--name", "b", "--zone", "z", "--poll", "0.2", *words]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*map(str, command)],
             env=environment(**self.variables),
             stdout=subprocess.PIPE,
@@ -103,6 +104,8 @@ class Slice:
             # In a shell's background jobs SIGINT is ignored, by their children too, these tests perhaps among them.
             preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
+        self.started.append(process)
+        return process
 
     def make(self, tinymim: str, *, queue="ACTIVE", node="READY") -> None:
         """A slice that is there, with this program for tinymim."""
@@ -136,20 +139,20 @@ def _slice(tmp_path):
         pytest.skip("tpu_vm.sh copies the last commit, and this is no git checkout")
     made = Slice(tmp_path)
     yield made
+    for process in made.started:
+        process.kill()
     made.kill()
 
 
 def test_two_hosts_train_are_preempted_and_go_on(slice_, tmp_path, data_dir):
     workdir = tmp_path / "shared" / "run"
+    up = ["--type", "v4-16", "--spot", "--delete", "--poll", "1"]
     small = [*SMALL, "train.duration=24 steps"]
     train = ["train", "--config", "configs/digits.py:finetune", "--workdir", str(workdir), *small]
-    process = slice_.start("up", "--type", "v4-16", "--spot", "--delete", "--", *train, "--data_dir", data_dir)
-    try:
-        until(lambda: any(step >= 2 for step in saved_steps(workdir)), process)
-        slice_.preempt()
-        code, out = end_of(process)
-    finally:
-        process.kill()
+    process = slice_.start("up", *up, "--", *train, "--data_dir", data_dir)
+    until(lambda: any(step >= 2 for step in saved_steps(workdir)), process)
+    slice_.preempt()
+    code, out = end_of(process)
     assert code == 0, out
     assert (workdir / "result.json").exists()
     assert "2 processes" in out
