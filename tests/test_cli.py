@@ -1,11 +1,9 @@
 """The command as a user types it, and the commands that the README shows."""
 
 import json
-import os
 import pathlib
 import re
 import shlex
-import subprocess
 
 import numpy as np
 import pytest
@@ -155,33 +153,3 @@ def test_overrides_may_stand_between_flags(capsys):
     with pytest.raises(SystemExit):
         cli._parse(["export", "runs/b", "--to", "vit", "--output", "x", "seed=1"])
     assert "takes no KEY=VALUE: seed=1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", sorted((ROOT / "launch").iterdir()), ids=lambda p: p.name)
-def test_launch_scripts_are_sound_bash(script):
-    subprocess.run(["bash", "-n", script], check=True)
-
-
-def test_launch_scripts_say_what_they_would_run():
-    words = ["train", "--config", "a b.py"]
-    command = [ROOT / "launch/local.sh", "--dry_run", "2", *words]
-    local = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = local.stdout.splitlines()
-    assert len(lines) == 2
-    assert all("JAX_NUM_PROCESSES=2" in line and f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(lines))
-    environment = os.environ | {"TPU": "slice", "ZONE": "zone"}
-    tpu = subprocess.run(
-        [ROOT / "launch/tpu_vm.sh", "--dry_run", *words], capture_output=True, text=True, check=True, env=environment
-    )
-    assert tpu.stdout.count("gcloud compute tpus tpu-vm") == 4
-    assert "a\\\\\\ b.py" in tpu.stdout or "a\\ b.py" in tpu.stdout
-
-
-def test_a_slurm_array_runs_the_points_of_a_sweep(tmp_path):
-    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "srun").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "7"}
-    words = [ROOT / "launch/slurm.sbatch", "sweep", "configs/digits.py:finetune", "--workdir", "w"]
-    out = subprocess.run(["bash", *words], capture_output=True, text=True, check=True, env=environment).stdout
-    options = cli._parse(out.split("bin/tinymim ")[1].split())
-    assert (options.command, options.index, options.workdir) == ("sweep", 7, "w")
