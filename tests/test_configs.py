@@ -1,5 +1,6 @@
 """Every shipped config: it builds at full size, and the loop reads every key."""
 
+import json
 import pathlib
 
 import jax
@@ -11,7 +12,7 @@ from runs import small_config
 import tinymim_jax.experiment as experiment_module
 import tinymim_jax.tasks.distill as distill_module
 from tinymim_jax import optim
-from tinymim_jax.config import load_config
+from tinymim_jax.config import from_json, load_config
 from tinymim_jax.data.examples import Source
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer
 from tinymim_jax.models.vit import ViT
@@ -19,7 +20,7 @@ from tinymim_jax.params_io import save_params
 from tinymim_jax.state import trained_paths
 from tinymim_jax.tasks.encoder import Loaded
 from tinymim_jax.teachers import TEACHERS
-from tinymim_jax.train import train
+from tinymim_jax.train import differences, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -159,3 +160,18 @@ def test_missing_files_and_functions(tmp_path):
         load_config(str(tmp_path / "empty.py"))
     with pytest.raises(ValueError, match="Choices: mae_teacher"):
         load_config(str(ROOT / "configs/digits.py") + ":teacher")
+
+
+def test_a_run_of_an_older_version_lacks_keys(tmp_path):
+    """What it lacks has its default; a value that was written stays, and one that differs is told."""
+    config = load_config("configs/digits.py:finetune")
+    old = json.loads(json.dumps(config.to_dict()))
+    del old["data"]["crops"], old["classify"]["mixup"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert differences(tmp_path, config) == []
+    now = load_config("configs/digits.py:finetune", ["data.crops=2", "seed=1"])
+    assert differences(tmp_path, now) == ["  data.crops: 1 there, 2 here", "  seed: 0 there, 1 here"]
+    read = from_json(old)
+    assert (read.data.crops, read.classify.mixup, read.data.source) == (1, 0.0, "digits")
+    with pytest.raises(AttributeError, match="locked"):
+        read.new = 1

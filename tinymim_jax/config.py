@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.errors import unknown
 
+_BASE = pathlib.Path(__file__).parents[1] / "configs" / "base.py"
+
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """The locked config of FILE.py, or FILE.py:ARGUMENT (passed to get_config), changed by "key=value" words."""
@@ -32,8 +34,15 @@ def load_file(spec: str) -> tuple[Any, str]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """The locked config that a run wrote to its config.json."""
-    return ConfigDict(values).lock()
+    """The locked config that a run wrote to its config.json; keys that came later have their defaults."""
+    return ConfigDict(completed(values)).lock()
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.json with the keys that its version did not have: a new key's default is what was done before."""
+    base = _import(_BASE) if _BASE.is_file() else None  # a package without the repository has no defaults
+    make = getattr(base, str(values.get("task")), None)
+    return _filled(make().to_dict(), values) if make else values
 
 
 def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
@@ -78,6 +87,15 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
         config[name] = value
     except (TypeError, ValueError) as error:
         raise TypeError(f"{key}={value!r} has the wrong type: it is {old!r} now") from error
+
+
+def _filled(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, and of `defaults` what they lack."""
+    filled = defaults | values
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(filled[key], dict):
+            filled[key] = _filled(default, filled[key])
+    return filled
 
 
 def _import(path: pathlib.Path) -> Any:

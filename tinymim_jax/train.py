@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tinymim_jax import optim
 from tinymim_jax.checkpoint_format import digest
 from tinymim_jax.checkpoints import Checkpoints
+from tinymim_jax.config import from_json
 from tinymim_jax.evaluate import evaluate
 from tinymim_jax.experiment import (
     Experiment,
@@ -231,7 +232,7 @@ def differences(workdir: pathlib.Path, config: ConfigDict) -> list[str]:
     path = workdir / "config.json"
     if not path.exists():
         return []
-    found, wanted = _flat(json.loads(path.read_text())), _flat(_as_json(config))
+    found, wanted = _flat(_as_json(from_json(json.loads(path.read_text())))), _flat(_as_json(config))
     changes = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
     return [f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in changes]
 
