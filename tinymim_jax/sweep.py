@@ -160,6 +160,7 @@ def exit_status(states: Sequence[State]) -> int:
 def child_options(options: argparse.Namespace) -> list[str]:
     """The words with which options that say where a run happens are handed to `tinymim train`."""
     words = ["--workers", str(options.workers), "--fsdp", str(options.fsdp), "--compile_cache", options.compile_cache]
+    words += ["--stall_minutes", str(options.stall_minutes)]
     return words + (["--data_dir", options.data_dir] if options.data_dir else [])
 
 
