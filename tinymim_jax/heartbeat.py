@@ -18,6 +18,7 @@ from tinymim_jax.exits import GO_ON, STALLED, leave_at_once, who
 
 STATUS = "status.json"
 WRITE_SECONDS, WRITE_SECONDS_REMOTE = 5.0, 30.0  # each write to a bucket is paid for
+COMPILE_SECONDS = 1800.0
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Heartbeat:
     Args:
       workdir: where status.json is written; None writes none.
       stall_seconds: after so long without `beat` the stacks of all threads are printed and the process exits with 86;
-        0: never. It counts from `watch` on.
+        0: never. It counts from `watch` on, and until `compiled` there is half an hour more.
       sample: more facts, asked for by the thread whenever it writes.
     """
 
@@ -44,7 +45,7 @@ class Heartbeat:
         self._stall_seconds = stall_seconds
         self._sample = sample
         self._facts: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._watching = False
+        self._watching, self._allowance = False, COMPILE_SECONDS
         self._beat_at = time.monotonic()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -75,11 +76,16 @@ class Heartbeat:
         self._watching = True
         self.beat()
 
+    def compiled(self) -> None:
+        """The first step is done: the others are like it."""
+        self._allowance = 0.0
+        self.beat()
+
     def _run(self) -> None:
         written = -self._every
         while not self._stop.wait(min(1.0, self._every)):
             still = time.monotonic() - self._beat_at
-            if self._watching and 0 < self._stall_seconds < still:
+            if self._watching and self._stall_seconds and still > self._stall_seconds + self._allowance:
                 self._end_stalled(still)
             if time.monotonic() - written >= self._every:
                 self._write()

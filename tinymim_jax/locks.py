@@ -24,8 +24,8 @@ class Busy(RuntimeError):
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Keeps every other process that asks for the same folder out of it.
+def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
+    """Keeps every other process that asks for the same folder out of it; with `wait`, until it is free.
 
     An advisory lock of the kernel (flock): it needs no cleaning up after a kill, and holds over NFS too. Where the file
     system has none, a warning says so.
@@ -37,10 +37,13 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     path = pathlib.Path(folder) / LOCK
     with path.open("a+", encoding="utf-8") as file:
         if not _lock(file):
-            raise Busy(
-                f"{folder} is in use by {_read(path)}. Two processes must not write to one folder: wait for that one, "
-                "stop it, or choose another --workdir"
-            )
+            if not wait:
+                raise Busy(
+                    f"{folder} is in use by {_read(path)}. Two processes must not write to one folder: wait for that "
+                    "one, stop it, or choose another --workdir"
+                )
+            _log.info("waiting for %s to be free: it is in use by %s", folder, _read(path))
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         now = datetime.datetime.now().isoformat(" ", "seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")

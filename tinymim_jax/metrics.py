@@ -80,8 +80,11 @@ class Writer:
         if not self._active:
             return
         line = {"step": step, "time": round(time.time(), 3)} | {k: _json_number(v) for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self._file.name}: {error.strerror}; is the disk full?") from error
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._remote and time.monotonic() - self._copied_at > _COPY_SECONDS:

@@ -102,6 +102,7 @@ class Report:
         self._goodput.lose("compile", time.perf_counter() - self._waited_until)
         self._progress.restart(step)
         self._heart.note(stage="training")
+        self._heart.compiled()
 
     def training(self, step: int, recorded: Averages, state: TrainState, substituted: int) -> None:
         """The means since the last call."""
