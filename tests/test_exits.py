@@ -12,13 +12,19 @@ import threading
 import pytest
 from etils import epath
 from processes import output_of, run_python
+from test_cli import run
 
-from tinymim_jax import heartbeat, hosts, sharding
+from tinymim_jax import heartbeat, hosts, sharding, workdir
+from tinymim_jax.children import Children
+from tinymim_jax.config import load_config
 from tinymim_jax.exits import STALLED
 from tinymim_jax.goodput import LOSSES, Goodput, shares, words
 from tinymim_jax.heartbeat import Heartbeat, read_status
 from tinymim_jax.hosts import Job, find_job, find_slice
 from tinymim_jax.locks import Busy, holder, locked
+from tinymim_jax.points import Point, Stage, plan
+from tinymim_jax.prepare_command import one_by_one
+from tinymim_jax.sweep import exit_status
 from tinymim_jax.workdir import owner
 
 # ------------------------------------------------------------------------------------------------- watchdog
@@ -293,3 +299,68 @@ def test_earlier_attempts_count_with_what_was_lost_between():
     goodput.charge("redone", 1e9)
     assert goodput.seconds()["steps"] == 30.0  # no more than there were
     goodput.close()
+
+
+# ------------------------------------------------------------------------- one folder, several commands
+
+
+@pytest.fixture
+def point(tmp_path):
+    """A chain of one stage, which nothing needs to be trained for."""
+    stages = [Stage("a", "configs/digits.py:finetune", {})]
+    return Point("", 0, None, {}, {}, plan(stages, tmp_path))
+
+
+def test_a_second_run_in_a_workdir_refuses(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(Busy, match=f"in use by process {os.getpid()}"),
+        workdir.claimed(epath.Path(tmp_path), load_config("configs/digits.py:finetune")),
+    ):
+        pytest.fail("it was not kept out")
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_point_that_another_command_trains_is_left_to_it(point):
+    point.runs[0].workdir.mkdir()
+    with locked(point.runs[0].workdir), Children() as children:
+        state = children.run_point(point)
+    assert state.name == "running"
+    assert f"process {os.getpid()}" in state.detail
+    assert exit_status([state]) == 75
+    assert sorted(path.name for path in point.runs[0].workdir.iterdir()) == [".lock"]  # nothing was started or recorded
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["sweep", "configs/digits.py:finetune", "--run", "local"], "--index N, each of them over all processes"),
+        (["chain", "configs/chain.py:digits"], "with `tinymim train`, each of them over all processes"),
+    ],
+)
+def test_what_is_for_one_process_says_so_to_several(words, remedy, environment, tmp_path, capsys):
+    environment(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
+    code, _, err = run(capsys, *words, "--workdir", tmp_path)
+    assert code == 1
+    assert "is for one process, but JAX_NUM_PROCESSES says 2" in err
+    assert remedy in err
+    environment(JAX_NUM_PROCESSES="1")
+    code, _, err = run(capsys, *words, "--workdir", "gs://bucket/runs")
+    assert code == 1
+    assert "needs a folder" in err
+
+
+def test_processes_of_a_job_prepare_one_after_another(environment, tmp_path):
+    environment(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")
+    came = threading.Event()
+
+    def second():
+        with one_by_one(str(tmp_path)):
+            came.set()
+
+    with one_by_one(str(tmp_path)):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not came.wait(0.2)
+    thread.join(timeout=60)
+    assert came.is_set()

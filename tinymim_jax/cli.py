@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import pathlib
 import re
 import sys
 import traceback
@@ -120,11 +119,13 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _config_of(options: argparse.Namespace) -> ConfigDict:
     """The experiment of --config, or that of the run whose checkpoint it is."""
+    from etils import epath
+
     from tinymim_jax.config import apply_overrides, from_json, load_config
 
     if options.config:
         return load_config(options.config, options.overrides)
-    path = pathlib.Path(options.checkpoint) / "config.json"
+    path = epath.Path(options.checkpoint).expanduser() / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist: name the experiment with --config, or give the workdir of a run"
