@@ -20,7 +20,8 @@ from tinymim_jax.params_io import save_params
 from tinymim_jax.state import trained_paths
 from tinymim_jax.tasks.encoder import Loaded
 from tinymim_jax.teachers import TEACHERS
-from tinymim_jax.train import differences, train
+from tinymim_jax.train import train
+from tinymim_jax.workdir import differences
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [

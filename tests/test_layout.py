@@ -13,15 +13,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
     "cli": 5, "startup": 5, "demo": 5, "demo_pictures": 5, "__main__": 5, "prepare_command": 5,
     "suite_command": 5,
-    "sweep": 5, "chain": 5, "study": 5, "points": 5, "children": 5, "checks": 5, "tables": 5,
+    "sweep": 5, "chain": 5, "study": 5, "points": 5, "children": 5, "checks": 5, "tables": 5, "status": 5,
     "train": 4, "config": 4, "evaluate": 4, "knn": 4, "features": 4, "inference": 4, "experiment": 4,
-    "state": 4, "progress": 4,
+    "state": 4, "report": 4, "workdir": 4,
     "judge": 4, "suite_run": 4, "suite_report": 4, "per_example": 4,
     "tasks": 3,
     "suites": 2, "scores": 2, "targets": 2, "teachers": 2, "convert": 2, "optim": 2, "metrics": 2, "sharding": 2,
     "checkpoints": 2, "params_io": 2, "checkpoint_format": 2,
+    "goodput": 2, "heartbeat": 2,
     "models": 1, "data": 1,
-    "ops": 0, "errors": 0,
+    "ops": 0, "errors": 0, "exits": 0, "hosts": 0, "locks": 0, "progress": 0,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import logging
 import pathlib
 
 from tinymim_jax.points import Point, State, from_words, plan, read_stages, run_state
-from tinymim_jax.sweep import child_options, exit_status
+from tinymim_jax.sweep import ONE_BY_ONE, child_options, exit_status, require_one_process
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     stages = read_stages(options.file)
     if stages[0].name == "":
         raise ValueError(f"{options.file} has no function get_chain(); `tinymim chain --help` shows one")
+    require_one_process("a chain", options.workdir, ONE_BY_ONE)
     workdir = pathlib.Path(options.workdir)
     point = Point("", 0, None, {}, {}, plan(stages, workdir, from_words(options.overrides)))
     check_points([point], data_dir=options.data_dir)

@@ -169,6 +169,8 @@ def writing(directory: epath.Path) -> Iterator[None]:
     except Exception as error:
         # TensorStore gives the number in its text only.
         code = getattr(error, "errno", None) or int((re.findall(r"os_error_code='(\d+)'", str(error)) or [0])[0])
+        if not code and isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # no storage, but the devices or a peer
         remedy = "See to the storage and try again."
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             remedy = "The disk is full, or a quota: free some space or choose another directory."

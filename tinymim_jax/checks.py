@@ -16,7 +16,7 @@ from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_exp
 from tinymim_jax.points import Point, Run
 from tinymim_jax.state import trained_paths
 from tinymim_jax.tasks.encoder import Loaded, keeping_checkpoints
-from tinymim_jax.train import differences
+from tinymim_jax.workdir import differences
 
 
 def check_points(points: Iterable[Point], *, data_dir: str | None = None, need_data: bool = True) -> None:

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from tinymim_jax.exits import INTERRUPTED, PREEMPTED
 from tinymim_jax.points import FAILED, LOG, Point, Run, State, run_state
 
-_PREEMPTED, _INTERRUPTED, _PARENT_GONE = 75, 130, 87
+_PARENT_GONE = 87
 _CHILD = "from tinymim_jax.children import child; child()"
 _TAIL_LINES = 30
 
@@ -57,6 +58,8 @@ class Children:
             state = run_state(run)
             if state.name == "finished":
                 continue
+            if state.name == "running":  # by another command, which it is left to
+                break
             label = " ".join(filter(None, (prefix, run.name)))
             state = self._run(run, f"{label} | " if label else "", watch)
             if state.name != "finished":
@@ -114,8 +117,10 @@ class Children:
     def _outcome(self, run: Run, code: int, tail: list[str]) -> State:
         if code == 0:
             return run_state(run)
-        if self.stopping or code in (_PREEMPTED, _INTERRUPTED):
+        if self.stopping or code in (PREEMPTED, INTERRUPTED):
             return State("interrupted", run_state(run).detail)
+        if (state := run_state(run)).name == "running":  # another command was quicker
+            return state
         record(run.workdir, _reason(tail, code))
         return run_state(run)
 

@@ -3,19 +3,17 @@
 import argparse
 import json
 import logging
-import pathlib
 import re
 import sys
+import traceback
 
 from ml_collections import ConfigDict
 
-from tinymim_jax import chain, prepare_command, suite_command, sweep
-from tinymim_jax.startup import start_logging, use_compile_cache
+from tinymim_jax import chain, exits, prepare_command, status, suite_command, sweep
+from tinymim_jax.startup import quiet_unless_first, start_logging, use_compile_cache
 
 # What a user can mend: shown as one message without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
-
-EXIT_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 75, 130
 
 _DESCRIPTION = """\
 Distil a masked-image-modelling ViT into a small one by its token relations (TinyMIM, arXiv 2301.01296).
@@ -28,20 +26,27 @@ Distil a masked-image-modelling ViT into a small one by its token relations (Tin
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 130 interrupted."""
+    """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 86 stalled, 130 interrupted."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     start_logging()
+    why = ""
     try:
-        status = options.run(options)
+        code = options.run(options)
     except KeyboardInterrupt:
-        status = EXIT_INTERRUPTED
+        code, why = exits.INTERRUPTED, "Ctrl-C, twice"
     except _USER_ERRORS as error:
+        code, why = exits.ERROR, f"{type(error).__name__}: {error}"
         # XLA's errors are RuntimeErrors too, but there the traceback is what helps.
         if options.debug or type(error).__name__ == "JaxRuntimeError":
-            raise
-        print(f"tinymim {options.command}: {error}", file=sys.stderr)
-        status = EXIT_ERROR
-    sys.exit(status)
+            traceback.print_exc()
+            if exits.who():
+                print(
+                    f"tinymim {options.command}{exits.who()}: see above; if a peer has ended, see its log",
+                    file=sys.stderr,
+                )
+        else:
+            print(f"tinymim {options.command}{exits.who()}: {error}", file=sys.stderr)
+    exits.leave(code, why)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -61,14 +66,16 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     _start_jax(options)
-    from tinymim_jax.train import Interrupted, train
+    from tinymim_jax.train import train
 
+    where = {"data_dir": options.data_dir, "workers": options.workers, "fsdp": options.fsdp}
     try:
-        train(config, options.workdir, data_dir=options.data_dir, workers=options.workers, fsdp=options.fsdp)
-    except Interrupted as stop:
-        logging.getLogger("tinymim_jax").warning("%s", stop)
-        return EXIT_PREEMPTED
-    return 0
+        train(config, options.workdir, stall_minutes=options.stall_minutes, **where)
+    except exits.Interrupted as stop:
+        if exits.is_first():
+            logging.getLogger("tinymim_jax").warning("%s", stop)
+        return exits.PREEMPTED
+    return exits.DONE
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -81,7 +88,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from tinymim_jax.evaluate import evaluate_checkpoint
 
     result = evaluate_checkpoint(config, options.checkpoint, data_dir=options.data_dir, workers=options.workers)
-    print(json.dumps(result))
+    _print_result(result)
     return 0
 
 
@@ -92,8 +99,13 @@ def _knn(options: argparse.Namespace) -> int:
 
     chosen = {"neighbors": options.k, "temperature": options.temperature, "pool": options.pool}
     result = evaluate_knn(config, options.checkpoint, data_dir=options.data_dir, workers=options.workers, **chosen)
-    print(json.dumps(result))
+    _print_result(result)
     return 0
+
+
+def _print_result(result: dict) -> None:
+    if exits.is_first():
+        print(json.dumps(result))
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -111,11 +123,13 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _config_of(options: argparse.Namespace) -> ConfigDict:
     """The experiment of --config, or that of the run whose checkpoint it is."""
+    from etils import epath
+
     from tinymim_jax.config import apply_overrides, from_json, load_config
 
     if options.config:
         return load_config(options.config, options.overrides)
-    path = pathlib.Path(options.checkpoint) / "config.json"
+    path = epath.Path(options.checkpoint).expanduser() / "config.json"
     if not path.exists():
         suites = ", or test sets with --suite" if options.command == "evaluate" else ""
         raise FileNotFoundError(
@@ -174,6 +188,7 @@ def _start_jax(options: argparse.Namespace) -> None:
     from tinymim_jax.sharding import initialize_distributed
 
     initialize_distributed()
+    quiet_unless_first()
     use_compile_cache(options.compile_cache)
 
 
@@ -198,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     points = _command(commands, "sweep", _sweep, "train the points that a config file yields; run it again to go on")
     sweep.add_arguments(points)
     _training(points)
+
+    seen = _command(commands, "status", status.run, "how far a run, or each of a sweep or chain, has come")
+    status.add_arguments(seen)
 
     evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint, on its run's data or on test suites")
     _judged(evaluate)
@@ -258,6 +276,14 @@ def _command(commands, name: str, run, description: str) -> argparse.ArgumentPar
 def _training(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fsdp", type=int, default=1, metavar="N", help="split large parameters over N devices (default 1)"
+    )
+    command.add_argument(
+        "--stall_minutes",
+        type=float,
+        default=exits.STALL_MINUTES,
+        metavar="N",
+        help="end with status 86 when nothing was finished for so long: no step, no batch of an evaluation "
+        f"(default {exits.STALL_MINUTES:g}; 0: wait for ever)",
     )
     _runtime(command)
     _overrides(command)

@@ -2,12 +2,17 @@
 
 import json
 import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
+from etils import epath
+
+_LINES, _EVENTS = "metrics.jsonl", "tensorboard"
+_COPY_SECONDS = 60.0
 
 # Averages by name; a pytree, so it lives in the step and is merged on the device.
 Averages = dict[str, clu_metrics.Average]
@@ -44,43 +49,76 @@ def compute(values: Averages) -> dict[str, float]:
 class Writer:
     """Appends to WORKDIR/metrics.jsonl, one line a call, and to TensorBoard event files in WORKDIR/tensorboard.
 
-    Only process 0 writes. Lines of steps that a killed run had reached beyond its last checkpoint go on resuming.
+    Only process 0 writes. Lines of steps that a killed run had reached beyond its last checkpoint go on resuming. To
+    what lies in a bucket nothing can be appended: there both are written on this machine and copied every minute.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, start_step: int, active: bool):
-        self._file = self._events = None
+    def __init__(self, workdir: epath.PathLike, *, start_step: int, active: bool):
+        self._active = active
         if not active:
             return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            _keep_until(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        workdir = epath.Path(workdir)
+        self._remote = workdir if "://" in str(workdir) else None
+        local = pathlib.Path(workdir)
+        if self._remote:
+            self._scratch = tempfile.TemporaryDirectory(prefix="tinymim-metrics-")
+            local = pathlib.Path(self._scratch.name)
+            if (workdir / _LINES).exists():
+                (workdir / _LINES).copy(local / _LINES)
+        self._local = local
+        if (local / _LINES).exists():
+            _keep_until(local / _LINES, start_step)
+        self._file = (local / _LINES).open("a", encoding="utf-8")
         # Slow to import (a second), and only the writing process needs it.
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step)
+        self._events = SummaryWriter(str(local / _EVENTS), purge_step=start_step)
+        self._copied_at = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` at `step`; names may hold slashes ("train/loss")."""
-        if self._file is None or self._events is None:
+        if not self._active:
             return
         line = {"step": step, "time": round(time.time(), 3)} | {k: _json_number(v) for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self._file.name}: {error.strerror}; is the disk full?") from error
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._remote and time.monotonic() - self._copied_at > _COPY_SECONDS:
+            self._events.flush()
+            self._copy()
 
     def close(self) -> None:
         """Flushes and closes both."""
-        if self._file is not None and self._events is not None:
-            self._file.close()
-            self._events.close()
+        if not self._active:
+            return
+        self._file.close()
+        self._events.close()
+        if self._remote:
+            self._copy()
+            self._scratch.cleanup()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _copy(self) -> None:
+        assert self._remote is not None
+        (self._remote / _EVENTS).mkdir(parents=True, exist_ok=True)
+        for path in (self._local / _LINES, *(self._local / _EVENTS).iterdir()):
+            epath.Path(path).copy(self._remote / path.relative_to(self._local), overwrite=True)
+        self._copied_at = time.monotonic()
 
 
-def read(path: pathlib.Path) -> list[dict]:
+def read(path: epath.PathLike) -> list[dict]:
     """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in epath.Path(path).read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tinymim_jax.config import flat_names, load_config, load_file, parse
 from tinymim_jax.errors import unknown
+from tinymim_jax.workdir import owner
 
 FAILED, PRUNED = "failed.txt", "pruned.txt"  # why a run has no result
 LOG = "log.txt"
@@ -58,7 +59,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """name: finished | interrupted | failed | pruned | not started.
+    """name: finished | running | interrupted | failed | pruned | not started.
 
     result: figures of the last evaluation, of what is finished.
     """
@@ -173,6 +174,8 @@ def run_state(run: Run) -> State:
     finished, failed = run.workdir / "result.json", run.workdir / FAILED
     if finished.exists():
         return State("finished", result=json.loads(finished.read_text()))
+    if (process := owner(run.workdir)) is not None:
+        return State("running", process)
     if failed.exists():
         return State("failed", failed.read_text().strip())
     if (run.workdir / PRUNED).exists():

@@ -1,8 +1,15 @@
 """`tinymim prepare`: downloads a TFDS set, or writes any source of images as one."""
 
 import argparse
+import contextlib
 import logging
+import os
+import pathlib
+from collections.abc import Iterator
 
+from tinymim_jax.heartbeat import is_remote
+from tinymim_jax.hosts import find_job
+from tinymim_jax.locks import locked
 from tinymim_jax.progress import span
 
 log = logging.getLogger(__name__)
@@ -68,9 +75,26 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.source!r} can be trained on as it is (data.source={options.source}); to write it anew as a "
                 "TFDS set, say where: --output DIR"
             )
-        print(prepare(options.source, data_dir=options.data_dir))
+        with one_by_one(options.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"):
+            print(prepare(options.source, data_dir=options.data_dir))
         return 0
-    return _write(options)
+    with one_by_one(options.output):
+        return _write(options)
+
+
+@contextlib.contextmanager
+def one_by_one(folder: str) -> Iterator[None]:
+    """Lets the processes of a job (launch/local.sh, srun) do what is inside one after another.
+
+    The first on each file system prepares the set; the others then find it done.
+    """
+    if (find_job().processes or 1) == 1 or is_remote(folder):
+        yield
+        return
+    path = pathlib.Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path, wait=True):
+        yield
 
 
 _OUTPUT_OPTIONS = ("name", "splits", "short_side", "quality", "upright", "workers", "shard_images", "max_rejected")

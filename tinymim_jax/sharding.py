@@ -7,16 +7,22 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tinymim_jax.exits import joined_processes, watch_peers
+from tinymim_jax.hosts import Job, find_job, find_slice, number
+
 AXES = ("data", "fsdp")
 
 _JOIN_SECONDS = 1800  # hosts of a large job may queue for a while
+_REMIND_SECONDS = 60
 _HEARTBEAT_SECONDS = 30  # a dead host is noticed after this long
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -30,7 +36,8 @@ def initialize_distributed() -> None:
     call does nothing. The job is described by JAX_COORDINATOR_ADDRESS (`host:port` of process 0),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX itself under Slurm, Cloud TPU, Open MPI and
     Kubernetes; otherwise this process runs alone. Slurm and Open MPI give each of several processes on a host
-    one GPU: start one task per GPU, or set JAX_LOCAL_DEVICE_IDS.
+    one GPU: start one task per GPU, or set JAX_LOCAL_DEVICE_IDS. How many processes are waited for is logged first.
+    From here on an error that is not caught ends all processes of the job, not this one alone.
 
     Raises:
       ValueError: the environment describes a job of several processes incompletely.
@@ -46,14 +53,15 @@ def initialize_distributed() -> None:
         initialization_timeout=_JOIN_SECONDS,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
-    expected, process_id = _expected_processes(), _number("JAX_PROCESS_ID")
-    alone = expected == 1 or (expected is None and not any(map(os.environ.get, _ENVIRONMENT)))
+    job, process_id = find_job(), number("JAX_PROCESS_ID")
+    alone = job.processes == 1 or (job.processes is None and not any(map(os.environ.get, _ENVIRONMENT)))
+    _warn_of_absent_hosts(job)
     try:
-        if expected == 1:
+        if job.processes == 1:
             return _initialize_alone(initialize)
-        if expected:
-            _log.info("Waiting up to %d minutes for all %d processes.", _JOIN_SECONDS // 60, expected)
-        initialize(num_processes=expected, process_id=process_id)
+        with _saying_who_is_missing(job):
+            initialize(num_processes=job.processes, process_id=process_id)
+        watch_peers()
     except ValueError as error:
         if alone:
             return _initialize_alone(initialize)  # JAX found no cluster
@@ -78,7 +86,10 @@ def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
 
     Raises:
       ValueError: the number of devices is not divisible by `fsdp`.
+      RuntimeError: the devices are those of another number of processes than joined the job.
     """
+    if devices is None:
+        _check_processes(jax.process_count())
     devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     count = len(devices)
     if fsdp < 1 or count % fsdp:
@@ -142,22 +153,60 @@ def _leaf_spec(shape: tuple[int, ...], fsdp: int, min_size: int) -> PartitionSpe
     return PartitionSpec(*[None] * axis, "fsdp")
 
 
-def _expected_processes() -> int | None:
-    """Size of the job where the environment states it."""
-    if (count := _number("JAX_NUM_PROCESSES")) is not None:
-        return count
-    if os.environ.get("SLURM_STEP_NODELIST"):  # set by srun, not by sbatch: the tasks do run
-        return _number("SLURM_NTASKS")
-    return _number("OMPI_COMM_WORLD_SIZE")
+def _check_processes(with_devices: int) -> None:
+    joined = joined_processes()
+    if joined is not None and joined != with_devices:
+        raise RuntimeError(
+            f"{joined} processes joined this job, but its devices belong to {with_devices}: start it once on each host "
+            "of the slice (launch/tpu_vm.sh does), with the same JAX_NUM_PROCESSES or none"
+        )
 
 
-def _number(name: str) -> int | None:
-    text = os.environ.get(name)
-    if not text:
-        return None
-    if not text.isdecimal():
-        raise ValueError(f"{name}={text!r} is not a number. Set it to an integer from 0, or unset it.")
-    return int(text)
+def _warn_of_absent_hosts(job: Job) -> None:
+    hosts = find_slice()
+    if job.processes and hosts.processes and job.processes < hosts.processes:
+        _log.warning(
+            "%s says %d processes, but this is a host of a TPU slice of %d (%s). Its chips start together or not at "
+            "all: unless they were divided by TPU_PROCESS_BOUNDS, this process now waits for ever. Start all hosts.",
+            job.said_by,
+            job.processes,
+            hosts.processes,
+            hosts.said_by,
+        )
+
+
+@contextlib.contextmanager
+def _saying_who_is_missing(job: Job) -> Iterator[None]:
+    """Tells once a minute that others are still waited for."""
+    if not job.processes:
+        yield
+        return
+    this = "" if job.process_id is None else f"This is process {job.process_id} of {job.processes}. "
+    _log.info(
+        "%sWaiting up to %d minutes for all %d processes (%s).",
+        this,
+        _JOIN_SECONDS // 60,
+        job.processes,
+        job.said_by,
+    )
+    joined = threading.Event()
+
+    def remind() -> None:
+        began = time.monotonic()
+        while not joined.wait(_REMIND_SECONDS):
+            minutes = (time.monotonic() - began) / 60
+            _log.warning(
+                "Not all %d processes have come after %.0f minutes: is the same command running on each host? Process "
+                "0, whom all must reach, is where JAX_COORDINATOR_ADDRESS, Slurm or the TPU slice say.",
+                job.processes,
+                minutes,
+            )
+
+    threading.Thread(target=remind, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def _initialize_alone(initialize: functools.partial) -> None:

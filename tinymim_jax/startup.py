@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 
+from tinymim_jax.exits import is_first, who
+
 
 def start_logging(prefix: str = "") -> None:
     """Our progress goes to standard output, each line behind `prefix`; other libraries speak up from warnings on."""
@@ -11,6 +13,13 @@ def start_logging(prefix: str = "") -> None:
     # Some libraries configure logging on import; whoever starts a process decides.
     logging.basicConfig(level=logging.WARNING, format=line, datefmt="%H:%M:%S", stream=sys.stdout, force=True)
     logging.getLogger("tinymim_jax").setLevel(logging.INFO)
+
+
+def quiet_unless_first() -> None:
+    """Of a job of several processes, those behind the first speak up from warnings on, and say which they are."""
+    if not is_first():
+        start_logging(who().strip() + " ")
+        logging.getLogger("tinymim_jax").setLevel(logging.WARNING)
 
 
 def use_compile_cache(directory: str) -> None:

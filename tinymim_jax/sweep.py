@@ -10,11 +10,15 @@ from typing import Any
 
 from tinymim_jax.config import load_file
 from tinymim_jax.errors import unknown
+from tinymim_jax.exits import DONE, ERROR, PREEMPTED, is_first
+from tinymim_jax.heartbeat import is_remote
+from tinymim_jax.hosts import find_job
+from tinymim_jax.locks import Busy
 from tinymim_jax.points import Point, State, folder_name, from_words, plan, read_stages, state_of
 
 log = logging.getLogger(__name__)
 
-EXIT_FAILED, EXIT_STOPPED = 1, 75
+ONE_BY_ONE = "train the stages one after another with `tinymim train`, each of them over all processes"
 
 _NOTE = "note."
 
@@ -76,6 +80,9 @@ def run(options: argparse.Namespace, train: Callable[[argparse.Namespace], int])
     if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
         raise ValueError("--jobs and --seeds are counted from 1")
     workdir = pathlib.Path(options.workdir)
+    if options.index is None and not options.list:
+        remedy = "run its points one by one with --index N, each of them over all processes"
+        require_one_process("--study" if options.study is not None else "--run local", options.workdir, remedy)
     if options.study is not None:
         from tinymim_jax.study import run_study
 
@@ -152,14 +159,24 @@ def report(points: Sequence[Point], workdir: pathlib.Path, metric: str | None, d
 def exit_status(states: Sequence[State]) -> int:
     """Of a command that ran them all."""
     names = {state.name for state in states}
-    if names & {"interrupted", "not started"}:
-        return EXIT_STOPPED
-    return EXIT_FAILED if "failed" in names else 0
+    if names & {"interrupted", "not started", "running"}:
+        return PREEMPTED
+    return ERROR if "failed" in names else DONE
+
+
+def require_one_process(what: str, workdir: str, remedy: str) -> None:
+    """Raises ValueError for a job of several processes, or a bucket."""
+    job = find_job()
+    if (job.processes or 1) > 1:
+        raise ValueError(f"{what} is for one process, but {job.said_by} says {job.processes}: {remedy}")
+    if is_remote(workdir):
+        raise ValueError(f"--workdir {workdir}: {what} needs a folder; `tinymim train` takes gs:// as well")
 
 
 def child_options(options: argparse.Namespace) -> list[str]:
     """The words with which options that say where a run happens are handed to `tinymim train`."""
     words = ["--workers", str(options.workers), "--fsdp", str(options.fsdp), "--compile_cache", options.compile_cache]
+    words += ["--stall_minutes", str(options.stall_minutes)]
     return words + (["--data_dir", options.data_dir] if options.data_dir else [])
 
 
@@ -190,6 +207,7 @@ def _run_one(points: list[Point], options: argparse.Namespace, train: Callable[[
     point = points[options.index]
     log.info("point %d of %d: %s", options.index, len(points), point.name)
     if len(point.runs) > 1:
+        require_one_process("a sweep over a chain", options.workdir, ONE_BY_ONE)
         check_points([point], data_dir=options.data_dir)
         with Children(child_options(options)) as children:
             return exit_status([children.run_point(point)])
@@ -197,8 +215,11 @@ def _run_one(points: list[Point], options: argparse.Namespace, train: Callable[[
     options.config, options.overrides, options.workdir = only.config, only.words, str(only.workdir)
     try:
         return train(options)
+    except Busy:
+        raise
     except Exception as error:
-        record(only.workdir, str(error))
+        if is_first():
+            record(only.workdir, str(error))
         raise
 
 

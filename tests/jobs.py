@@ -1,0 +1,142 @@
+"""Trainings of several processes that are disturbed: started, hurt, waited for. Tests and soak.py share it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+from processes import JOB_VARIABLES, free_port
+from runs import SMALL
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# What is done to a run from inside, as FAULT=KIND:STEP[:PROCESS] says: before the batch of that step is placed.
+CHILD = """
+import os, signal, sys, time
+kind, _, where = os.environ.get("FAULT", "").partition(":")
+if kind and os.environ.get("JAX_PROCESS_ID", "0") in where.split(":")[1:]:
+    import tinymim_jax.train as loop
+    place, when = loop.place_batch, int(where.split(":")[0])
+    calls = []
+    def place_batch(mesh, batch):
+        calls.append(1)
+        if len(calls) == when:
+            print("FAULT", kind, flush=True)
+            if kind == "raise":
+                raise KeyError("a mistake on one host")
+            if kind == "hang":
+                # Half an hour would be a long time to wait: from here on, three seconds are enough.
+                import gc
+                from tinymim_jax.heartbeat import Heartbeat
+                for heart in (each for each in gc.get_objects() if isinstance(each, Heartbeat)):
+                    heart._stall_seconds = 3
+                time.sleep(1e6)
+            if kind == "worker":
+                import multiprocessing
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+            if kind == "full":
+                import resource
+                # Less than the arrays of a checkpoint take, more than any log.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            if kind == "clock":
+                now = time.time
+                time.time = lambda: now() - 86400
+        return place(mesh, batch)
+    loop.place_batch = place_batch
+if __name__ == "__main__":
+    from tinymim_jax.cli import main
+    main(sys.argv[1:])
+"""
+
+
+class Job:
+    """One attempt: `processes` processes on `devices` CPU devices each, training in `workdir`.
+
+    A context manager that leaves no process behind. Output is kept in a file for each process.
+    """
+
+    def __init__(self, workdir, data_dir, *words, processes=2, devices=4, fault="", fsdp=1, command="train"):
+        self._folder = tempfile.TemporaryDirectory(prefix="tinymim-job-")
+        script = pathlib.Path(self._folder.name) / "child.py"
+        script.write_text(CHILD)
+        environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of XLA, which take most of the time of so small a run
+            "PYTHONPATH": str(ROOT),
+            "FAULT": fault,
+        }
+        if processes > 1:
+            environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
+        where = ["--config", "configs/digits.py:finetune", "--workdir", workdir]
+        options = ["--data_dir", data_dir, "--compile_cache", "", *(["--fsdp", fsdp] if command == "train" else [])]
+        if command != "train":
+            where = [workdir]
+        line = [sys.executable, "-u", script, command, *where, *options, *words]
+        self.logs = [pathlib.Path(self._folder.name) / f"{p}.log" for p in range(processes)]
+        self.processes = []
+        for number, log in enumerate(self.logs):
+            own = environment | ({"JAX_PROCESS_ID": str(number)} if processes > 1 else {})
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen([str(w) for w in line], cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT)
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self._folder.cleanup()
+
+    def text(self, process=0):
+        """What a process has printed so far."""
+        return self.logs[process].read_text(errors="replace")
+
+    def wait_for(self, words, process=0, timeout=200):
+        """Returns when a process has printed `words`; False when it ended without."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            running = self.processes[process].poll() is None
+            if words in self.text(process):
+                return True
+            if not running:
+                return False
+            time.sleep(0.05)
+        raise TimeoutError(f"{words!r} was not printed:\n{self.text(process)}")
+
+    def send(self, number, process=0):
+        """A signal to one process, if it still runs."""
+        if self.processes[process].poll() is None:
+            self.processes[process].send_signal(number)
+
+    def ended(self, timeout=200):
+        """(exit statuses, seconds until the last one) once all have ended."""
+        began = time.monotonic()
+        codes = [process.wait(timeout=max(1.0, timeout - (time.monotonic() - began))) for process in self.processes]
+        return codes, time.monotonic() - began
+
+
+def tiny(*overrides):
+    """Words that make configs/digits.py:finetune a matter of seconds; the last of equal keys counts."""
+    words = dict(word.split("=", 1) for word in (*SMALL, "model.depth=1", "model.embed_dim=32", *overrides))
+    return [f"{key}={value}" for key, value in words.items()]
+
+
+def saved_steps(workdir):
+    """Steps of the complete checkpoints."""
+    folder = pathlib.Path(workdir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def final_bits(workdir):
+    """Digests of all arrays of the newest checkpoint, optimizer included: equal for equal states, bit by bit."""
+    step = saved_steps(workdir)[-1]
+    path = pathlib.Path(workdir) / "checkpoints" / str(step) / "manifest" / "metadata"
+    return {"step": step} | {name: leaf[2] for name, leaf in json.loads(path.read_text())["leaves"].items()}

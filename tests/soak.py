@@ -1,0 +1,190 @@
+"""Does faults to trainings, at random, for as long as asked, and compares what comes out with an undisturbed run.
+
+    python tests/soak.py --minutes 60 --seed 1
+    python tests/soak.py --runs 1 --faults kill term hang
+
+A disturbed run is the same command again and again, on the same processes, until it is finished; each time but the
+last something happens to it. Its last checkpoint, optimizer included, must equal the undisturbed run's bit by bit.
+Prints one JSON record at the end; exit status 0 only if all were equal and every attempt ended as it should.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from jobs import Job, final_bits, saved_steps, tiny  # noqa: E402
+from saved_states import empty_step, flip_bit, truncate  # noqa: E402
+
+# kind: (exit statuses of the process that is hurt, of the others, what the log of one of them says)
+FAULTS = {
+    "kill": ({-9}, {1, -6}, ""),  # SIGKILL, at a random moment: the state is saved in the background all the time
+    "term": ({75}, {75}, "all saved: run the same command again"),
+    "raise": ({1}, {1}, "has ended, so this one ends too"),
+    "hang": ({86}, {86}, "nothing was finished for"),
+    "worker": ({1}, {1}, "an input worker died before step"),
+    "full": ({1}, {1, -6}, "free some space"),  # the disk, for process 0
+    "clock": ({75}, {75}, ""),  # set back by a day, then SIGTERM
+    "second": ({75}, {75}, ""),  # the same command started again beside it, which must refuse; then SIGTERM
+    "damage": ({75}, {75}, ""),  # SIGTERM, then the newest checkpoint is damaged
+}
+_DAMAGES = {"truncated": truncate, "a bit flipped": flip_bit, "emptied": empty_step}
+_INSIDE = ("raise", "hang", "worker", "full", "clock")
+
+
+class Soak:
+    """An undisturbed run in `folder`/undisturbed, and disturbed ones beside it."""
+
+    def __init__(self, folder, data_dir, *, steps, seed=0, processes=2, devices=4):
+        self.folder, self._data_dir, self._steps = pathlib.Path(folder), data_dir, steps
+        self._layout = {"processes": processes, "devices": devices}
+        self._rng = np.random.default_rng(seed)
+        self.attempts = []
+        """A record for each attempt of the disturbed runs."""
+
+    def undisturbed(self):
+        """Runs it; the log of each process."""
+        with self._job(self.folder / "undisturbed") as job:
+            codes, _ = job.ended(timeout=900)
+            logs = [job.text(p) for p in range(len(codes))]
+        if any(codes):
+            raise RuntimeError("\n".join(f"{code}: {log}" for code, log in zip(codes, logs)))
+        self.bits = final_bits(self.folder / "undisturbed")
+        return logs
+
+    def disturbed(self, name, faults):
+        """Runs it with these faults, one after another, then to its end; whether its bits are the undisturbed run's."""
+        workdir = self.folder / name
+        for fault in faults:
+            self.attempts.append(self.attempt(workdir, fault))
+        with self._job(workdir) as job:
+            codes, _ = job.ended(timeout=900)
+            record = {"run": name, "fault": "none", "codes": codes, "as_expected": not any(codes), "log": job.text()}
+        self.attempts.append(record)
+        return not any(codes) and final_bits(workdir) == self.bits
+
+    def attempt(self, workdir, fault):
+        """One attempt that does not reach its end; a record of it."""
+        processes = self._layout["processes"]
+        hurt = 0 if fault == "full" else int(self._rng.integers(processes))
+        first = max(saved_steps(workdir), default=0) + 1
+        after = int(self._rng.integers(2, 5))
+        inside = f"{fault}:{after + 1}:{hurt}" if fault in _INSIDE else ""
+        words = ["--workers", "1"] if fault == "worker" else []
+        began = time.monotonic()
+        record = {"run": workdir.name, "fault": fault, "process": hurt, "first": first}
+        with self._job(workdir, *words, fault=inside) as job:
+            reached = job.wait_for("first step after", timeout=900)
+            record["seconds_to_first_step"] = round(time.monotonic() - began, 1)
+            if reached and not inside:
+                reached = job.wait_for(f"step {first + after}/", timeout=900)
+            elif reached:
+                reached = job.wait_for("FAULT", process=hurt, timeout=900)
+            if fault == "second":
+                record["second"] = self._second(workdir)
+            if fault in ("kill", "term", "clock", "second", "damage"):
+                time.sleep(self._rng.uniform(0, 0.5))
+                job.send(signal.SIGKILL if fault == "kill" else signal.SIGTERM, hurt)
+            codes, seconds = job.ended(timeout=900)
+            record |= {"codes": codes, "seconds_to_exit": round(seconds, 1), "reached": reached}
+            record["log"] = "\n".join(job.text(p) for p in range(processes))
+        own, others, said = FAULTS[fault]
+        record["saved"] = saved_steps(workdir)
+        record["as_expected"] = (
+            reached
+            and codes[hurt] in own
+            and all(code in others for p, code in enumerate(codes) if p != hurt)
+            and said in record["log"]
+            and record.get("second", True)
+        )
+        if fault == "damage" and len(record["saved"]) > 1:
+            record["damage"] = str(self._rng.choice(list(_DAMAGES)))
+            _DAMAGES[record["damage"]](workdir / "checkpoints" / str(record["saved"][-1]))
+        return record
+
+    def random_faults(self, kinds):
+        """One to four of them."""
+        return [str(kind) for kind in self._rng.choice(kinds, size=self._rng.integers(1, 5))]
+
+    def _second(self, workdir):
+        with self._job(workdir, processes=1) as job:
+            codes, _ = job.ended()
+            return codes == [1] and "is in use by process" in job.text()
+
+    def _job(self, workdir, *words, **options):
+        return Job(
+            workdir, self._data_dir, *words, *tiny(f"train.duration={self._steps} steps"), **self._layout | options
+        )
+
+
+def summary(soak, outcomes, seconds):
+    """What is printed: counts, and seconds of what was measured on the way."""
+    kinds = {}
+    for attempt in soak.attempts:
+        row = kinds.setdefault(attempt["fault"], {"attempts": 0, "as_expected": 0})
+        row["attempts"] += 1
+        row["as_expected"] += attempt["as_expected"]
+
+    def spread(key, *faults):
+        values = [a[key] for a in soak.attempts if key in a and (not faults or a["fault"] in faults)]
+        return {"median": statistics.median(values), "most": max(values)} if values else None
+
+    return {
+        "runs": len(outcomes),
+        "bitwise_equal": sum(outcomes),
+        "faults": kinds,
+        "seconds": round(seconds),
+        "sigterm_to_exit_seconds": spread("seconds_to_exit", "term", "second", "damage", "clock"),
+        "start_to_first_step_seconds": spread("seconds_to_first_step"),
+        "unexpected": [a | {"log": a["log"][-4000:]} for a in soak.attempts if not a["as_expected"]],
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0, help="start no new run after so long (default 10)")
+    parser.add_argument("--runs", type=int, default=10**6, help="disturbed runs at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults: which, when, to whom")
+    parser.add_argument(
+        "--faults", nargs="+", choices=FAULTS, help="all of these once in each run (default: at random)"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="of each run (default 60)")
+    parser.add_argument("--workdir", help="where the runs are kept (default: nowhere)")
+    parser.add_argument("--data_dir", help="with the prepared digits (default: prepared in --workdir)")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="tinymim-soak-") as scratch:
+        folder = pathlib.Path(options.workdir or scratch).resolve()
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        soak = Soak(folder, options.data_dir or folder / "data", steps=options.steps, seed=options.seed)
+        soak.undisturbed()
+        outcomes = []
+        while len(outcomes) < options.runs and time.monotonic() - began < 60 * options.minutes:
+            faults = options.faults or soak.random_faults(list(FAULTS))
+            name = f"disturbed_{len(outcomes)}"
+            outcomes.append(soak.disturbed(name, faults))
+            print(
+                f"{name}: {' '.join(faults)}: {'equal' if outcomes[-1] else 'DIFFERENT'}", file=sys.stderr, flush=True
+            )
+            if outcomes[-1]:
+                shutil.rmtree(folder / name)
+        record = summary(soak, outcomes, time.monotonic() - began)
+    print(json.dumps(record, indent=2))
+    return 0 if all(outcomes) and not record["unexpected"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

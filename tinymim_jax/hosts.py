@@ -1,0 +1,81 @@
+"""How many processes the job has, as its surroundings say, before anything waits for them."""
+
+import dataclasses
+import glob
+import importlib.util
+import os
+import urllib.error
+import urllib.request
+
+_METADATA_SECONDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """processes: how many, None where nothing says. said_by: the variable that says so. process_id: None: unknown."""
+
+    processes: int | None = None
+    process_id: int | None = None
+    said_by: str = ""
+
+
+def find_job() -> Job:
+    """The job that this process belongs to: by JAX_NUM_PROCESSES, or else as Slurm, Open MPI or the TPU slice say.
+
+    Raises ValueError where a variable that must be a number is none.
+    """
+    if (count := number("JAX_NUM_PROCESSES")) is not None:
+        return Job(count, number("JAX_PROCESS_ID"), "JAX_NUM_PROCESSES")
+    if os.environ.get("SLURM_STEP_NODELIST"):  # set by srun, not by sbatch: the tasks do run
+        return Job(number("SLURM_NTASKS"), number("SLURM_PROCID"), "SLURM_NTASKS")
+    if (count := number("OMPI_COMM_WORLD_SIZE")) is not None:
+        return Job(count, number("OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE")
+    return find_slice()
+
+
+def find_slice() -> Job:
+    """The hosts of the TPU slice, or slices, that this machine is part of; Job() where there is no TPU."""
+    if not _has_tpu():
+        return Job()
+    slices, this_slice = number("MEGASCALE_NUM_SLICES") or 1, number("MEGASCALE_SLICE_ID") or 0
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if hosts := os.environ.get(name):
+            count, this = len(hosts.split(",")), number("TPU_WORKER_ID")
+            return Job(slices * count, None if this is None else this_slice * count + this, name)
+    hosts, this = _metadata("worker-network-endpoints"), _metadata("agent-worker-number")
+    if not hosts:
+        return Job()
+    count = len(hosts.split(","))
+    return Job(
+        slices * count,
+        this_slice * count + int(this) if this and this.isdecimal() else None,
+        "this machine's metadata",
+    )
+
+
+def number(name: str) -> int | None:
+    """An environment variable that is a number; None where it is unset or empty."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} is not a number. Set it to an integer from 0, or unset it.")
+    return int(text)
+
+
+def _has_tpu() -> bool:
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None and not os.environ.get("TPU_SKIP_MDS_QUERY")
+
+
+def _metadata(key: str) -> str | None:
+    """What Google's metadata server, beside each of its machines, knows under a key."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is not behind any proxy
+    try:
+        with opener.open(request, timeout=_METADATA_SECONDS) as answer:
+            return answer.read().decode().strip()
+    except (urllib.error.URLError, OSError):
+        return None

@@ -1,0 +1,188 @@
+"""What a run says of itself: in the log, in metrics.jsonl and TensorBoard, and in status.json."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+from jax.sharding import Mesh
+
+from tinymim_jax import optim
+from tinymim_jax.exits import Interrupted, is_first, joined_processes
+from tinymim_jax.experiment import Experiment
+from tinymim_jax.goodput import Goodput, shares, words
+from tinymim_jax.heartbeat import Heartbeat, read_status
+from tinymim_jax.metrics import Averages, Writer, compute
+from tinymim_jax.progress import DATA_WAIT_LIMIT, Progress, input_advice, span
+from tinymim_jax.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Report:
+    """Process 0 writes; the others only watch themselves. A context manager around the run: how it ends is told too.
+
+    stall_minutes: without a finished step, evaluation batch or checkpoint for so long it ends with 86; 0: never.
+    """
+
+    def __init__(self, workdir: epath.Path, *, stall_minutes: float):
+        active = is_first()
+        self._workdir, self._active = workdir, active
+        self._before = read_status(workdir) if active else {}
+        self._goodput = Goodput(self._before.get("seconds"))
+        if self._before and not self._before.get("by_hand"):
+            self._goodput.charge("downtime", time.time() - self._before["time"])
+        self._step = 0
+        self._heart = Heartbeat(
+            workdir if active else None,
+            stall_seconds=60 * stall_minutes,
+            sample=lambda: {"step": self._step, "seconds": self._goodput.seconds()},
+        )
+        attempts = self._before.get("attempts", 0) + 1
+        self._heart.note(stage="starting", attempts=attempts, processes=joined_processes() or 1, began=time.time())
+
+    def __enter__(self) -> "Report":
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(self._heart)
+        self._stack.callback(self._goodput.close)
+        self._starting = self._stack.enter_context(contextlib.ExitStack())
+        self._starting.enter_context(self._goodput.losing("start"))  # until the first batch is asked for
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        if isinstance(error, Interrupted):
+            self._heart.note(stage="interrupted", error=str(error), by_hand=error.by_hand)
+        elif isinstance(error, KeyboardInterrupt):
+            self._heart.note(stage="interrupted", error="Ctrl-C, at once", by_hand=True)
+        elif error is not None:
+            self._heart.note(stage="failed", error=f"{kind.__name__}: {error}")
+        self._stack.close()
+
+    def begin(self, experiment: Experiment, state: TrainState, paths: frozenset, mesh: Mesh, workers: int) -> None:
+        """The loop is about to start, from this state."""
+        self._experiment, self._workers, self._input_was_slow = experiment, workers, False
+        start = self._step = int(state.step)
+        ahead = max(0, self._before.get("step", 0) - start)
+        self._goodput.charge("redone", ahead * self._before.get("seconds_per_step", 0.0))
+        _announce(experiment, state, paths, mesh)
+        if ahead:
+            log.info("the last %d steps of the run before are done again: they were not saved yet", ahead)
+        self._progress = Progress(experiment.total_steps, experiment.batch_size, start)
+        self._writer = self._stack.enter_context(Writer(self._workdir, start_step=start, active=self._active))
+        self._began = time.perf_counter()
+        self._heart.note(stage="compiling", total_steps=experiment.total_steps, saved=start)
+        self._heart.watch()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around asking for a batch."""
+        self._starting.close()
+        with self._progress.waiting_for_data(), self._goodput.idling("input"):
+            yield
+        self._waited_until = time.perf_counter()
+
+    def dispatched(self, result: jax.Array) -> None:
+        """A step is under way; `result` is of it, and not donated."""
+        self._goodput.dispatched(result)
+
+    def finished(self, step: int) -> None:
+        """The device is through with this step."""
+        self._step = step
+        self._heart.beat()
+
+    def first_step(self, step: int, recorded: Averages) -> None:
+        jax.block_until_ready(recorded)
+        log.info("first step after %s, most of it compiling", span(time.perf_counter() - self._began))
+        self._goodput.lose("compile", time.perf_counter() - self._waited_until)
+        self._progress.restart(step)
+        self._heart.note(stage="training")
+        self._heart.compiled()
+
+    def training(self, step: int, recorded: Averages, state: TrainState, substituted: int) -> None:
+        """The means since the last call."""
+        figures = {f"train/{name}": value for name, value in compute(recorded).items()}
+        speed, text = self._progress.report(step)
+        lr, skipped = float(np.asarray(self._experiment.schedule(step - 1))), int(state.skipped)
+        counts = {"skipped": skipped, "substituted": substituted}
+        self._writer.write(step, figures | speed | {"lr": lr} | counts | shares(self._goodput.seconds()))
+        self._heart.note(
+            stage="training",
+            reported=time.time(),
+            seconds_per_step=self._experiment.batch_size / speed["images_per_second"],
+            **{name: speed[name] for name in ("images_per_second", "eta_seconds", "data_wait")},
+            **counts,
+            train=_finite(figures),
+        )
+        loss = figures["train/loss"]
+        log.info("step %d/%d | loss %.4f | lr %.2e | %s", step, self._experiment.total_steps, loss, lr, text)
+        slow = speed["data_wait"] > DATA_WAIT_LIMIT
+        if slow and not self._input_was_slow:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            log.warning("%s", input_advice(speed["data_wait"], workers=self._workers, cores=cores))
+        self._input_was_slow = slow
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around what may save a checkpoint of this step."""
+        with self._goodput.idling("checkpoint"):
+            yield
+        self._heart.beat()
+
+    def evaluate(self, step: int, run: Callable[[Callable[[], None]], dict[str, float]]) -> dict[str, float]:
+        """The figures that `run` returns, reported. It is given what to call whenever a batch is done."""
+        self._heart.note(stage="evaluating")
+        with self._goodput.losing("evaluation"):
+            result = run(self._heart.beat)
+        figures = {f"eval/{name}": value for name, value in result.items()}
+        self._writer.write(step, figures | shares(self._goodput.seconds()))
+        log.info(
+            "step %d | evaluation | %s",
+            step,
+            ", ".join(f"{name} {value:.4g}" for name, value in result.items()),
+        )
+        self._heart.note(stage="training", eval=_finite(figures))
+        self._progress.restart(step)
+        return result
+
+    def end(self) -> None:
+        """All is done and written."""
+        self._heart.note(stage="finished", eta_seconds=0.0)
+        self.account()
+
+    def account(self) -> None:
+        """Says where the time went."""
+        log.info("%s", words(self._goodput.seconds()))
+        if restarts := self._before.get("attempts", 0):
+            log.info("restarts: %d", restarts)
+
+
+def _announce(experiment: Experiment, state: TrainState, paths: frozenset, mesh: Mesh) -> None:
+    total = parameter_overview.count_parameters(state.params)
+    trained = parameter_overview.count_parameters(optim.split(state.params, paths)[0])
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    log.info(
+        "%s: %.2f M parameters, %.2f M of them trained; %d training and %d evaluation images; mesh %s on %s%s",
+        experiment.config.task,
+        total / 1e6,
+        trained / 1e6,
+        len(experiment.train_source),
+        len(experiment.eval_source),
+        dict(mesh.shape),
+        mesh.devices.flat[0].device_kind,
+        processes,
+    )
+    if (crops := experiment.config.data.crops) > 1:
+        images = experiment.batch_size // crops
+        log.info("a batch of %d holds %d images, %d views of each; all are counted", images * crops, images, crops)
+    step = int(state.step)
+    log.info("%s at step %d of %d", "resuming" if step else "starting", step, experiment.total_steps)
+
+
+def _finite(figures: dict[str, float]) -> dict[str, Any]:
+    return {name: value if np.isfinite(value) else None for name, value in figures.items()}
