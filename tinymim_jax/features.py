@@ -3,13 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from tinymim_jax.data.pipeline import Batches
 from tinymim_jax.errors import unknown
-from tinymim_jax.models.heads import POOLS
+from tinymim_jax.models.heads import POOLS, pool_tokens
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.sharding import place_batch, replicated
@@ -39,9 +38,7 @@ def extract_features(
 
     def extract(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         tokens: Any = encoder.apply({"params": params}, normalize(batch["image"], mean, std))
-        tokens = tokens.astype(jnp.float32)
-        features = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(axis=1)
-        return features, batch["label"], batch["valid"]
+        return pool_tokens(tokens, pool, encoder.prefix), batch["label"], batch["valid"]
 
     # Small next to the images: every host gets the rows of all.
     extract_step = jax.jit(extract, out_shardings=replicated(mesh))
