@@ -142,7 +142,10 @@ def test_there_and_back_is_identical(state, left_out):
         ({"conv1x1.1.bias": None}, r"missing: conv1x1\.1\.bias \(40,\)"),
         ({"head_dist.weight": None}, r"missing: head_dist\.weight \(10, 40\)"),
         ({"norm.weight": np.zeros(24, np.float32)}, r"unexpected: norm\.weight \(24,\)"),
-        ({"conv1x1.1.weight": np.zeros((40, 23), np.float32)}, r"conv1x1\.1\.weight is \(40, 23\), expected \(40, 24\)"),
+        (
+            {"conv1x1.1.weight": np.zeros((40, 23), np.float32)},
+            r"conv1x1\.1\.weight is \(40, 23\), expected \(40, 24\)",
+        ),
         ({"fc_norm.weight": np.zeros(7, np.float32), "fc_norm.bias": np.zeros(7, np.float32)}, r"fc_norm is 7 wide"),
     ],
 )
