@@ -1,14 +1,14 @@
-"""Fine-tuning: its losses, a supervised teacher, layer decay under scan, other image sizes, all against closed forms."""
+"""Fine-tuning: its losses, a supervised teacher, layer decay under scan, other image sizes, by closed forms."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax.traverse_util import flatten_dict
-from runs import run_steps, same_bits, small_config
+from flax.traverse_util import flatten_dict, unflatten_dict
+from runs import same_bits, small_config
 
 import tinymim_jax
 from tinymim_jax import optim
@@ -16,33 +16,48 @@ from tinymim_jax.checkpoint_format import CheckpointError
 from tinymim_jax.evaluate import evaluate_checkpoint
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.losses import binary_cross_entropy, hard_distillation, soft_distillation
+from tinymim_jax.ops.mixup import draw_mix, mix_images
+from tinymim_jax.ops.posembed import resize_table
 from tinymim_jax.params_io import load_params, save_params
-from tinymim_jax.sharding import make_mesh
 from tinymim_jax.state import trained_paths
-from tinymim_jax.tasks import TASKS
+from tinymim_jax.tasks import TASKS, classify
 from tinymim_jax.tasks.encoder import Loaded, fit_positions
+from tinymim_jax.tasks.supervised_teacher import supervised_teacher
 from tinymim_jax.train import train
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (4, 16, 16, 3), np.uint8)
 BATCH = {"image": jnp.asarray(IMAGES), "label": jnp.array([3, 1, 4, 1])}
 KEY = jax.random.key(5)
-STAR = ("model.dist_token=True", "classify.hidden_dim=20")
+STAR = ("model.depth=1", "model.dist_token=True", "classify.hidden_dim=20")
 # A teacher with other patches, another table and other pixels than the student's.
 TEACHER = Classifier(
-    ViT(embed_dim=24, depth=2, heads=4, patch_size=4, image_size=(16, 16), pos_embed="learned", final_norm=False),
+    ViT(embed_dim=24, depth=1, heads=4, patch_size=4, image_size=(16, 16), pos_embed="learned", final_norm=False),
     classes=10,
-    head_std=0.5,
 )
 SEEN = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+
+
+def randomly(shapes):
+    """Normal parameters of these shapes, a norm's scale about 1. No initializer is compiled."""
+    rng = np.random.default_rng(1)
+    values = {
+        path: (float(path[-1] == "scale") + 0.2 * rng.normal(size=x.shape)).astype(np.float32)
+        for path, x in sorted(flatten_dict(shapes).items())
+    }
+    return unflatten_dict(values)
+
+
+def params_of(task):
+    return randomly(jax.eval_shape(task.init, KEY))
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("teachers") / "teacher"
-    params = jax.jit(TEACHER.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    params = randomly(jax.eval_shape(TEACHER.init, KEY, jnp.zeros((1, 16, 16, 3)))["params"])
     record = {"encoder": TEACHER.encoder.record(), "classifier": TEACHER.record(), "preprocessing": SEEN}
     save_params(path, params, record)
     return path
@@ -83,9 +98,8 @@ def test_hard_distillation_and_its_gradient_in_closed_form():
     student, teacher = RNG.normal(size=(2, 3, 5)) * 3
     answers = one_hot(teacher.argmax(1), 5)
     given, wanted = jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32)
-    np.testing.assert_allclose(
-        hard_distillation(given, wanted), -(answers * np.log(softmax(student))).sum(1), rtol=1e-5
-    )
+    want = -(answers * np.log(softmax(student))).sum(1)
+    np.testing.assert_allclose(hard_distillation(given, wanted), want, rtol=1e-5)
     got = jax.grad(lambda x: hard_distillation(x, wanted).sum())(given)
     np.testing.assert_allclose(got, softmax(student) - answers, atol=1e-6)
 
@@ -102,108 +116,120 @@ def test_soft_distillation_and_its_gradient_in_closed_form(tau):
     np.testing.assert_allclose(soft_distillation(wanted, wanted, tau=tau), 0, atol=1e-6)
 
 
-def seen_by(network, params, images):
-    mean, std = (np.array(SEEN[name]) for name in ("mean", "std"))
-    return network.apply({"params": params}, jnp.asarray((np.asarray(images) / 255 - mean) / std, jnp.float32))
+SHARED = {
+    "two heads, soft": [*STAR, "classify.distillation=soft"],
+    "one head, hard, bce": ["classify.distillation=hard", "classify.loss=bce", "classify.bce_threshold=None"],
+}
 
 
-@pytest.mark.parametrize("words", [STAR, ("model.drop_path=0.0", "classify.loss=bce")], ids=["two heads", "one head"])
-@pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_a_teacher_and_the_labels_share_the_loss(teacher, words, kind):
-    settings = [f"classify.distillation={kind}", "classify.alpha=0.25", "classify.tau=2.0"]
-    task = task_of(*words, *settings, f"classify.teacher.path={teacher}")
-    fresh = jax.jit(task.init)(jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
-    frozen = task.load_frozen()
-    values = jax.jit(task.losses, static_argnums=4)(params, frozen, BATCH, KEY, False)
-    assert set(values) == set(task.names)
+@pytest.mark.parametrize("name", SHARED)
+def test_a_teacher_and_the_labels_share_the_loss(teacher, name):
+    words = ["model.depth=1", "classify.alpha=0.25", "classify.tau=2.0", f"classify.teacher.path={teacher}"]
+    task = task_of(*SHARED[name], *words)
+    params, of_teacher = params_of(task), load_params(teacher)[1]
     network = Classifier(ViT.from_record(task.model["encoder"]), **task.model["classifier"])
-    first, second = network.apply({"params": params}, jnp.asarray(IMAGES / 127.5 - 1, jnp.float32), method="logits")
-    answers = np.asarray(seen_by(TEACHER, load_params(teacher)[1], IMAGES))
-    first, taught = np.asarray(first), np.asarray(first if second is None else second)
-    assert (second is None) == (words is not STAR)
+    mean, std = (np.array(SEEN[name]) for name in ("mean", "std"))
+    shown, seen = (jnp.asarray(x, jnp.float32) for x in (IMAGES / 127.5 - 1, (IMAGES / 255 - mean) / std))
+
+    @jax.jit
+    def everything(params, frozen):
+        first, second = network.apply({"params": params}, shown, method="logits")
+        answers = TEACHER.apply({"params": of_teacher}, seen)
+        return task.losses(params, frozen, BATCH, KEY, False), first, second, answers
+
+    values, first, second, answers = everything(params, task.load_frozen())
+    assert set(values) == set(task.names)
+    assert (second is None) == name.startswith("one head")
+    first, taught, answers = (np.asarray(x) for x in (first, first if second is None else second, answers))
     labels = one_hot(BATCH["label"], 10)
-    if "classify.loss=bce" in words:
+    if "bce" in name:
         p = 1 / (1 + np.exp(-first))
         label_loss = -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean(1)
+        teacher_loss = -(one_hot(answers.argmax(1), 10) * np.log(softmax(taught))).sum(1)
     else:
         label_loss = -(labels * np.log(softmax(first))).sum(1)
-    p, q = softmax(answers / 2), softmax(taught / 2)
-    hard = -(one_hot(answers.argmax(1), 10) * np.log(softmax(taught))).sum(1)
-    teacher_loss = hard if kind == "hard" else 4 * (p * np.log(p / q)).sum(1)
+        p, q = softmax(answers / 2), softmax(taught / 2)
+        teacher_loss = 4 * (p * np.log(p / q)).sum(1)
     np.testing.assert_allclose(values["label_loss"], label_loss, rtol=1e-4)
     np.testing.assert_allclose(values["teacher_loss"], teacher_loss, rtol=1e-4)
     np.testing.assert_allclose(values["loss"], 0.75 * label_loss + 0.25 * teacher_loss, rtol=1e-4)
-    both = (first + taught) / 2
-    np.testing.assert_array_equal(values["top1"], both.argmax(1) == np.asarray(BATCH["label"]))
+    np.testing.assert_array_equal(values["top1"], (first + taught).argmax(1) == np.asarray(BATCH["label"]))
     np.testing.assert_array_equal(values["teacher_top1"], answers.argmax(1) == np.asarray(BATCH["label"]))
 
 
 def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher(teacher):
-    words = [*STAR, "classify.distillation=soft", f"classify.teacher.path={teacher}"]
-    task = task_of(*words)
-    fresh = jax.jit(task.init)(jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
-    frozen = task.load_frozen()
-    paths = trained_paths(task, frozen, BATCH)
-    assert paths == set(flatten_dict(params))
+    task = task_of(*STAR, "classify.distillation=soft", f"classify.teacher.path={teacher}")
+    params, frozen = params_of(task), task.load_frozen()
+    assert trained_paths(task, frozen, BATCH) == set(flatten_dict(params))
+    # The teacher's answers are learned by the second head alone.
+    second = optim.reached(lambda p: task.losses(p, frozen, BATCH, KEY, True)["teacher_loss"], params)
+    assert {("head_dist", "kernel"), ("encoder", "dist_token"), ("encoder", "cls_token")} <= second
+    assert not {path for path in second if path[0] == "head"}
 
-    def loss(params, frozen, head_only):
-        values = task.losses(params, frozen, BATCH, KEY, False)
-        return jnp.mean(values["teacher_loss" if head_only else "loss"])
+    def loss(params, frozen):
+        return jnp.mean(task.losses(params, frozen, BATCH, KEY, False)["loss"])
 
-    grads, of_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(params, frozen, False)
+    grads, of_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, frozen)
     for path, grad in flatten_dict(grads).items():
         assert np.any(grad), path
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_teacher))
-    # The teacher's answers are learned by the second head alone.
-    taught = jax.jit(jax.grad(loss), static_argnums=2)(params, frozen, True)
-    assert np.any(taught["head_dist"]["kernel"])
-    assert not np.any(taught["head"]["kernel"])
-    assert np.any(taught["encoder"]["dist_token"])
 
 
-def test_the_teacher_sees_the_students_augmented_images(teacher):
-    """Of mixed and erased images at the teacher's own size."""
-    augmented = ["classify.mixup=0.8", "classify.erase=1.0", "classify.label_smoothing=0.1"]
-    settings = ["classify.distillation=hard", f"classify.teacher.path={teacher}", "classify.alpha=1.0"]
-    task = task_of(*augmented, *settings, "classify.teacher.image_size=(24,20)")
-    values = jax.jit(task.losses, static_argnums=4)(task.init(KEY), task.load_frozen(), BATCH, KEY, True)
-    plain = task_of(*settings, "classify.teacher.image_size=(24,20)")
-    clean = jax.jit(plain.losses, static_argnums=4)(plain.init(KEY), plain.load_frozen(), BATCH, KEY, True)
-    assert np.isfinite(values["loss"]).all()
-    assert task.load_frozen()["encoder"]["pos_embed"].shape == (1, 1 + 6 * 5, 24)
-    # With all of the loss the teacher's, and a fresh head, each answer costs log(10); the labels' share is 0.
-    np.testing.assert_allclose(values["loss"], np.log(10), atol=1e-3)
-    assert set(values) == set(clean)
+def test_the_teacher_sees_the_students_augmented_images(monkeypatch):
+    """A stand-in answers with the mean of what it is shown: mixed as the student's images are."""
+
+    def answers(frozen, images):
+        return jnp.broadcast_to(images.mean(axis=(1, 2, 3))[:, None], (len(images), 10))
+
+    stand_in = types.SimpleNamespace(
+        alpha=1.0, logits=answers, distance=lambda mine, wanted: wanted[:, 0], weights=dict
+    )
+    monkeypatch.setattr(classify, "supervised_teacher", lambda config, classes: stand_in)
+    task = task_of("classify.mixup=0.8", "model.depth=1")
+    got = jax.jit(lambda p: task.losses(p, {}, BATCH, KEY, True)["loss"])(params_of(task))
+    images = jnp.asarray(IMAGES / 127.5 - 1, jnp.float32)
+    mix = draw_mix(named(KEY, "mixup"), (16, 16), mixup=0.8, cutmix=0.0, prob=1.0, switch_prob=0.5)
+    assert 0.01 < mix.lam < 0.99
+    np.testing.assert_allclose(got, mix_images(images, mix).mean(axis=(1, 2, 3)), atol=1e-5)
+
+
+def test_a_teacher_of_another_image_size(teacher):
+    """Pictures of one colour: no resizing changes them, so only the size and the pixels' scale are left."""
+    words = ["classify.distillation=hard", f"classify.teacher.path={teacher}", "classify.teacher.image_size=(24,20)"]
+    found = supervised_teacher(small_config("finetune", *words), 10)
+    colour = np.array([40, 200, 90])
+    shown = jnp.broadcast_to(jnp.asarray(colour / 127.5 - 1, jnp.float32), (2, 16, 16, 3))
+    params, (mean, std) = load_params(teacher)[1], (np.array(SEEN[name]) for name in ("mean", "std"))
+    table = resize_table(params["encoder"]["pos_embed"], (4, 4), (6, 5))
+    own = params | {"encoder": params["encoder"] | {"pos_embed": table}}
+    larger = TEACHER.clone(encoder=TEACHER.encoder.clone(image_size=(24, 20)))
+    seen = jnp.broadcast_to(jnp.asarray((colour / 255 - mean) / std, jnp.float32), (2, 24, 20, 3))
+    weights = found.weights()
+    got, want = jax.jit(lambda: (found.logits(weights, shown), larger.apply({"params": own}, seen)))()
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_a_star_is_trained_judged_without_its_teacher_and_used(teacher, data_dir, tmp_path):
-    words = [*STAR, "classify.distillation=hard", f"classify.teacher.path={teacher}", "train.ema=0.5"]
-    config = small_config("finetune", *words, "train.eval_every=2 steps")
-    result = train(config, tmp_path / "run", data_dir=data_dir)
+    words = [*STAR, "classify.distillation=hard", "train.ema=0.5"]
+    here, gone = (f"classify.teacher.path={path}" for path in (teacher, tmp_path / "gone"))
+    result = train(small_config("finetune", *words, here), tmp_path / "run", data_dir=data_dir)
     assert {"label_loss", "teacher_loss", "teacher_top1", "top1"} <= set(result)
-    words[3] = f"classify.teacher.path={tmp_path / 'gone'}"
-    judged = evaluate_checkpoint(small_config("finetune", *words), tmp_path / "run", data_dir=data_dir)
+    judged = evaluate_checkpoint(small_config("finetune", *words, gone), tmp_path / "run", data_dir=data_dir)
     assert judged["top1"] == pytest.approx(result["top1"])
     assert "teacher_loss" not in judged
-    model = tinymim_jax.load(tmp_path / "run")
-    assert model.logits(IMAGES[0]).shape == (10,)
-    assert model.embed(IMAGES[0]).shape == (16,)
-    record = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert tinymim_jax.load(tmp_path / "run").logits(IMAGES[0]).shape == (10,)
+    record, params = load_params(tmp_path / "run")
     assert record["classifier"] == {"classes": 10, "pool": "mean", "hidden_dim": 20}
-    # It starts another one, its heads included, and a new DIST token stands in where an encoder has none.
+    # It starts another one, both heads included.
     again = task_of(*STAR, f"init={tmp_path / 'run'}")
-    started = again.start(jax.device_get(again.init(jax.random.key(3))))
-    assert same_bits(started, load_params(tmp_path / "run")[1])
+    assert same_bits(again.start(params_of(again)), params)
 
 
 def test_an_encoder_without_the_token_gets_a_new_one(teacher):
-    fresh = task_of(
-        "model.dist_token=True", "model.embed_dim=24", "model.heads=4", "model.patch_size=4", f"init={teacher}"
-    )
-    before = jax.device_get(fresh.init(jax.random.key(0)))
-    after, loaded = fresh.start(before), load_params(teacher)[1]
+    words = ["model.depth=1", "model.dist_token=True", "model.embed_dim=24", "model.heads=4", "model.patch_size=4"]
+    task = task_of(*words, f"init={teacher}")
+    before = params_of(task)
+    after, loaded = task.start(before), load_params(teacher)[1]
     np.testing.assert_array_equal(after["encoder"]["dist_token"], before["encoder"]["dist_token"])
     table = after["encoder"]["pos_embed"]
     np.testing.assert_array_equal(np.delete(table, 1, axis=1), loaded["encoder"]["pos_embed"])
@@ -214,11 +240,11 @@ def test_an_encoder_without_the_token_gets_a_new_one(teacher):
 
 def test_a_token_is_not_lost_silently(tmp_path):
     encoder = ViT(embed_dim=16, depth=2, heads=2, patch_size=8, image_size=(16, 16), dist_token=True)
-    params = jax.jit(encoder.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = randomly(jax.eval_shape(encoder.init, KEY, jnp.zeros((1, 16, 16, 3)))["params"])
     save_params(tmp_path / "token", {"encoder": params}, {"encoder": encoder.record()})
     task = task_of(f"init={tmp_path / 'token'}")
     with pytest.raises(ValueError, match=r"has a distillation token: set model\.dist_token=True"):
-        task.start(jax.device_get(task.init(KEY)))
+        task.start(params_of(task))
 
 
 @pytest.mark.parametrize(
@@ -262,15 +288,14 @@ def test_a_pixel_decoder_has_no_place_for_the_token(teacher, task):
         TASKS[config.task](config, 10)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_layer_decay_of_scanned_blocks(golden, scan):
+def test_layer_decay_of_scanned_blocks(golden):
     """AdamW's first step is the learning rate times the golden factor, whatever the gradient, block by block."""
     factors = json.loads(golden.path("recipe.json").read_text())["layer_decay_0.65_depth12"]
     depth, lr = 12, 1e-2
     encoder = ViT(embed_dim=8, depth=depth, heads=2, patch_size=8, image_size=(16, 16), pos_embed="learned")
-    network = Classifier(encoder.clone(final_norm=False, scan=scan), classes=4, head_std=0.5)
+    network = Classifier(encoder.clone(final_norm=False, scan=True), classes=4)
     images = jnp.asarray(RNG.normal(size=(2, 16, 16, 3)), jnp.float32)
-    params = jax.jit(network.init)(jax.random.key(0), images)["params"]
+    params = randomly(jax.eval_shape(network.init, KEY, images)["params"])
     grads = jax.jit(jax.grad(lambda p: jnp.sum(network.apply({"params": p}, images)[:, 0] ** 2)))(params)
     optimizer = optim.adamw(
         lambda step: lr, params, b1=0.9, b2=0.999, eps=1e-30, weight_decay=0.0, layer_decay=0.65, depth=depth
@@ -293,20 +318,6 @@ def test_a_distillation_token_is_an_embedding():
     assert scales["encoder"]["dist_token"] == scales["encoder"]["cls_token"] == 0.5**3
     assert set(jax.tree.leaves({name: scales[name] for name in ("widen", "fc_norm", "head", "head_dist")})) == {1.0}
     assert not optim.decay_mask(params, "finetune")["encoder"]["dist_token"]
-
-
-def test_a_scanned_step_is_the_unrolled_one(data_dir):
-    """Drop path, layer decay, weight decay and clipping included."""
-    words = ["model.depth=3", "model.drop_path=0.3", "optim.layer_decay=0.65", "optim.clip_norm=0.1", *STAR]
-    mesh = make_mesh(devices=jax.devices()[:1])
-    states = [
-        run_steps(small_config("finetune", *words, f"model.scan={scan}"), data_dir, mesh, 2)[0]
-        for scan in (False, True)
-    ]
-    # Adam divides by the gradient's own size: what differs is float32's rounding of small gradients.
-    first, second = (flatten_dict(jax.device_get(state.params)) for state in states)
-    for path, value in first.items():
-        np.testing.assert_allclose(second[path], value, atol=2e-4, err_msg="/".join(path))
 
 
 @pytest.mark.parametrize("size", [7, 16, 24, 32])

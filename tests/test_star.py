@@ -24,7 +24,8 @@ from tinymim_jax.evaluate import evaluate_checkpoint
 from tinymim_jax.knn import evaluate_knn
 from tinymim_jax.models.heads import Classifier, Widen
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.params_io import load_params
+from tinymim_jax.params_io import load_params, save_params
+from tinymim_jax.tasks import TASKS
 
 HEADS = 12
 # The experiment of the network in the data file, on digits.
@@ -226,3 +227,44 @@ def test_the_checkpoint_is_used_like_any_other(data, state, converted, data_dir,
     assert all(back[name].tobytes() == x.tobytes() for name, x in state.items())
     assert json.loads((converted / "model.json").read_text())["source"]["family"] == "tinymim_star"
     capsys.readouterr()
+
+
+def test_relations_are_of_cls_and_patches_alone(tmp_path):
+    """A student with the token against a teacher without it: no softmax sees the token."""
+    teacher = ViT(embed_dim=16, depth=1, heads=2, patch_size=8, image_size=(16, 16))
+    rng = np.random.default_rng(0)
+
+    def randomly(shapes):
+        return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 2, shapes)
+
+    of_teacher = randomly(jax.eval_shape(teacher.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
+    save_params(tmp_path / "teacher", {"encoder": of_teacher}, {"encoder": teacher.record()})
+    words = ["model.dist_token=True", "model.depth=1", f"distill.teacher.path={tmp_path / 'teacher'}"]
+    config = small_config("distill", *words)
+    task = TASKS["distill"](config, 10)
+    assert task.model["encoder"]["dist_token"]
+    params = randomly(jax.eval_shape(task.init, jax.random.key(0)))
+    images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+    student = ViT.from_record(task.model["encoder"])
+    pixels = jnp.asarray(images / 127.5 - 1, jnp.float32)
+
+    @jax.jit
+    def everything(params):
+        values = task.losses(params, task.load_frozen(), {"image": images}, jax.random.key(0), False)
+        seen = student.apply({"params": params["encoder"]}, pixels, tap=1, method="encode")
+        return values, seen, teacher.apply({"params": of_teacher}, pixels, tap=1, method="encode")
+
+    values, seen, wanted = everything(params)
+    kept = np.array([0, 2, 3, 4, 5])
+    for name, (first, second) in {"qk": ("q", "k"), "vv": ("v", "v")}.items():
+        mine = log_relation(getattr(seen, first)[:, kept], getattr(seen, second)[:, kept])
+        theirs = log_relation(getattr(wanted, first), getattr(wanted, second))
+        divergence = (np.exp(theirs) * (theirs - mine)).sum(-1).mean(axis=(1, 2))
+        np.testing.assert_allclose(values[name], divergence, rtol=1e-4)
+
+
+def log_relation(first, second):
+    """log softmax(a b^T / sqrt(head_dim)) over the keys, [batch, heads, queries, keys]."""
+    first, second = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (first, second))
+    products = first @ second.swapaxes(-1, -2) / np.sqrt(first.shape[-1])
+    return products - np.log(np.exp(products).sum(-1, keepdims=True))
