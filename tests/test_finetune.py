@@ -10,7 +10,6 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from runs import same_bits, small_config
 
-import tinymim_jax
 from tinymim_jax import optim
 from tinymim_jax.checkpoint_format import CheckpointError
 from tinymim_jax.evaluate import evaluate_checkpoint
@@ -186,11 +185,17 @@ def test_the_teacher_sees_the_students_augmented_images(monkeypatch):
     )
     monkeypatch.setattr(classify, "supervised_teacher", lambda config, classes: stand_in)
     task = task_of("classify.mixup=0.8", "model.depth=1")
-    got = jax.jit(lambda p: task.losses(p, {}, BATCH, KEY, True)["loss"])(params_of(task))
     images = jnp.asarray(IMAGES / 127.5 - 1, jnp.float32)
-    mix = draw_mix(named(KEY, "mixup"), (16, 16), mixup=0.8, cutmix=0.0, prob=1.0, switch_prob=0.5)
-    assert 0.01 < mix.lam < 0.99
-    np.testing.assert_allclose(got, mix_images(images, mix).mean(axis=(1, 2, 3)), atol=1e-5)
+
+    @jax.jit
+    def everything(params):
+        mix = draw_mix(named(KEY, "mixup"), (16, 16), mixup=0.8, cutmix=0.0, prob=1.0, switch_prob=0.5)
+        mixed = mix_images(images, mix).mean(axis=(1, 2, 3))
+        return task.losses(params, {}, BATCH, KEY, True)["loss"], mixed, mix.lam
+
+    got, want, lam = everything(params_of(task))
+    assert 0.01 < lam < 0.99
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_teacher_of_another_image_size(teacher):
@@ -217,7 +222,6 @@ def test_a_star_is_trained_judged_without_its_teacher_and_used(teacher, data_dir
     judged = evaluate_checkpoint(small_config("finetune", *words, gone), tmp_path / "run", data_dir=data_dir)
     assert judged["top1"] == pytest.approx(result["top1"])
     assert "teacher_loss" not in judged
-    assert tinymim_jax.load(tmp_path / "run").logits(IMAGES[0]).shape == (10,)
     record, params = load_params(tmp_path / "run")
     assert record["classifier"] == {"classes": 10, "pool": "mean", "hidden_dim": 20}
     # It starts another one, both heads included.
