@@ -25,6 +25,7 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.model.patch_size = 16
     config.model.image_size = (224, 224)  # height, width
     config.model.mlp_ratio = 4.0
+    config.model.dist_token = False  # a second learned token behind CLS, of classify.distillation; see TinyMIM*-T
     config.model.pos_embed = "sincos"  # sincos: fixed | learned: starts as sincos
     config.model.drop_path = 0.1
     config.model.drop_path_schedule = "constant"  # constant: all but the last block | linear
@@ -145,6 +146,12 @@ def classify() -> ml_collections.ConfigDict:
     config.train.eval_every = "5 epochs"
     config.classify = ml_collections.ConfigDict()
     config.classify.pool = "mean"  # mean | cls
+    config.classify.hidden_dim = 0  # width of a Linear and GELU on the tokens before pooling (TinyMIM*-T); 0: none
+    config.classify.norm_first = False  # of mean pooling: what is pooled is normalised before, not after, that Linear
+    # softmax: cross-entropy with soft targets | bce: a yes-or-no question for each class, mean over the classes
+    config.classify.loss = "softmax"
+    # Of bce: targets above it count as 1, others as 0 (ResNet strikes back: 0.2, DeiT III: 0.0); None: soft as they are
+    config.classify.bce_threshold = 0.2
     config.classify.label_smoothing = 0.1
     config.classify.mixup = 0.0  # a of the Beta(a, a) law of lambda; 0: off. One draw for the batch, or for each part
     config.classify.cutmix = 0.0  # likewise
@@ -158,4 +165,12 @@ def classify() -> ml_collections.ConfigDict:
     # | zero_init: it starts as the identity | copy_previous: what lies behind q, k, v is the block's before
     # | drop: the encoder is one block shorter
     config.classify.last_block = "keep"
+    # What is learned from a supervised teacher (DeiT): none | hard: the class that it ranks first | soft: its
+    # probabilities at temperature tau. By the DIST token's head where model.dist_token is on, or else by the only one
+    config.classify.distillation = "none"
+    config.classify.alpha = 0.5  # share of the teacher in the loss
+    config.classify.tau = 3.0  # of soft
+    config.classify.teacher = ml_collections.ConfigDict()
+    config.classify.teacher.path = ""  # a classifier for the same classes: a run of ours, or what convert wrote
+    config.classify.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: as the student's
     return config

@@ -11,10 +11,12 @@ from runs import small_config
 
 import tinymim_jax.experiment as experiment_module
 import tinymim_jax.tasks.distill as distill_module
+import tinymim_jax.tasks.supervised_teacher as supervised_teacher
 from tinymim_jax import optim
 from tinymim_jax.config import from_json, load_config
 from tinymim_jax.data.examples import Source
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer
+from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.params_io import save_params
 from tinymim_jax.state import trained_paths
@@ -31,6 +33,10 @@ SMALL = [
 ]
 OTHERS = ("__init__", "base", "chain", "cifar10", "digits")
 SPECS = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py")) if p.stem not in OTHERS]
+SPECS += ["configs/own_images.py:t,8000", "configs/own_images.py:b"]
+
+
+STAR = "configs/finetune_t_star.py"
 
 
 class FakeImageNet(Source):
@@ -56,12 +62,22 @@ def fake_teacher(config) -> Loaded:
     return Loaded("fake", {"encoder": vit.record()}, {"encoder": params})
 
 
+def fake_classifier(path) -> Loaded:
+    """A small classifier for ImageNet."""
+    network = Classifier(ViT(embed_dim=16, depth=1, heads=2, final_norm=False), classes=1000)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
+    params = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    return Loaded(path, {"encoder": network.encoder.record(), "classifier": network.record()}, params)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_shipped_configs_build_at_full_size(spec, monkeypatch):
-    config = load_config(str(ROOT / spec), ["distill.teacher.path=fake"] if "distill" in spec else [])
+    words = ["distill.teacher.path=fake"] if "distill" in spec else []
+    config = load_config(str(ROOT / spec), words + ["classify.teacher.path=fake"] * (spec == STAR))
     monkeypatch.setattr(experiment_module, "open_source", lambda *_, **__: FakeImageNet())
     if config.task == "distill":
         monkeypatch.setattr(distill_module, "load", lambda path: fake_teacher(config))
+    monkeypatch.setattr(supervised_teacher, "load", fake_classifier)
     experiment = build_experiment(config)
     assert experiment.total_steps == int(float(config.train.duration.split()[0]) * 1281167 / config.train.batch_size)
     frozen = jax.eval_shape(experiment.task.load_frozen) if config.task != "distill" else experiment.task.load_frozen()
@@ -117,6 +133,14 @@ def test_every_key_is_read_by_something(tmp_path, data_dir):
         config, seen = small_config(name, *overrides, "train.duration=2 steps", "train.eval_every=1 steps"), set()
         train(Recorded(config, seen), tmp_path / name, data_dir=data_dir)
         assert flat_keys(config) - seen == set(), name
+
+
+def test_fewer_images_of_ones_own_are_seen_more_often():
+    epochs = [load_config(str(ROOT / f"configs/own_images.py:s,{n}")).train.duration for n in (5000, 50_000, 200_000)]
+    assert epochs == ["300 epochs", "100 epochs", "50 epochs"]
+    for wrong in ("x", "s,", "s,many", "s,0"):
+        with pytest.raises(ValueError, match="Choices: t, s, b"):
+            load_config(str(ROOT / f"configs/own_images.py:{wrong}"))
 
 
 def test_configs_of_a_task_have_the_same_keys():

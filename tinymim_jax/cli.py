@@ -15,6 +15,8 @@ from tinymim_jax.startup import quiet_unless_first, start_logging, use_compile_c
 # What a user can mend: shown as one message without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
 
+_FAMILIES = ("mae", "tinymim", "tinymim_star", "vit")  # convert.FAMILIES, which takes a second to import
+
 _DESCRIPTION = """\
 Distil a masked-image-modelling ViT into a small one by its token relations (TinyMIM, arXiv 2301.01296).
 
@@ -237,9 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = _command(
         commands, "convert", _convert, "read a PyTorch checkpoint (.pth or .safetensors), without PyTorch"
     )
-    convert.add_argument(
-        "--from", dest="family", required=True, choices=("mae", "tinymim", "vit"), help="whose names it has"
-    )
+    convert.add_argument("--from", dest="family", required=True, choices=_FAMILIES, help="whose names it has")
     convert.add_argument("--input", required=True, metavar="FILE")
     convert.add_argument("--output", required=True, metavar="DIR")
     convert.add_argument(
@@ -252,9 +252,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", _export, "write a checkpoint with PyTorch's names, as .safetensors")
     export.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
-    export.add_argument(
-        "--to", dest="family", required=True, choices=("mae", "tinymim", "vit"), help="whose names to use"
-    )
+    export.add_argument("--to", dest="family", required=True, choices=_FAMILIES, help="whose names to use")
     export.add_argument("--output", required=True, metavar="FILE.safetensors")
 
     prepare = _command(commands, "prepare", prepare_command.run, "write a data set as ArrayRecord, once")

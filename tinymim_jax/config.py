@@ -54,7 +54,7 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
             raise ValueError(f"{word!r} is not an override: write key=value, for example optim.base_lr=1e-3")
         if key not in names:
             raise unknown("override", key, names)
-        _set(config, key, parse(text))
+        _set(config, key, text)
 
 
 def parse(text: str) -> Any:
@@ -74,11 +74,13 @@ def flat_names(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
-def _set(config: ConfigDict, key: str, value: Any) -> None:
+def _set(config: ConfigDict, key: str, text: str) -> None:
     *parents, name = key.split(".")
     for parent in parents:
         config = getattr(config, parent)
     old = config[name]
+    # Of a key that takes strings, 'none' is one of its choices.
+    value = text if text == "none" and isinstance(old, str) else parse(text)
     if isinstance(old, bool) != isinstance(value, bool) and old is not None:
         raise TypeError(f"{key}={value!r} has the wrong type: it is {old!r} now")
     if isinstance(old, str) and not isinstance(value, str):

@@ -55,7 +55,7 @@ def evaluate_checkpoint(
 
     Raises ValueError when the checkpoint lacks what the experiment judges, such as a classifier's head.
     """
-    config = ConfigDict(config.to_dict() | {"init": str(checkpoint)}).lock()
+    config = _without_teacher(ConfigDict(config.to_dict() | {"init": str(checkpoint)})).lock()
     model, _ = load_params(checkpoint)
     experiment = build_experiment(config, data_dir=data_dir)
     task = experiment.task
@@ -78,3 +78,10 @@ def evaluate_checkpoint(
         examples=len(experiment.eval_source),
         seed=config.seed,
     )
+
+
+def _without_teacher(config: ConfigDict) -> ConfigDict:
+    """What a classifier learned from a teacher is judged by the labels: the teacher may be gone."""
+    if config.task == "classify" and config.classify.get("distillation", "none") != "none":
+        config.classify.distillation, config.classify.teacher.path = "none", ""
+    return config

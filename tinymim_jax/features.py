@@ -3,13 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from tinymim_jax.data.pipeline import Batches
 from tinymim_jax.errors import unknown
-from tinymim_jax.models.heads import POOLS
+from tinymim_jax.models.heads import POOLS, pool_tokens
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.per_example import collect, row_step
@@ -39,7 +38,6 @@ def extract_features(
 
     def extract(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens: Any = encoder.apply({"params": params}, normalize(batch["image"], mean, std))
-        tokens = tokens.astype(jnp.float32)
-        return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(axis=1), batch["label"]
+        return pool_tokens(tokens, pool, encoder.prefix), batch["label"]
 
     return collect(row_step(extract, mesh), params, batches, mesh)

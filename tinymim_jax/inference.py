@@ -13,7 +13,7 @@ from PIL import Image
 from tinymim_jax.data.decoding import Picture, Undecodable
 from tinymim_jax.data.transforms import EvalView
 from tinymim_jax.errors import unknown
-from tinymim_jax.models.heads import POOLS, Classifier
+from tinymim_jax.models.heads import POOLS, Classifier, pool_tokens
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.params_io import load_params
@@ -69,8 +69,7 @@ class Model:
         self._programs: dict[str, Any] = {}
         self._classifier = None
         if record.get("classifier", {}).get("classes") and "head" in params:
-            classifier = record["classifier"]
-            self._classifier = Classifier(encoder, classifier["classes"], classifier["pool"])
+            self._classifier = Classifier(encoder, **record["classifier"])
         self._view = EvalView(tuple(self.preprocessing["image_size"]), self.preprocessing["resize"])
 
     @property
@@ -119,8 +118,7 @@ class Model:
 
         def pooled(params: Any, pixels: jax.Array) -> jax.Array:
             tokens: Any = self._encoder.apply({"params": params["encoder"]}, pixels)
-            tokens = tokens.astype(jnp.float32)
-            return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(axis=1)
+            return pool_tokens(tokens, pool, self._encoder.prefix)
 
         return self._run(pool, images, pooled)
 

@@ -12,7 +12,7 @@ Params = Any  # nested dicts of arrays
 Path = tuple[str, ...]
 
 # Not decayed besides 1-D parameters (norms, biases). The published pre-training does decay the CLS token.
-NO_DECAY = {"pretrain": (), "finetune": ("pos_embed", "cls_token")}
+NO_DECAY = {"pretrain": (), "finetune": ("pos_embed", "cls_token", "dist_token")}
 
 
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> optax.Schedule:
@@ -104,7 +104,7 @@ def join(first: Params, second: Params) -> Params:
 
 def _layer(path: Path, depth: int) -> int:
     names = [name for name in path if name != "encoder"]
-    if names[0] in ("cls_token", "pos_embed", "patch_embed"):
+    if names[0] in ("cls_token", "dist_token", "pos_embed", "patch_embed"):
         return 0
     if names[0].startswith("blocks_"):
         return int(names[0].removeprefix("blocks_")) + 1

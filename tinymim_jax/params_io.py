@@ -15,7 +15,7 @@ from tinymim_jax.checkpoint_format import CheckpointError, Damaged, digest
 
 _log = logging.getLogger(__name__)
 
-_CONVERT = "tinymim convert --from {{mae,tinymim,vit}} --input {file} --output DIRECTORY"
+_CONVERT = "tinymim convert --from {{mae,tinymim,tinymim_star,vit}} --input {file} --output DIRECTORY"
 
 
 def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any], *, overwrite: bool = False) -> None:

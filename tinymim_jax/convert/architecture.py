@@ -24,7 +24,8 @@ def make_record(
     Raises:
       ConvertError: heads or image_size do not fit, or are needed because they have no default.
     """
-    depth = sizes["blocks."]
+    depth, paths = sizes["blocks."], {row.ours for row in family.rows_with(parts)}
+    dist_token = "encoder/dist_token" in paths
     if heads is None:
         usual, last = _published(family.heads, sizes["d"], "--heads 6, or 6*11,12 block by block")
         heads = [usual] * (depth - 1) + [last]
@@ -34,39 +35,62 @@ def make_record(
             "depth": depth,
             "heads": parse_heads(heads, depth, sizes["d"]),
             "patch_size": sizes["p"],
-            "image_size": _image_size(sizes["n"] - 1, sizes["p"], image_size),
+            "image_size": _image_size(sizes["n"] - (2 if dist_token else 1), sizes["p"], image_size),
             "mlp_ratio": _ratio(sizes["m"], sizes["d"]),
             "pos_embed": "learned",
-            "final_norm": "mean" not in parts,
+            "final_norm": "encoder/norm/scale" in paths,
         }
     }
+    if dist_token:
+        model["encoder"]["dist_token"] = True
     if "decoder" in parts:
         width = sizes["e"]
         usual = _published(DECODER_HEADS, width, "--decoder_heads 16") if decoder_heads is None else decoder_heads
         (checked,) = parse_heads(usual, 1, width)
         model["decoder"] = {"embed_dim": width, "depth": sizes["decoder_blocks."], "heads": checked}
-    if parts & {"mean", "head"}:
+    if parts & {"mean", "head"} or "w" in sizes:
         model["classifier"] = {"classes": sizes.get("k", 0), "pool": "mean" if "mean" in parts else "cls"}
+    if "w" in sizes:
+        model["classifier"] |= _widened(sizes)
     return model
+
+
+def _widened(sizes: Sizes) -> dict[str, Any]:
+    """The classifier's numbers of a TinyMIM*-T; the width of its norm shows on which side of the widening it stands."""
+    wide, narrow, norm = sizes["w"], sizes["d"], sizes.get("f", sizes["w"])
+    if norm not in (wide, narrow):
+        raise ConvertError(f"fc_norm is {norm} wide: expected {wide} as behind conv1x1, or {narrow} as before it")
+    return {"hidden_dim": wide} | ({"norm_first": True} if norm != wide else {})
 
 
 def parts_of(model: Mapping) -> set[str]:
     """The optional parts that a record has."""
     parts = {"decoder"} if "decoder" in model else set()
     classifier = model.get("classifier", {"classes": 0, "pool": "cls"})
-    return parts | {classifier["pool"]} | ({"head"} if classifier["classes"] else set())
+    parts |= {classifier["pool"]} | ({"head"} if classifier["classes"] else set())
+    return whole_parts(parts | ({"dist"} if model["encoder"].get("dist_token") else set()))
+
+
+def whole_parts(parts: set[str]) -> set[str]:
+    """With what follows from them: two tokens have two heads, and a second head has a first one and a token to read."""
+    both = {"dist", "head", "head_dist"}
+    return parts | both if "head_dist" in parts or {"dist", "head"} <= parts else parts
 
 
 def sizes_of(model: Mapping) -> dict[str, int]:
     """The sizes of a record, by the letters of the name tables."""
     encoder, decoder = model["encoder"], model.get("decoder", {"embed_dim": 0, "depth": 0})
     rows, columns = grid_of(encoder)
+    classifier = model.get("classifier", {"classes": 0})
+    wide = classifier.get("hidden_dim", 0)
     return {
         "d": encoder["embed_dim"],
         "m": int(encoder["embed_dim"] * encoder["mlp_ratio"]),
-        "n": 1 + rows * columns,
+        "n": (2 if encoder.get("dist_token") else 1) + rows * columns,
         "p": encoder["patch_size"],
-        "k": model.get("classifier", {"classes": 0})["classes"],
+        "k": classifier["classes"],
+        "w": wide,
+        "f": encoder["embed_dim"] if classifier.get("norm_first") else wide,
         "e": decoder["embed_dim"],
         "blocks.": encoder["depth"],
         "decoder_blocks.": decoder["depth"],

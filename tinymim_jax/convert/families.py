@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tinymim_jax.convert.architecture import Heads, grid_of, make_record, parts_of, sizes_of
+from tinymim_jax.convert.architecture import Heads, grid_of, make_record, parts_of, sizes_of, whole_parts
 from tinymim_jax.convert.errors import ConvertError, printable
 from tinymim_jax.convert.inert_pickle import Opaque
 from tinymim_jax.convert.names import FAMILIES, Family, Leaf, Shape, leaves, sizes_shown
@@ -31,7 +31,7 @@ def from_torch(
     """Our architecture record and parameters from a PyTorch state dict.
 
     Args:
-      family: 'mae', 'tinymim' or 'vit'.
+      family: a name in FAMILIES.
       data: numpy arrays by name; or what a training program saves, with that under 'model' or 'state_dict'. Names
         may begin with 'module.'.
       heads: attention heads, which no tensor shows: one number, or one for each block ([2, 2, 4], '2,2,4',
@@ -68,7 +68,7 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
     """The PyTorch state dict of our parameters: the inverse of `from_torch`, bit for bit.
 
     Args:
-      family: 'mae', 'tinymim' or 'vit'.
+      family: a name in FAMILIES.
       model: the architecture record.
       params: nested dict of arrays (numpy or jax). Fixed position tables, which are no parameters of ours, are put in.
 
@@ -108,7 +108,7 @@ def _plan(family: Family, state: Mapping[str, Any]) -> _Plan:
     shapes = {name: value.shape for name, value in state.items() if isinstance(value, np.ndarray)}
     parts = {row.part for row in family.rows if row.torch.format(i=0) in state}
     # Of the two ways to pool, the state dict shows one: the norm of the other is then unexpected.
-    parts = parts - {"cls"} if "mean" in parts else parts | {"cls"}
+    parts = whole_parts(parts - {"cls"} if "mean" in parts else parts | {"cls"})
     rows = family.rows_with(parts)
     sizes = sizes_shown(rows, shapes)
     expected = leaves(rows, sizes)
@@ -175,18 +175,20 @@ def _state_dict(data: Any) -> dict[str, Any]:
 
 def _fixed_tables(model: Mapping, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The position tables that PyTorch keeps among its tensors and we compute: those that `arrays` does not have."""
-    widths = {}
+    tables = {}  # width, and tokens before the patches
     if model["encoder"]["pos_embed"] == "sincos":
-        widths["encoder/pos_embed"] = model["encoder"]["embed_dim"]
+        prefix = 2 if model["encoder"].get("dist_token") else 1
+        tables["encoder/pos_embed"] = (model["encoder"]["embed_dim"], prefix)
     if "decoder" in model:
-        widths["decoder/pos_embed"] = model["decoder"]["embed_dim"]
-    absent = {path: width for path, width in widths.items() if path not in arrays}
+        tables["decoder/pos_embed"] = (model["decoder"]["embed_dim"], 1)
+    absent = {path: table for path, table in tables.items() if path not in arrays}
     if not absent:
         return {}
     # Here, because it brings jax along, which nothing else in this package needs.
     from tinymim_jax.ops.posembed import sincos_table
 
-    return {path: sincos_table(width, grid_of(model["encoder"])) for path, width in absent.items()}
+    grid = grid_of(model["encoder"])
+    return {path: sincos_table(width, grid, prefix) for path, (width, prefix) in absent.items()}
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

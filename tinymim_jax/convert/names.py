@@ -42,7 +42,8 @@ class Row:
 
     torch, ours: its name there and its path here; `{i}` stands for the number of the block.
     shape: its shape there. A size is a product such as `3d` or `3pp` of a number and these letters:
-      d width, m hidden width of the MLP, n tokens (CLS included), p patch size, k classes, e width of the decoder.
+      d width, m hidden width of the MLP, n tokens (CLS and DIST included), p patch size, k classes, e width of the
+      decoder, w width of widened tokens, f width of the norm of what is pooled.
     layout: how it is laid out there.
     part: the optional part of the model that it belongs to; '' if it is always there.
     """
@@ -166,10 +167,10 @@ def _blocks(torch: str, ours: str, width: str, hidden: str) -> Rows:
     )
 
 
-_TOKENS = (
-    Row("cls_token", "encoder/cls_token", "1 1 d"),
-    Row("pos_embed", "encoder/pos_embed", "1 n d"),
-)
+_CLS = Row("cls_token", "encoder/cls_token", "1 1 d")
+_DIST = Row("dist_token", "encoder/dist_token", "1 1 d")
+_POSITIONS = Row("pos_embed", "encoder/pos_embed", "1 n d")
+_TOKENS = (_CLS, _POSITIONS)
 _DECODER_TOKENS = (
     Row("mask_token", "decoder/mask_token", "1 1 e"),
     Row("decoder_pos_embed", "decoder/pos_embed", "1 n e"),
@@ -199,14 +200,33 @@ FAMILIES: dict[str, Family] = {
     # TinyMIM release, models_tinymim.py: the last block has as many heads as the teacher.
     "tinymim": Family((*_TOKENS, *_BODY, *_NORM), {192: (6, 12), 384: (6, 12), 768: (12, 16)}),
     # timm's classifier as in models_vit.py of both releases; 'mean' pooling normalises the mean instead of the tokens.
+    # DeiT's distilled models have a second token and head.
     "vit": Family(
         (
-            *_TOKENS,
+            _CLS,
+            *_part("dist", _DIST),
+            _POSITIONS,
             *_BODY,
             *_part("cls", *_NORM),
             *_part("mean", *_norm("fc_norm", "fc_norm", "d")),
             *_part("head", *_linear("head", "head", "k", "d")),
+            *_part("head_dist", *_linear("head_dist", "head_dist", "k", "d")),
         ),
         _VIT_HEADS,
+    ),
+    # TinyMIM*-T, the fine-tuned file: Segmentation/TinyMIMstar-T/backbone/mae.py has its encoder, log/TinyMIMstar-T.log
+    # there names the other tensors (fc_norm, head, head_dist). The class that has them all was not released.
+    "tinymim_star": Family(
+        (
+            _CLS,
+            _DIST,
+            _POSITIONS,
+            *_BODY,
+            *_norm("conv1x1.0", "widen/norm", "d"),
+            *_linear("conv1x1.1", "widen/linear", "w", "d"),
+            *_part("mean", *_norm("fc_norm", "fc_norm", "f")),
+            *_part("head", *_linear("head", "head", "k", "w"), *_linear("head_dist", "head_dist", "k", "w")),
+        ),
+        {192: (12, 12)},
     ),
 }

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tinymim_jax.ops.attention import attention
 from tinymim_jax.ops.gelu import gelu
-from tinymim_jax.ops.layer_norm import layer_norm
+from tinymim_jax.ops.layer_norm import EPS, layer_norm
 from tinymim_jax.ops.platform import on_cpu
 
 Tokens = Float[Array, "batch tokens dim"]
@@ -65,12 +65,13 @@ class LayerNorm(nn.Module):
     """LayerNorm over the last axis with float32 statistics; the output has `dtype`."""
 
     dtype: Any = jnp.float32
+    eps: float = EPS
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return layer_norm(x, scale, bias).astype(self.dtype)
+        return layer_norm(x, scale, bias, eps=self.eps).astype(self.dtype)
 
 
 class Attention(nn.Module):

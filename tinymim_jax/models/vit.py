@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tinymim_jax.models.blocks import Block, Dense, LayerNorm, Tap, run_blocks
@@ -30,12 +31,13 @@ Tokens = Float[Array, "batch tokens dim"]
 
 
 class ViT(nn.Module):
-    """Patches in, tokens out, CLS first.
+    """Patches in, tokens out: CLS, DIST where there is one, patches.
 
     Attributes:
       embed_dim, depth, mlp_ratio: as usual.
       heads: attention heads of each block (one number for all, or one for each).
       patch_size, image_size: pixels; the image (height, width) may be oblong.
+      dist_token: a second learned token, which DeiT (arXiv 2012.12877) trains on a supervised teacher's answers.
       pos_embed: 'sincos' is a fixed table and no parameter; 'learned' is a parameter that starts as that table.
       drop_path, drop_path_schedule: see ops.drop_path.
       final_norm: LayerNorm over the tokens at the end; a mean-pool classifier has none.
@@ -49,6 +51,7 @@ class ViT(nn.Module):
     patch_size: int = 16
     image_size: tuple[int, int] = (224, 224)
     mlp_ratio: float = 4.0
+    dist_token: bool = False
     pos_embed: str = "sincos"
     drop_path: float = 0.0
     drop_path_schedule: str = "linear"
@@ -63,6 +66,16 @@ class ViT(nn.Module):
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return 2 if self.dist_token else 1
+
+    @property
+    def fixed_table(self) -> np.ndarray:
+        """The sin-cos position table, float32 [1, tokens, embed_dim]."""
+        return sincos_table(self.embed_dim, self.grid, self.prefix)
+
+    @property
     def block_heads(self) -> tuple[int, ...]:
         """Attention heads of each block."""
         heads = (self.heads,) * self.depth if isinstance(self.heads, int) else tuple(self.heads)
@@ -71,8 +84,11 @@ class ViT(nn.Module):
         return heads
 
     def record(self) -> dict:
-        """The architecture as plain JSON: what travels beside parameters so that they can be used without a config."""
-        return {
+        """The architecture as plain JSON: what travels beside parameters so that they can be used without a config.
+
+        A record without `dist_token` has none, as older ones.
+        """
+        record = {
             "embed_dim": self.embed_dim,
             "depth": self.depth,
             "heads": list(self.block_heads),
@@ -82,6 +98,7 @@ class ViT(nn.Module):
             "pos_embed": self.pos_embed,
             "final_norm": self.final_norm,
         }
+        return record | ({"dist_token": True} if self.dist_token else {})
 
     @classmethod
     def from_record(cls, record: dict, **overrides: Any) -> "ViT":
@@ -94,7 +111,9 @@ class ViT(nn.Module):
             raise ValueError(f"pos_embed={self.pos_embed!r} is unknown. Choices: 'sincos', 'learned'")
         self.patch_embed = Dense(self.embed_dim, dtype=self.dtype)
         self.cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
-        table = sincos_table(self.embed_dim, self.grid)
+        if self.dist_token:
+            self.dist = self.param("dist_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
+        table = self.fixed_table
         if self.pos_embed == "learned":
             self.positions = self.param("pos_embed", lambda key: jnp.asarray(table))
         else:
@@ -110,7 +129,7 @@ class ViT(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         drop_key: jax.Array | None = None,
     ) -> Tokens:
-        """All tokens after the last block (and the final norm), [batch, 1 + patches, embed_dim].
+        """All tokens after the last block (and the final norm), [batch, prefix + patches, embed_dim].
 
         Args:
           images: normalised pixels.
@@ -152,7 +171,7 @@ class ViT(nn.Module):
         return self.norm(tokens) if self.final_norm else tokens
 
     def embed(self, images: Images, keep: Int[Array, "batch kept"] | None = None) -> Tokens:
-        """CLS and patch tokens with their positions, as they enter the first block."""
+        """All tokens with their positions, as they enter the first block."""
         if images.shape[1:3] != tuple(self.image_size):
             height, width = images.shape[1:3]
             raise ValueError(
@@ -161,14 +180,15 @@ class ViT(nn.Module):
             )
         patches = patchify(images, self.patch_size)
         positions = jnp.asarray(self.positions, self.dtype)
-        patch_positions = positions[:, 1:]
+        patch_positions = positions[:, self.prefix :]
         if keep is not None:
             patches = take_tokens(patches, keep)
             batch_positions = jnp.broadcast_to(patch_positions, (images.shape[0], *patch_positions.shape[1:]))
             patch_positions = take_tokens(batch_positions, keep)
         tokens = self.patch_embed(patches.astype(self.dtype)) + patch_positions
-        cls = self.cls_token.astype(self.dtype) + positions[:, :1]
-        return jnp.concatenate([jnp.broadcast_to(cls, (tokens.shape[0], 1, self.embed_dim)), tokens], axis=1)
+        leading = jnp.concatenate([self.cls_token, self.dist], axis=1) if self.dist_token else self.cls_token
+        leading = leading.astype(self.dtype) + positions[:, : self.prefix]
+        return jnp.concatenate([jnp.broadcast_to(leading, (len(tokens), *leading.shape[1:])), tokens], axis=1)
 
     def _path_scales(self, images: Images, drop_key: jax.Array | None) -> Array | None:
         if drop_key is None or self.drop_path == 0:

@@ -1,5 +1,7 @@
 """LayerNorm over the last axis with float32 statistics."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,25 +16,26 @@ Features = Float[Array, "*batch dim"]
 Vector = Float[Array | np.ndarray, "dim"]
 
 
-def layer_norm(x: Features, scale: Vector, bias: Vector) -> Float[Array, "*batch dim"]:
-    """`(x - mean) / sqrt(variance + 1e-6) * scale + bias`, float32 whatever the dtype of `x`."""
+def layer_norm(x: Features, scale: Vector, bias: Vector, *, eps: float = EPS) -> Float[Array, "*batch dim"]:
+    """`(x - mean) / sqrt(variance + eps) * scale + bias`, float32 whatever the dtype of `x`."""
     x = x.astype(jnp.float32)
-    return layer_norm_for_cpu(x, scale, bias) if on_cpu() else _forward(x, scale, bias)[0]
+    return layer_norm_for_cpu(x, scale, bias, eps) if on_cpu() else _forward(x, scale, bias, eps)[0]
 
 
-@jax.custom_vjp
-def layer_norm_for_cpu(x: Features, scale: Vector, bias: Vector) -> Float[Array, "*batch dim"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm_for_cpu(x: Features, scale: Vector, bias: Vector, eps: float = EPS) -> Float[Array, "*batch dim"]:
     """The same for a float32 `x`, with a gradient written out."""
-    return _forward(x, scale, bias)[0]
+    return _forward(x, scale, bias, eps)[0]
 
 
-def _forward(x: Features, scale: Vector, bias: Vector) -> tuple[Array, tuple]:
+def _forward(x: Features, scale: Vector, bias: Vector, eps: float) -> tuple[Array, tuple]:
     mean = x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + EPS)
+    inverse = jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
     return (x - mean) * (inverse * scale) + bias, (x, mean, inverse, scale)
 
 
-def _backward(saved: tuple, cotangent: Array) -> tuple[Array, Array, Array]:
+def _backward(eps: float, saved: tuple, cotangent: Array) -> tuple[Array, Array, Array]:
+    del eps
     x, mean, inverse, scale = saved
     normed = (x - mean) * inverse
     leading = tuple(range(x.ndim - 1))

@@ -67,6 +67,41 @@ def soft_cross_entropy(
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
+def binary_cross_entropy(
+    logits: Float[Array, "batch classes"],
+    targets: Float[Array, "batch classes"],
+    *,
+    threshold: float | None = None,
+) -> Float[Array, "batch"]:
+    """A yes-or-no question for each class, averaged over the classes as timm's BinaryCrossEntropy does by default.
+
+    Args:
+      threshold: targets above it become 1 and the others 0, so that a mixed image shows both its classes
+        (ResNet strikes back, arXiv 2110.00476: 0.2; DeiT III, arXiv 2204.07118: 0); None: as they are.
+    """
+    if threshold is not None:
+        targets = (targets > threshold).astype(jnp.float32)
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets), axis=-1)
+
+
+def hard_distillation(
+    student: Float[Array, "batch classes"], teacher: Float[Array, "batch classes"]
+) -> Float[Array, "batch"]:
+    """Cross-entropy with the class that the teacher's logits rank first (DeiT, arXiv 2012.12877, equation 3)."""
+    return optax.softmax_cross_entropy_with_integer_labels(student.astype(jnp.float32), jnp.argmax(teacher, axis=-1))
+
+
+def soft_distillation(
+    student: Float[Array, "batch classes"], teacher: Float[Array, "batch classes"], *, tau: float
+) -> Float[Array, "batch"]:
+    """tau^2 KL(teacher || student) of softmax(logits / tau), summed over the classes (DeiT, equation 2).
+
+    DeiT's released code divides by the number of classes as well.
+    """
+    student, teacher = (jax.nn.log_softmax(logits.astype(jnp.float32) / tau) for logits in (student, teacher))
+    return tau**2 * jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+
+
 def soft_targets(labels: Int[Array, "batch"], classes: int, *, smoothing: float) -> Float[Array, "batch classes"]:
     """One-hot labels in float32, of which `smoothing` is spread evenly over all classes."""
     one_hot = (labels[:, None] == jnp.arange(classes)).astype(jnp.float32)

@@ -10,8 +10,8 @@ Grid = tuple[int, int]
 
 
 @functools.cache
-def sincos_table(dim: int, grid: Grid) -> np.ndarray:
-    """Fixed table, float32 [1, 1 + rows * columns, dim], zeros for the CLS token.
+def sincos_table(dim: int, grid: Grid, prefix: int = 1) -> np.ndarray:
+    """Fixed table, float32 [1, prefix + rows * columns, dim], zeros for the tokens before the patches.
 
     The first half of the channels encodes the column, the second the row (MAE release, util/pos_embed.py).
     `dim` must be a multiple of 4.
@@ -26,7 +26,7 @@ def sincos_table(dim: int, grid: Grid) -> np.ndarray:
         angle = position.reshape(-1, 1) * frequency  # [patches, dim / 4]
         halves += [np.sin(angle), np.cos(angle)]
     table = np.concatenate(halves, axis=1)
-    return np.concatenate([np.zeros((1, dim)), table])[None].astype(np.float32)
+    return np.concatenate([np.zeros((prefix, dim)), table])[None].astype(np.float32)
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:
@@ -48,7 +48,7 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
 def resize_table(
     table: Float[Array | np.ndarray, "1 tokens dim"], old: Grid, new: Grid
 ) -> Float[Array | np.ndarray, "1 new_tokens dim"]:
-    """Resizes a learned position table; leading tokens (CLS) are kept as they are.
+    """Resizes a learned position table; leading tokens (CLS, DIST) are kept as they are.
 
     Args:
       table: [1, prefix + rows * columns, dim] for the grid `old`.

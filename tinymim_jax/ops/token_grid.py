@@ -37,6 +37,11 @@ def resize_tokens(tokens: Tokens, old: Grid, new: Grid) -> Float[Array, "batch n
     return jnp.concatenate([tokens[:, :1], patches], axis=1)
 
 
+def without_dist_token(tokens: Tokens) -> Float[Array, "batch fewer *rest"]:
+    """CLS and patch tokens of CLS, DIST and patch tokens."""
+    return jnp.concatenate([tokens[:, :1], tokens[:, 2:]], axis=1)
+
+
 def visible_tokens(tokens: Tokens, keep: Int[Array, "batch kept"]) -> Float[Array, "batch visible *rest"]:
     """The CLS token and the patch tokens at the positions `keep` (from 0, in that order), image by image."""
     cls = jnp.zeros((keep.shape[0], 1), keep.dtype)

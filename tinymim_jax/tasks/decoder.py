@@ -32,6 +32,15 @@ def build_decoder(sizes: ConfigDict, encoder: ViT) -> MaeDecoder:
     )
 
 
+def check_no_dist_token(encoder: ViT) -> None:
+    """Raises ValueError for an encoder with a token that MAE's decoder has no place for."""
+    if encoder.dist_token:
+        raise ValueError(
+            "model.dist_token=True: a decoder of pixels reads the CLS and patch tokens only; set it to False. "
+            "The token serves classify, and distill without distill.mim_weight"
+        )
+
+
 def decoder_record(decoder: MaeDecoder) -> dict[str, Any]:
     """The architecture as plain JSON."""
     return {"embed_dim": decoder.embed_dim, "depth": decoder.depth, "heads": decoder.heads}
@@ -77,6 +86,7 @@ def pixel_prediction(distill: ConfigDict, student: ViT) -> PixelPrediction | Non
         raise ValueError(f"distill.mim_weight={weight} must not be negative: 0 leaves the loss out")
     if not weight:
         return None
+    check_no_dist_token(student)
     if not ratio:
         raise ValueError(
             f"distill.mim_weight={weight} asks for the pixels of hidden patches, but distill.mask_ratio={ratio} hides "

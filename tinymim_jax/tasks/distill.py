@@ -13,7 +13,7 @@ from tinymim_jax.ops.keys import named
 from tinymim_jax.params_io import merge
 from tinymim_jax.targets import find_target
 from tinymim_jax.tasks.decoder import PixelPrediction, decoder_record, fill_decoder, pixel_prediction
-from tinymim_jax.tasks.distill_inputs import build_inputs
+from tinymim_jax.tasks.distill_inputs import build_inputs, compared
 from tinymim_jax.tasks.distill_pairs import adapter_record, align_heads, compare, find_blocks, init_adapters, make_pairs
 from tinymim_jax.tasks.encoder import Loaded, build_encoder, compute_dtype, fill_encoder, fit_positions, load
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
@@ -62,8 +62,9 @@ def build(config: ConfigDict, classes: int) -> Task:
             drop_key=named(key, "drop_path") if train else None,
             method="encode",
         )
-        wanted = [inputs.aligned(tap, masking) for tap in seen_by_teacher]
-        values = compare(pairs, params.get("adapter"), seen_by_student[: len(pairs)], wanted)
+        wanted = [inputs.aligned(compared(tap, teacher), masking) for tap in seen_by_teacher]
+        seen = [compared(tap, student) for tap in seen_by_student[: len(pairs)]]
+        values = compare(pairs, params.get("adapter"), seen, wanted)
         if mim:
             assert masking is not None
             reconstruction = mim.losses(params, seen_by_student[-1].output, student_view, masking)

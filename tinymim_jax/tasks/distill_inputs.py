@@ -11,7 +11,7 @@ from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import color_jitter, normalize
 from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.masking import Masking, kept_patches, random_masking
-from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens
+from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens, without_dist_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,15 @@ class Inputs:
         if masking is not None and not self.teacher_masked:
             tap = jax.tree.map(lambda tokens: visible_tokens(tokens, masking.keep), tap)
         return tap
+
+
+def compared(tap: Tap, network: ViT) -> Tap:
+    """The tap without the DIST token, where the network has one.
+
+    Relations are those of the tokens that any two networks have, CLS and patches: no softmax sees the DIST token. (The
+    authors pre-train without it and add it for fine-tuning.)
+    """
+    return jax.tree.map(without_dist_token, tap) if network.dist_token else tap
 
 
 def build_inputs(config: ConfigDict, student: ViT, teacher: ViT) -> Inputs:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.vit import PRESETS, ViT
-from tinymim_jax.ops.posembed import resize_table, sincos_table
+from tinymim_jax.ops.posembed import resize_table
 from tinymim_jax.params_io import load_params, merge
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def build_encoder(model: ConfigDict, **overrides: Any) -> ViT:
         "patch_size": model.patch_size,
         "image_size": tuple(model.image_size),
         "mlp_ratio": model.mlp_ratio,
+        "dist_token": model.dist_token,
         "pos_embed": model.pos_embed,
         "drop_path": model.drop_path,
         "drop_path_schedule": model.drop_path_schedule,
@@ -90,16 +91,21 @@ def load(path: str) -> Loaded:
 def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
     """The loaded encoder's parameters with a position table as `encoder` wants it.
 
-    A learned table is resized to the encoder's grid as torch's bicubic would. An encoder with a fixed sin-cos table
-    takes none, so one that comes with the file must be that table: anything else would be lost without a word.
+    A learned table is resized to the encoder's grid as torch's bicubic would; a DIST token that is new to it gets the
+    CLS token's fixed position, zeros. An encoder with a fixed sin-cos table takes none, so one that comes with the
+    file must be that table: anything else would be lost without a word.
     """
     params = dict(loaded.params["encoder"])
     record = ViT.from_record(loaded.model["encoder"])
+    if record.dist_token and not encoder.dist_token:
+        raise ValueError(f"{loaded.path} has a distillation token: set model.dist_token=True")
     table = params.pop("pos_embed", None)
     if encoder.pos_embed == "learned":
-        table = sincos_table(record.embed_dim, record.grid) if table is None else table
-        params["pos_embed"] = np.asarray(resize_table(np.asarray(table), record.grid, encoder.grid))
-    elif table is not None and not np.allclose(table, sincos_table(record.embed_dim, record.grid), atol=1e-4):
+        table = np.asarray(record.fixed_table if table is None else table)
+        if encoder.prefix > record.prefix:
+            table = np.insert(table, record.prefix, 0.0, axis=1)
+        params["pos_embed"] = np.asarray(resize_table(table, record.grid, encoder.grid))
+    elif table is not None and not np.allclose(table, record.fixed_table, atol=1e-4):
         raise ValueError(
             f"{loaded.path} holds a position table that is not the fixed sin-cos one: set model.pos_embed='learned'"
         )
@@ -109,7 +115,8 @@ def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
 def fill_encoder(params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bool = True) -> Params:
     """`params` with the encoder taken from `loaded`; a difference in architecture is an error that lists it.
 
-    Head counts leave no trace in the shapes, so they are compared too, unless `same_heads` is False.
+    Head counts leave no trace in the shapes, so they are compared too, unless `same_heads` is False. A DIST token
+    that the checkpoint does not have keeps its initial value.
     """
     if same_heads and tuple(loaded.model["encoder"]["heads"]) != encoder.block_heads:
         raise ValueError(
@@ -118,5 +125,6 @@ def fill_encoder(params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bo
             "Set model.heads to the former"
         )
     unused = () if encoder.final_norm else ("norm",)
-    filled = merge(params["encoder"], fit_positions(loaded, encoder), allow_unused=unused)
+    new = () if loaded.model["encoder"].get("dist_token") else ("dist_token",)
+    filled = merge(params["encoder"], fit_positions(loaded, encoder), allow_missing=new, allow_unused=unused)
     return params | {"encoder": filled}

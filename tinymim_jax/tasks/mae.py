@@ -11,7 +11,7 @@ from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import random_masking
 from tinymim_jax.ops.patches import patchify
-from tinymim_jax.tasks.decoder import build_decoder, decoder_record, fill_decoder
+from tinymim_jax.tasks.decoder import build_decoder, check_no_dist_token, decoder_record, fill_decoder
 from tinymim_jax.tasks.encoder import build_encoder, fill_encoder, load
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
 
@@ -20,6 +20,7 @@ def build(config: ConfigDict, classes: int) -> Task:
     """The task of `config`; labels are not used."""
     del classes
     encoder = build_encoder(config.model)
+    check_no_dist_token(encoder)
     decoder = build_decoder(config.mae, encoder)
     network = MaskedAutoencoder(encoder, decoder)
     mask_ratio, normalize_pixels = config.mae.mask_ratio, config.mae.normalize_pixels
