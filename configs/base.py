@@ -13,7 +13,7 @@ from ml_collections import config_dict
 def common(task: str) -> ml_collections.ConfigDict:
     """What all tasks have."""
     config = ml_collections.ConfigDict()
-    config.task = task  # mae | distill | classify
+    config.task = task  # mae | distill | classify | probe
     config.seed = 0  # everything random follows from it
     config.init = ""  # checkpoint that the weights start from; empty: from scratch
 
@@ -48,13 +48,17 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.data.std = (0.229, 0.224, 0.225)
 
     config.optim = ml_collections.ConfigDict()
+    config.optim.name = "adamw"  # adamw | sgd | lars
     config.optim.base_lr = 1.5e-4
     config.optim.warmup = "15 epochs"
     config.optim.final_lr = 0.0
-    config.optim.b1 = 0.9
+    config.optim.b1 = 0.9  # b1, b2, eps: of adamw
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8
-    config.optim.weight_decay = 0.05
+    config.optim.momentum = 0.9  # of sgd and lars
+    config.optim.nesterov = False  # of sgd
+    config.optim.trust = 0.001  # of lars: norm of an update over that of its parameter, before the learning rate
+    config.optim.weight_decay = 0.05  # adamw: a part of the update; sgd and lars: added to the gradient
     config.optim.no_decay = "pretrain"  # pretrain: 1-D parameters | finetune: and CLS token, position table
     config.optim.layer_decay = 1.0
     config.optim.clip_norm = 0.0  # 0: off

@@ -104,16 +104,20 @@ def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source
 
 
 def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> optax.GradientTransformation:
-    """AdamW over the parameters at `paths`, as `config.optim` says."""
+    """The optimizer of the parameters at `paths`, as `config.optim` says."""
     settings = experiment.config.optim
     params = jax.eval_shape(experiment.task.init, jax.random.key(0))
     trained, _ = optim.split(params, paths)
-    return optim.adamw(
+    return optim.make_optimizer(
+        settings.name,
         experiment.schedule,
         trained,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        trust=settings.trust,
         weight_decay=settings.weight_decay,
         no_decay=settings.no_decay,
         layer_decay=settings.layer_decay,
