@@ -1,6 +1,6 @@
 """Every key of an experiment, with what it means. Nothing here depends on where the experiment runs.
 
-Experiments are the other files of this folder: each starts from distill(), mae() or classify().
+Experiments are the other files of this folder: each starts from distill(), mae(), probe() or classify().
 
 Durations are written "300 epochs" or "700 steps". Learning rates are given for 256 images and scaled by the batch.
 Values are those of TinyMIM's pre-training unless a comment says otherwise.
@@ -130,6 +130,26 @@ def mae() -> ml_collections.ConfigDict:
     config.mae.decoder_dim = 512
     config.mae.decoder_depth = 8
     config.mae.decoder_heads = 16
+    return config
+
+
+def probe() -> ml_collections.ConfigDict:
+    """A linear head on a frozen encoder, as MAE's authors judge theirs (main_linprobe.py). init names the encoder.
+
+    Of config.model image_size, dtype and scan are read; the rest is the checkpoint's own.
+    """
+    config = common("probe")
+    config.data.crop_scale = (0.08, 1.0)
+    config.optim.name = "lars"
+    config.optim.base_lr = 0.1
+    config.optim.warmup = "10 epochs"
+    config.optim.weight_decay = 0.0
+    config.train.batch_size = 16384
+    config.train.duration = "90 epochs"
+    config.train.eval_every = "10 epochs"
+    config.probe = ml_collections.ConfigDict()
+    config.probe.pool = "cls"  # cls: the CLS token after the final norm | mean: of the patch tokens, then a norm
+    config.probe.head_std = 0.01
     return config
 
 

@@ -119,7 +119,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_sgd_and_lars_in_numpy(rule):
-    """Five steps under a learning rate that begins with 0 and falls again; a kernel that is zero; a gradient that is."""
+    """Five steps under a learning rate that rises and falls; one kernel is zero, the gradient of another is."""
     settings, want_of = RULES[rule]
     rng = np.random.default_rng(1)
     head = {"kernel": rng.normal(size=(4, 3)).astype(np.float32), "bias": rng.normal(size=3).astype(np.float32)}

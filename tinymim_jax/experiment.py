@@ -97,7 +97,7 @@ def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source
             f"{config.data.eval_split!r} {len(evaluated)}, and they differ in {only}; give both the same ones, empty "
             "where there are no images"
         )
-    if config.task == "classify" and trained and not evaluated:
+    if config.task in ("classify", "probe") and trained and not evaluated:
         raise ValueError(
             f"data.eval_split={config.data.eval_split!r} of {config.data.source!r} has no labels to count by"
         )

@@ -12,6 +12,7 @@ from etils import epath
 
 from tinymim_jax import checkpoint_format as stored
 from tinymim_jax.checkpoint_format import CheckpointError, Damaged, digest
+from tinymim_jax.probed import folded_head, frozen_parts
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """(architecture record, parameters as nested dicts of numpy arrays) of an export or of a training run.
 
     Of a run, the newest intact checkpoint is taken and only its parameters are read; where it keeps a moving
-    average of them, they are taken from there. Nothing is changed on disk, so the run may be going on.
+    average of them, they are taken from there. Nothing is changed on disk, so the run may be going on. A linear
+    probe's run holds its head alone; the encoder is read from the checkpoint that was probed.
 
     Args:
       path: a directory written by `save_params` (or `tinymim convert`), or the workdir of a run.
@@ -73,7 +75,8 @@ def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     if (path / "params").is_dir():
         return _load_export(path)
     if (path / "checkpoints").is_dir():
-        return _read_model(path), _load_run(path / "checkpoints")
+        model, params = _read_model(path), _load_run(path / "checkpoints")
+        return model, _with_probed_encoder(path, model, params) if "probe" in model else params
     raise CheckpointError(_not_a_checkpoint(path))
 
 
@@ -131,6 +134,21 @@ def _load_run(directory: epath.Path) -> dict[str, Any]:
     if damaged:
         raise CheckpointError(f"No checkpoint in {directory} is intact:{''.join(damaged)}\nPut back a copy.")
     raise CheckpointError(f"{directory} holds no checkpoint yet. Wait until the run has saved one.")
+
+
+def _with_probed_encoder(path: epath.Path, model: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    """A Classifier's parameters: those of the probed checkpoint, and the probe's head with its batch norm folded in."""
+    probed = model["probe"]["checkpoint"]
+    try:
+        their_model, theirs = load_params(probed)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is a linear probe of {probed}, which cannot be read: {error}") from error
+    if digest(theirs["encoder"]) != model["probe"]["digest"]:
+        raise CheckpointError(f"{path} is a linear probe of {probed}, which has changed since. Probe it again.")
+    frozen = frozen_parts(
+        their_model, theirs, image_size=tuple(model["encoder"]["image_size"]), pool=model["classifier"]["pool"]
+    )
+    return frozen | {"head": folded_head(params["head"], params["batch_norm"])}
 
 
 def _load_step(directory: epath.Path) -> dict[str, Any]:
