@@ -134,11 +134,10 @@ def mae() -> ml_collections.ConfigDict:
 
 
 def probe() -> ml_collections.ConfigDict:
-    """A linear head on a frozen encoder, as MAE's authors judge theirs (main_linprobe.py). init names the encoder.
-
-    Of config.model image_size, dtype and scan are read; the rest is the checkpoint's own.
-    """
+    """A linear head on a frozen encoder, as MAE's authors judge theirs (main_linprobe.py). init names the encoder."""
     config = common("probe")
+    for name in set(config.model) - {"image_size", "dtype", "scan"}:
+        del config.model[name]  # as the checkpoint has it
     config.data.crop_scale = (0.08, 1.0)
     config.optim.name = "lars"
     config.optim.base_lr = 0.1

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import run_steps, same_bits
+from runs import probe_config, run_steps, same_bits
 
 from tinymim_jax.checkpoint_format import CheckpointError
 from tinymim_jax.checkpoints import Checkpoints
@@ -21,22 +21,6 @@ from tinymim_jax.state import init_state, trained_paths
 from tinymim_jax.tasks.encoder import load
 from tinymim_jax.train import train
 
-PROBE = (
-    "model.image_size=(16,16)",
-    "model.dtype=float32",
-    "data.source=digits",
-    "data.eval_resize=16",
-    "data.eval_split=test[:13]",
-    "data.mean=(0.5,0.5,0.5)",
-    "data.std=(0.5,0.5,0.5)",
-    "train.batch_size=16",
-    "train.duration=4 steps",
-    "train.log_every=1",
-    "train.eval_every=0 steps",
-    "optim.warmup=1 steps",
-    "checkpoint.every_minutes=0.0",
-)
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -47,10 +31,6 @@ def checkpoint(tmp_path_factory):
     params["norm"] = {"scale": jnp.linspace(0.5, 2.0, 16), "bias": jnp.linspace(-1.0, 1.0, 16)}
     save_params(folder, {"encoder": params}, {"encoder": vit.record()})
     return folder
-
-
-def probe_config(checkpoint, *overrides):
-    return load_config("configs/linprobe.py", [*PROBE, f"init={checkpoint}", *overrides])
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -90,7 +70,7 @@ def features_of(config, checkpoint, data_dir, steps):
 
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (8, 1), (8, 2)])
 def test_statistics_of_the_global_batch_and_of_its_parts(checkpoint, data_dir, devices, accumulate):
-    config = probe_config(checkpoint, f"train.accumulate={accumulate}")
+    config = probe_config(f"init={checkpoint}", f"train.accumulate={accumulate}")
     mesh = make_mesh(devices=jax.devices()[:devices])
     state, losses, before, after = run_steps(config, data_dir, mesh, 2)
     assert np.isfinite(losses).all()
@@ -107,7 +87,7 @@ def test_statistics_of_the_global_batch_and_of_its_parts(checkpoint, data_dir, d
 
 
 def test_the_head_alone_is_trained(checkpoint, data_dir):
-    experiment = build_experiment(probe_config(checkpoint), data_dir=data_dir)
+    experiment = build_experiment(probe_config(f"init={checkpoint}"), data_dir=data_dir)
     paths = trained_paths(experiment.task, experiment.task.load_frozen(), batch_shapes(experiment))
     assert paths == {("head", "kernel"), ("head", "bias")}
     head = experiment.task.init(jax.random.key(0))["head"]
@@ -116,7 +96,7 @@ def test_the_head_alone_is_trained(checkpoint, data_dir):
 
 
 def test_a_step_that_is_not_finite_moves_no_statistics(checkpoint, data_dir):
-    config = probe_config(checkpoint, "data.mean=(0.5,0.5,1e999)")
+    config = probe_config(f"init={checkpoint}", "data.mean=(0.5,0.5,1e999)")
     state, *_ = run_steps(config, data_dir, make_mesh(devices=jax.devices()[:1]), 1)
     assert int(state.skipped) == 1
     np.testing.assert_array_equal(state.params["batch_norm"]["mean"], 0)
@@ -129,7 +109,7 @@ def probe_run(checkpoint, tmp_path_factory, data_dir):
 
 
 def run_probe(workdir, checkpoint, data_dir, pool):
-    config = probe_config(checkpoint, f"probe.pool={pool}", "optim.name=sgd", "train.duration=12 steps")
+    config = probe_config(f"init={checkpoint}", f"probe.pool={pool}", "optim.name=sgd", "train.duration=12 steps")
     return config, workdir, train(config, workdir, data_dir=data_dir)
 
 
@@ -182,8 +162,8 @@ def test_an_encoder_that_changed_is_not_taken_for_the_one_that_was_probed(probe_
 
 def test_mistakes_of_a_probe_are_told(checkpoint, data_dir):
     with pytest.raises(ValueError, match="init is empty: a probe judges a pre-trained encoder"):
-        build_experiment(probe_config(""), data_dir=data_dir)
+        build_experiment(probe_config(), data_dir=data_dir)
     with pytest.raises(ValueError, match=r"pool='max' is unknown.*'cls'"):
-        build_experiment(probe_config(checkpoint, "probe.pool=max"), data_dir=data_dir)
+        build_experiment(probe_config(f"init={checkpoint}", "probe.pool=max"), data_dir=data_dir)
     with pytest.raises(ValueError, match=r"configs/linprobe.py:adam is unknown. Choices: lars, sgd"):
         load_config("configs/linprobe.py:adam")

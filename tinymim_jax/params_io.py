@@ -33,7 +33,7 @@ def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any]
       CheckpointError: the directory is in use, or cannot be written.
     """
     directory = _resolved(directory)
-    _check_free(directory, overwrite)
+    check_free(directory, overwrite=overwrite)
     temporary = directory.parent / f".{directory.name}.writing-{os.getpid()}"
     old = directory.parent / f".{directory.name}.old-{os.getpid()}"
     params, this = jax.device_get(params), jax.process_index()
@@ -56,6 +56,18 @@ def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any]
         finally:
             if temporary.exists():
                 temporary.rmtree()
+
+
+def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
+    """Raises CheckpointError where `save_params` would find `directory` in use."""
+    directory = _resolved(directory)
+    if not directory.exists():
+        return
+    is_export = (directory / "model.json").exists() and (directory / "params").is_dir()
+    if is_export and not overwrite:
+        raise CheckpointError(f"{directory} holds an export already. Delete it, or choose another directory.")
+    if not is_export and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists and is no export. Choose another directory.")
 
 
 def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -172,16 +184,6 @@ def _read_model(path: epath.Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing. Put it back, or convert or train again.") from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not an architecture record: {error}. Put back a copy.") from error
-
-
-def _check_free(directory: epath.Path, overwrite: bool) -> None:
-    if not directory.exists():
-        return
-    is_export = (directory / "model.json").exists() and (directory / "params").is_dir()
-    if is_export and not overwrite:
-        raise CheckpointError(f"{directory} holds an export already. Delete it, or choose another directory.")
-    if not is_export and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists and is no export. Choose another directory.")
 
 
 def _not_a_checkpoint(path: epath.Path) -> str:

@@ -94,7 +94,10 @@ def train(
     with checkpoints:
         state = checkpoints.restore(abstract)
         state = fresh_state() if state is None else state
-        _write_json(workdir / "model.json", task.model | {"preprocessing": preprocessing(experiment)})
+        _write_json(
+            workdir / "model.json",
+            task.model | {"preprocessing": preprocessing(config, experiment.train_source.class_names)},
+        )
         _announce(experiment, state, paths, mesh)
         result = _loop(experiment, mesh, state, frozen, train_step, checkpoints, workdir, workers)
     _write_json(finished, result)

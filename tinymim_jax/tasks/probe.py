@@ -25,8 +25,8 @@ from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
 def build(config: ConfigDict, classes: int) -> Task:
     """The task of `config` for a data set of so many classes (MAE release, main_linprobe.py).
 
-    The encoder is that of `init`, whatever config.model says of its size. Its features are what a Classifier's head
-    sees: the CLS token after the final norm, or the mean of the patch tokens and a norm after that.
+    The encoder is that of `init`. Its features are what a Classifier's head sees: the CLS token after the final norm,
+    or the mean of the patch tokens and a norm after that.
 
     Raises ValueError where there are no classes, or no checkpoint.
     """
