@@ -232,7 +232,14 @@ def _parser() -> argparse.ArgumentParser:
     probe = _command(commands, "probe", _probe, "accuracy of a linear classifier on a checkpoint's features")
     probe.formatter_class, probe.epilog = argparse.RawDescriptionHelpFormatter, _PROBE
     rates = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-    probe.add_argument("--base_lr", type=float, nargs="+", default=rates, metavar="LR", help="rates at 256 examples")
+    probe.add_argument(
+        "--base_lr",
+        type=float,
+        nargs="+",
+        default=rates,
+        metavar="LR",
+        help="rates at 256 examples (default 0.001 to 3)",
+    )
     probe.add_argument("--epochs", type=int, default=90, help="of the classifier's training (default 90)")
     probe.add_argument("--batch_size", type=int, default=1024, help="of the classifier's training (default 1024)")
     probe.add_argument(

@@ -132,15 +132,16 @@ def fit_heads(
     approach. The heads that are returned take features as they are. Each device holds all of `features` and trains
     some of the heads.
     """
-    statistics = {"mean": features.mean(axis=0, dtype=np.float64), "variance": features.var(axis=0, dtype=np.float64)}
-    normed = (features - statistics["mean"]) / np.sqrt(statistics["variance"] + EPS)
+    statistics = _moments(features)
+    scale = 1 / np.sqrt(statistics["variance"] + EPS)
+    normed = (features - statistics["mean"].astype(np.float32)) * scale.astype(np.float32)
     batch_size = min(batch_size, len(features))
     steps = len(features) // batch_size  # of an epoch; what is left over is another part of the data in each
     heads_sharding, everywhere = NamedSharding(mesh, PartitionSpec(AXES)), replicated(mesh)
     count = -(-len(base_lrs) // mesh.size) * mesh.size
     padded = [*base_lrs, *[base_lrs[-1]] * (count - len(base_lrs))]  # every device gets as many
     rates = jax.device_put(np.asarray(padded, np.float32) * batch_size / 256, heads_sharding)
-    data = jax.device_put((normed.astype(np.float32), labels.astype(np.int32)), everywhere)
+    data = jax.device_put((normed, labels.astype(np.int32)), everywhere)
     root = jax.random.key(seed)
     head = {
         "kernel": _HEAD_STD * jax.random.normal(jax.random.fold_in(root, epochs), (features.shape[1], classes)),
@@ -196,6 +197,13 @@ def judge(heads: Head, features: np.ndarray, labels: np.ndarray) -> dict[str, np
         for name, values in part.items():
             total[name] += np.asarray(values, np.float64)
     return {name: values / len(features) for name, values in total.items()}
+
+
+def _moments(features: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and variance over all rows, float64; no copy of them all is made."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    parts = (features[start : start + _ROWS] - mean for start in range(0, len(features), _ROWS))
+    return {"mean": mean, "variance": sum(np.square(part).sum(axis=0) for part in parts) / len(features)}
 
 
 def _held_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
