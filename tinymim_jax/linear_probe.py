@@ -202,8 +202,10 @@ def judge(heads: Head, features: np.ndarray, labels: np.ndarray) -> dict[str, np
 def _moments(features: np.ndarray) -> dict[str, np.ndarray]:
     """Mean and variance over all rows, float64; no copy of them all is made."""
     mean = features.mean(axis=0, dtype=np.float64)
-    parts = (features[start : start + _ROWS] - mean for start in range(0, len(features), _ROWS))
-    return {"mean": mean, "variance": sum(np.square(part).sum(axis=0) for part in parts) / len(features)}
+    squares = np.zeros_like(mean)
+    for start in range(0, len(features), _ROWS):
+        squares += np.square(features[start : start + _ROWS] - mean).sum(axis=0)
+    return {"mean": mean, "variance": squares / len(features)}
 
 
 def _held_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
