@@ -1,6 +1,6 @@
 """Every key of an experiment, with what it means. Nothing here depends on where the experiment runs.
 
-Experiments are the other files of this folder: each starts from distill(), mae() or classify().
+Experiments are the other files of this folder: each starts from distill(), mae(), probe() or classify().
 
 Durations are written "300 epochs" or "700 steps". Learning rates are given for 256 images and scaled by the batch.
 Values are those of TinyMIM's pre-training unless a comment says otherwise.
@@ -13,7 +13,7 @@ from ml_collections import config_dict
 def common(task: str) -> ml_collections.ConfigDict:
     """What all tasks have."""
     config = ml_collections.ConfigDict()
-    config.task = task  # mae | distill | classify
+    config.task = task  # mae | distill | classify | probe
     config.seed = 0  # everything random follows from it
     config.init = ""  # checkpoint that the weights start from; empty: from scratch
 
@@ -49,13 +49,17 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.data.std = (0.229, 0.224, 0.225)
 
     config.optim = ml_collections.ConfigDict()
+    config.optim.name = "adamw"  # adamw | sgd | lars
     config.optim.base_lr = 1.5e-4
     config.optim.warmup = "15 epochs"
     config.optim.final_lr = 0.0
-    config.optim.b1 = 0.9
+    config.optim.b1 = 0.9  # b1, b2, eps: of adamw
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8
-    config.optim.weight_decay = 0.05
+    config.optim.momentum = 0.9  # of sgd and lars
+    config.optim.nesterov = False  # of sgd
+    config.optim.trust = 0.001  # of lars: norm of an update over that of its parameter, before the learning rate
+    config.optim.weight_decay = 0.05  # adamw: a part of the update; sgd and lars: added to the gradient
     config.optim.no_decay = "pretrain"  # pretrain: 1-D parameters | finetune: and CLS token, position table
     config.optim.layer_decay = 1.0
     config.optim.clip_norm = 0.0  # 0: off
@@ -127,6 +131,25 @@ def mae() -> ml_collections.ConfigDict:
     config.mae.decoder_dim = 512
     config.mae.decoder_depth = 8
     config.mae.decoder_heads = 16
+    return config
+
+
+def probe() -> ml_collections.ConfigDict:
+    """A linear head on a frozen encoder, as MAE's authors judge theirs (main_linprobe.py). init names the encoder."""
+    config = common("probe")
+    for name in set(config.model) - {"image_size", "dtype", "scan"}:
+        del config.model[name]  # as the checkpoint has it
+    config.data.crop_scale = (0.08, 1.0)
+    config.optim.name = "lars"
+    config.optim.base_lr = 0.1
+    config.optim.warmup = "10 epochs"
+    config.optim.weight_decay = 0.0
+    config.train.batch_size = 16384
+    config.train.duration = "90 epochs"
+    config.train.eval_every = "10 epochs"
+    config.probe = ml_collections.ConfigDict()
+    config.probe.pool = "cls"  # cls: the CLS token after the final norm | mean: of the patch tokens, then a norm
+    config.probe.head_std = 0.01
     return config
 
 

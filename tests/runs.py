@@ -25,6 +25,23 @@ SMALL = (
     "checkpoint.every_minutes=0.0",
 )
 
+# A probe of an encoder with patches of 8 on the same digits.
+PROBE = (
+    "model.image_size=(16,16)",
+    "model.dtype=float32",
+    "data.source=digits",
+    "data.eval_resize=16",
+    "data.eval_split=test[:13]",
+    "data.mean=(0.5,0.5,0.5)",
+    "data.std=(0.5,0.5,0.5)",
+    "train.batch_size=16",
+    "train.duration=4 steps",
+    "train.log_every=1",
+    "train.eval_every=0 steps",
+    "optim.warmup=1 steps",
+    "checkpoint.every_minutes=0.0",
+)
+
 
 def small_config(experiment: str, *overrides: str):
     """configs/digits.py:`experiment`, shrunk."""
@@ -34,6 +51,11 @@ def small_config(experiment: str, *overrides: str):
     if experiment == "distill":
         words = ["distill.teacher.tap=None", *words]
     return load_config(f"configs/digits.py:{experiment}", words)
+
+
+def probe_config(*overrides: str):
+    """configs/linprobe.py, shrunk; `init=` is among the overrides."""
+    return load_config("configs/linprobe.py", [*PROBE, *overrides])
 
 
 def run_steps(config, data_dir, mesh, steps: int):

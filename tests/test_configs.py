@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from runs import small_config
+from runs import probe_config, small_config
 
 import tinymim_jax.experiment as experiment_module
 import tinymim_jax.tasks.distill as distill_module
+import tinymim_jax.tasks.probe as probe_module
 import tinymim_jax.tasks.supervised_teacher as supervised_teacher
 from tinymim_jax import optim
 from tinymim_jax.config import from_json, load_config
@@ -33,10 +34,12 @@ SMALL = [
 ]
 OTHERS = ("__init__", "base", "chain", "cifar10", "digits")
 SPECS = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py")) if p.stem not in OTHERS]
-SPECS += ["configs/own_images.py:t,8000", "configs/own_images.py:b"]
-
-
-STAR = "configs/finetune_t_star.py"
+SPECS += ["configs/linprobe.py:sgd", "configs/own_images.py:t,8000", "configs/own_images.py:b"]
+NEEDS = {
+    "distill": ["distill.teacher.path=fake"],
+    "linprobe": ["init=fake"],
+    "finetune_t_star": ["classify.teacher.path=fake"],
+}
 
 
 class FakeImageNet(Source):
@@ -54,7 +57,7 @@ class FakeImageNet(Source):
 
 def fake_teacher(config) -> Loaded:
     """The config's teacher with weights that take no memory."""
-    row = TEACHERS[config.distill.teacher.name or "mae_vit_base"]
+    row = TEACHERS[(config.distill.teacher.name if config.task == "distill" else "") or "mae_vit_base"]
     heads = row.embed_dim // 64
     vit = ViT(embed_dim=row.embed_dim, depth=row.depth, heads=heads, image_size=(224, 224), pos_embed="learned")
     shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
@@ -72,23 +75,25 @@ def fake_classifier(path) -> Loaded:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_shipped_configs_build_at_full_size(spec, monkeypatch):
-    words = ["distill.teacher.path=fake"] if "distill" in spec else []
-    config = load_config(str(ROOT / spec), words + ["classify.teacher.path=fake"] * (spec == STAR))
+    config = load_config(str(ROOT / spec), next((words for name, words in NEEDS.items() if name in spec), []))
     monkeypatch.setattr(experiment_module, "open_source", lambda *_, **__: FakeImageNet())
     if config.task == "distill":
         monkeypatch.setattr(distill_module, "load", lambda path: fake_teacher(config))
+    if config.task == "probe":
+        monkeypatch.setattr(probe_module, "load", lambda path: fake_teacher(config))
     monkeypatch.setattr(supervised_teacher, "load", fake_classifier)
     experiment = build_experiment(config)
     assert experiment.total_steps == int(float(config.train.duration.split()[0]) * 1281167 / config.train.batch_size)
-    frozen = jax.eval_shape(experiment.task.load_frozen) if config.task != "distill" else experiment.task.load_frozen()
+    frozen = experiment.task.load_frozen()
     paths = trained_paths(experiment.task, frozen, batch_shapes(experiment))
     params = jax.eval_shape(experiment.task.init, jax.random.key(0))
     optimizer = build_optimizer(experiment, paths)
     moments = jax.eval_shape(optimizer.init, optim.split(params, paths)[0])
-    assert len(jax.tree.leaves(moments)) == 2 * len(paths) + 2  # mu and nu of each; two step counts
+    # adamw: mu and nu of each, two step counts. Others: momentum of each, a step count.
+    assert len(jax.tree.leaves(moments)) == (2 if config.optim.name == "adamw" else 1) * (len(paths) + 1)
     untrained = len(jax.tree.leaves(params)) - len(paths)
-    # TinyMIM: the last block's projection, norm and MLP and the final norm; every other task trains everything.
-    assert untrained == (10 if config.task == "distill" else 0)
+    # TinyMIM: the last block's projection, norm and MLP and the final norm; of a probe the running mean and variance.
+    assert untrained == {"distill": 10, "probe": 2}.get(config.task, 0)
 
 
 class Recorded:
@@ -128,9 +133,11 @@ def test_every_key_is_read_by_something(tmp_path, data_dir):
         "mae_teacher": [],
         "distill": [f"distill.teacher.path={tmp_path / 'teacher'}"],
         "finetune": [f"init={tmp_path / 'teacher'}"],
+        "probe": [f"init={tmp_path / 'teacher'}"],
     }
     for name, overrides in runs.items():
-        config, seen = small_config(name, *overrides, "train.duration=2 steps", "train.eval_every=1 steps"), set()
+        overrides += ["train.duration=2 steps", "train.eval_every=1 steps"]
+        config, seen = probe_config(*overrides) if name == "probe" else small_config(name, *overrides), set()
         train(Recorded(config, seen), tmp_path / name, data_dir=data_dir)
         assert flat_keys(config) - seen == set(), name
 
@@ -144,8 +151,8 @@ def test_fewer_images_of_ones_own_are_seen_more_often():
 
 
 def test_configs_of_a_task_have_the_same_keys():
-    base = {name: load_config(str(ROOT / f"configs/{file}")) for name, file in
-            {"mae": "mae_b.py", "distill": "distill_b.py", "classify": "finetune_b.py"}.items()}  # fmt: skip
+    files = {"mae": "mae_b", "distill": "distill_b", "classify": "finetune_b", "probe": "linprobe"}
+    base = {name: load_config(str(ROOT / f"configs/{file}.py")) for name, file in files.items()}
     for spec in [*SPECS, *SMALL]:
         config = load_config(str(ROOT / spec))
         assert flat_keys(config) == flat_keys(base[config.task]), spec

@@ -168,7 +168,8 @@ def test_training_trajectory(golden, tinymim, loss_and_grad, golden_student_file
     schedule = optim.warmup_cosine(run["peak_lr"], run["warmup_epochs"], run["epochs"])
     # The golden run evaluates its schedule half-way through each of its one-step epochs.
     trained, fixed = optim.split(params, paths)
-    optimizer = optim.adamw(
+    optimizer = optim.make_optimizer(
+        "adamw",
         lambda count: schedule(count + 0.5),
         trained,
         b1=run["betas"][0],

@@ -14,16 +14,19 @@ FLOORS = {
     "cli": 5, "startup": 5, "demo": 5, "demo_pictures": 5, "__main__": 5, "prepare_command": 5,
     "suite_command": 5,
     "sweep": 5, "chain": 5, "study": 5, "points": 5, "children": 5, "checks": 5, "tables": 5, "status": 5,
-    "train": 4, "config": 4, "evaluate": 4, "knn": 4, "features": 4, "inference": 4, "experiment": 4,
+    "train": 4, "config": 4, "evaluate": 4, "knn": 4, "linear_probe": 4, "features": 4, "inference": 4, "experiment": 4,
     "state": 4, "report": 4, "workdir": 4,
     "judge": 4, "suite_run": 4, "suite_report": 4, "per_example": 4,
     "tasks": 3,
     "suites": 2, "scores": 2, "targets": 2, "teachers": 2, "convert": 2, "optim": 2, "metrics": 2, "sharding": 2,
-    "checkpoints": 2, "params_io": 2, "checkpoint_format": 2,
+    "checkpoints": 2, "params_io": 2, "probed": 2, "checkpoint_format": 2,
     "goodput": 2, "heartbeat": 2,
     "models": 1, "data": 1,
     "ops": 0, "errors": 0, "exits": 0, "hosts": 0, "locks": 0, "progress": 0,
 }  # fmt: skip
+
+
+TASKS = ("mae", "distill", "classify", "probe")
 
 
 def package_imports(path: pathlib.Path) -> set[str]:
@@ -71,9 +74,9 @@ def test_floors_keep_to_themselves():
             assert not roots & {"flax", "ml_collections"}, f"{path} is above its floor"
         if FLOORS.get(own, 5) <= 2:
             assert "ml_collections" not in roots, f"{path} sees a ConfigDict"
-        if own == "tasks" and path.stem in ("mae", "distill", "classify"):
-            others = {"mae", "distill", "classify"} - {path.stem}
-            assert not any(m.startswith(f"tinymim_jax.tasks.{o}") for m in imported for o in others)
+        if own == "tasks" and path.stem in TASKS:
+            others = {f"tinymim_jax.tasks.{task}" for task in TASKS if task != path.stem}
+            assert not others & imported, f"{path} imports another task"
         assert not roots & {"torch", "tensorflow"}, f"{path} imports {roots}"
 
 

@@ -72,7 +72,7 @@ def test_adamw_in_numpy():
     encoder = {"blocks_0": {"k": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
     params = {"encoder": encoder, "head": {"k": jnp.ones((2, 2))}}
     settings = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.1, "layer_decay": 0.5, "depth": 1, "clip_norm": 1.0}
-    optimizer = optim.adamw(lambda step: 0.01 * (step + 1), params, **settings)
+    optimizer = optim.make_optimizer("adamw", lambda step: 0.01 * (step + 1), params, **settings)
     state, want = optimizer.init(params), {k: np.asarray(v) for k, v in flatten_dict(params).items()}
     first, second = ({k: np.zeros_like(v) for k, v in want.items()} for _ in range(2))
     for step in range(2):
@@ -90,6 +90,61 @@ def test_adamw_in_numpy():
             want[k] = want[k] - lr * (adam + 0.1 * want[k])
     for k, value in flatten_dict(params).items():
         np.testing.assert_allclose(value, want[k], rtol=1e-5)
+
+
+def numpy_sgd(value, gradient, memory, lr, *, decay, nesterov):
+    """torch.optim.SGD with momentum 0.9."""
+    gradient = gradient + decay * value
+    memory = 0.9 * memory + gradient
+    return value - lr * (gradient + 0.9 * memory if nesterov else memory), memory
+
+
+def numpy_lars(value, gradient, memory, lr, *, decay):
+    """util/lars.py of the MAE release, with its 0.9 and 0.001."""
+    if value.ndim > 1:
+        gradient = gradient + decay * value
+        norms = np.linalg.norm(value), np.linalg.norm(gradient)
+        gradient = gradient * (0.001 * norms[0] / norms[1] if min(norms) > 0 else 1.0)
+    memory = 0.9 * memory + gradient
+    return value - lr * memory, memory
+
+
+RULES = {
+    "sgd": ({"weight_decay": 0.1}, lambda *x, decay: numpy_sgd(*x, decay=decay, nesterov=False)),
+    "nesterov": ({"weight_decay": 0.1, "nesterov": True}, lambda *x, decay: numpy_sgd(*x, decay=decay, nesterov=True)),
+    "lars": ({"weight_decay": 0.1}, numpy_lars),
+    "lars_without_decay": ({"weight_decay": 0.0}, numpy_lars),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sgd_and_lars_in_numpy(rule):
+    """Five steps under a learning rate that rises and falls; one kernel is zero, the gradient of another is."""
+    settings, want_of = RULES[rule]
+    rng = np.random.default_rng(1)
+    head = {"kernel": rng.normal(size=(4, 3)).astype(np.float32), "bias": rng.normal(size=3).astype(np.float32)}
+    params = {"head": head, "zero": {"kernel": np.zeros((2, 2), np.float32)}, "still": {"kernel": np.ones((2, 2))}}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    rates = jnp.asarray([0.0, 2.0, 4.0, 1.0, 0.5])
+    name = {"nesterov": "sgd", "lars_without_decay": "lars"}.get(rule, rule)
+    optimizer = optim.make_optimizer(name, lambda step: rates[step], params, **settings)
+    state, want = optimizer.init(params), {k: np.asarray(v, np.float64) for k, v in flatten_dict(params).items()}
+    memory = {k: np.zeros_like(v) for k, v in want.items()}
+    for step in range(5):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+        grads["still"] = jax.tree.map(jnp.zeros_like, grads["still"])
+        updates, state = jax.jit(optimizer.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for k, g in flatten_dict(grads).items():
+            decay = settings["weight_decay"] if g.ndim > 1 else 0.0
+            want[k], memory[k] = want_of(want[k], np.asarray(g, np.float64), memory[k], float(rates[step]), decay=decay)
+    for k, value in flatten_dict(params).items():
+        np.testing.assert_allclose(value, want[k], rtol=2e-5, atol=1e-6, err_msg=str(k))
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match=r"optim\.name='adam' is unknown; did you mean 'adamw'\? Choices: .*'lars'"):
+        optim.make_optimizer("adam", lambda _: 0.1, {"k": jnp.ones(1)}, weight_decay=0.0)
 
 
 def test_reached_parameters():

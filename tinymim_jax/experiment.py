@@ -1,6 +1,7 @@
 """From a config to the objects of a run: sources, task, schedule, optimizer, batches."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -97,23 +98,27 @@ def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source
             f"{config.data.eval_split!r} {len(evaluated)}, and they differ in {only}; give both the same ones, empty "
             "where there are no images"
         )
-    if config.task == "classify" and trained and not evaluated:
+    if config.task in ("classify", "probe") and trained and not evaluated:
         raise ValueError(
             f"data.eval_split={config.data.eval_split!r} of {config.data.source!r} has no labels to count by"
         )
 
 
 def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> optax.GradientTransformation:
-    """AdamW over the parameters at `paths`, as `config.optim` says."""
+    """The optimizer of the parameters at `paths`, as `config.optim` says."""
     settings = experiment.config.optim
     params = jax.eval_shape(experiment.task.init, jax.random.key(0))
     trained, _ = optim.split(params, paths)
-    return optim.adamw(
+    return optim.make_optimizer(
+        settings.name,
         experiment.schedule,
         trained,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        trust=settings.trust,
         weight_decay=settings.weight_decay,
         no_decay=settings.no_decay,
         layer_decay=settings.layer_decay,
@@ -157,25 +162,24 @@ def training_batches(experiment: Experiment, *, start_step: int, workers: int) -
 
 
 def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
-    """This process's rows of the evaluation split, padded to whole batches."""
+    """This process's rows of the evaluation split, padded to whole batches of what training works off at a time."""
     config = experiment.config
     view = EvalView(image_size=tuple(config.model.image_size), resize=config.data.eval_resize)
     return eval_batches(
         experiment.eval_source,
         view=view,
-        batch_size=experiment.batch_size,
+        batch_size=experiment.batch_size // config.train.accumulate,
         upright=config.data.upright,
         workers=workers,
         **_this_process(),
     )
 
 
-def preprocessing(experiment: Experiment) -> dict[str, Any]:
+def preprocessing(config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:
     """How an image becomes what the model sees in evaluation, and what its answers are called: plain JSON.
 
     It travels beside the weights, in model.json, so that they can be used without the config; see inference.py.
     """
-    config = experiment.config
     return {
         "image_size": list(config.model.image_size),
         "resize": config.data.eval_resize,
@@ -183,7 +187,7 @@ def preprocessing(experiment: Experiment) -> dict[str, Any]:
         "upright": config.data.upright,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
-        "class_names": list(experiment.train_source.class_names),
+        "class_names": list(class_names),
     }
 
 

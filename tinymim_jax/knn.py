@@ -1,9 +1,7 @@
 """k-nearest-neighbour accuracy of a checkpoint's features: no training, no choice but k (DINO's protocol)."""
 
 import functools
-import logging
 import pathlib
-import time
 from collections.abc import Sequence
 
 import jax
@@ -12,19 +10,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from tinymim_jax.data.examples import Source
-from tinymim_jax.data.pipeline import Batches, eval_batches
-from tinymim_jax.data.sources import open_source
-from tinymim_jax.data.transforms import EvalView
-from tinymim_jax.features import extract_features
+from tinymim_jax.features import labelled_splits, split_features
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.neighbors import nearest, unit_length, vote
-from tinymim_jax.progress import span
 from tinymim_jax.sharding import AXES, batch_sharding, make_mesh, replicated
 from tinymim_jax.state import place_frozen
 from tinymim_jax.tasks.encoder import compute_dtype, fit_positions, load
-
-log = logging.getLogger(__name__)
 
 NEIGHBORS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -56,32 +47,19 @@ def evaluate_knn(
     """
     if not neighbors or min(neighbors) < 1 or temperature <= 0:
         raise ValueError(f"k={list(neighbors)}, temperature={temperature}: choose k from 1 and a temperature above 0")
-    data = config.data
-    bank_source = open_source(
-        data.source, split=data.train_split, data_dir=data_dir, examples=data.examples or None, seed=config.seed
-    )
-    query_source = open_source(data.source, split=data.eval_split, data_dir=data_dir)
-    for split, source in ((data.train_split, bank_source), (data.eval_split, query_source)):
-        if source.classes == 0:
-            raise ValueError(f"split {split!r} of {data.source!r} has no labels: k-NN counts by them")
+    bank_source, query_source = labelled_splits(config, data_dir=data_dir, purpose="k-NN counts by them")
     if max(neighbors) > len(bank_source):
-        raise ValueError(f"k={max(neighbors)}: split {data.train_split!r} has {len(bank_source)} images only")
+        raise ValueError(f"k={max(neighbors)}: split {config.data.train_split!r} has {len(bank_source)} images only")
 
     mesh = make_mesh()
     loaded = load(str(checkpoint))
     image_size = tuple(config.model.image_size)
     encoder = ViT.from_record(loaded.model["encoder"], image_size=image_size, dtype=compute_dtype(config.model))
     params = place_frozen(fit_positions(loaded, encoder), mesh)
-    settings = {"pool": pool, "mean": tuple(data.mean), "std": tuple(data.std)}
-
-    def features_of(source: Source, name: str) -> tuple[np.ndarray, np.ndarray]:
-        began = time.perf_counter()
-        found = extract_features(encoder, params, _batches(config, source, workers), mesh, **settings)
-        seconds = time.perf_counter() - began
-        log.info("features of %s: %d in %s, %.0f images/s", name, len(source), span(seconds), len(source) / seconds)
-        return found
-
-    bank, queries = features_of(bank_source, data.train_split), features_of(query_source, data.eval_split)
+    bank, queries = (
+        split_features(config, source, encoder, params, mesh, pool=pool, workers=workers)
+        for source in (bank_source, query_source)
+    )
     scores = knn_scores(
         *bank, queries[0], classes=bank_source.classes, neighbors=neighbors, temperature=temperature, mesh=mesh
     )
@@ -146,18 +124,6 @@ def _search(mesh: Mesh, chunks: int, k: int):
         return similarities, jnp.take_along_axis(theirs, places, axis=1)
 
     return jax.jit(lambda queries, *rest: on_device(unit_length(queries), *rest))
-
-
-def _batches(config: ConfigDict, source: Source, workers: int) -> Batches:
-    return eval_batches(
-        source,
-        view=EvalView(tuple(config.model.image_size), config.data.eval_resize),
-        batch_size=config.train.batch_size,
-        upright=config.data.upright,
-        workers=workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 def _placed(array: np.ndarray, mesh: Mesh) -> jax.Array:

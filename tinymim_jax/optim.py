@@ -1,4 +1,4 @@
-"""Numbers to an optimizer: AdamW, its schedule, and which parameter gets how much of what."""
+"""Numbers to an optimizer: its rule, its schedule, and which parameter gets how much of what."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -8,8 +8,12 @@ import jax
 import numpy as np
 import optax
 
+from tinymim_jax.errors import unknown
+
 Params = Any  # nested dicts of arrays
 Path = tuple[str, ...]
+
+OPTIMIZERS = ("adamw", "sgd", "lars")
 
 # Not decayed besides 1-D parameters (norms, biases). The published pre-training does decay the CLS token.
 NO_DECAY = {"pretrain": (), "finetune": ("pos_embed", "cls_token", "dist_token")}
@@ -25,35 +29,53 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, final)
 
 
-def adamw(
+def make_optimizer(
+    name: str,
     schedule: optax.Schedule,
     params: Params,
     *,
-    b1: float,
-    b2: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
     eps: float = 1e-8,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    trust: float = 0.001,
     weight_decay: float,
     no_decay: str = "pretrain",
     layer_decay: float = 1.0,
     depth: int = 0,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW as in torch.optim.
+    """AdamW or SGD as in torch.optim, or LARS as in the MAE release (util/lars.py).
 
     Args:
+      name: one of OPTIMIZERS.
       schedule: step -> learning rate, in absolute terms.
       params: the trained parameters (names and ranks are read, not values).
+      b1, b2, eps: of adamw.
+      momentum: of sgd and lars. It sums updates before they are scaled by the learning rate, so that a schedule acts
+        on all of them; optax.lars scales first.
+      nesterov: of sgd.
+      trust: of lars: the update of each parameter that is not 1-D is brought to this share of the parameter's norm.
+      weight_decay: adamw's is a part of the update; that of sgd and lars is added to the gradient.
       no_decay: a key of NO_DECAY.
       layer_decay: the learning rate of block i (from 0) is multiplied by layer_decay^(depth - i), see layer_scales.
       depth: blocks of the encoder; used by layer_decay only.
       clip_norm: gradients are scaled down to this global norm; 0 leaves them.
     """
+    if name not in OPTIMIZERS:
+        raise unknown("optim.name", name, OPTIMIZERS)
+    decay = optax.add_decayed_weights(weight_decay, decay_mask(params, no_decay))
     steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    steps += [
-        optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, decay_mask(params, no_decay)),
-        optax.scale_by_learning_rate(schedule),
-    ]
+    if name == "adamw":
+        steps += [optax.scale_by_adam(b1, b2, eps), decay]
+    elif name == "sgd":
+        steps += [decay, optax.trace(momentum, nesterov)]
+    else:
+        no_vectors = jax.tree.map(lambda leaf: np.ndim(leaf) > 1, params)
+        steps += [decay, optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), no_vectors)]
+        steps += [optax.trace(momentum)]
+    steps.append(optax.scale_by_learning_rate(schedule))
     if layer_decay != 1.0:
         steps.append(_scale_leaves(layer_scales(params, layer_decay, depth)))
     return optax.chain(*steps)

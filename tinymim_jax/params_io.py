@@ -12,6 +12,7 @@ from etils import epath
 
 from tinymim_jax import checkpoint_format as stored
 from tinymim_jax.checkpoint_format import CheckpointError, Damaged, digest
+from tinymim_jax.probed import folded_head, frozen_parts
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any]
       CheckpointError: the directory is in use, or cannot be written.
     """
     directory = _resolved(directory)
-    _check_free(directory, overwrite)
+    check_free(directory, overwrite=overwrite)
     temporary = directory.parent / f".{directory.name}.writing-{os.getpid()}"
     old = directory.parent / f".{directory.name}.old-{os.getpid()}"
     params, this = jax.device_get(params), jax.process_index()
@@ -57,11 +58,24 @@ def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any]
                 temporary.rmtree()
 
 
+def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
+    """Raises CheckpointError where `save_params` would find `directory` in use."""
+    directory = _resolved(directory)
+    if not directory.exists():
+        return
+    is_export = (directory / "model.json").exists() and (directory / "params").is_dir()
+    if is_export and not overwrite:
+        raise CheckpointError(f"{directory} holds an export already. Delete it, or choose another directory.")
+    if not is_export and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists and is no export. Choose another directory.")
+
+
 def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """(architecture record, parameters as nested dicts of numpy arrays) of an export or of a training run.
 
     Of a run, the newest intact checkpoint is taken and only its parameters are read; where it keeps a moving
-    average of them, they are taken from there. Nothing is changed on disk, so the run may be going on.
+    average of them, they are taken from there. Nothing is changed on disk, so the run may be going on. A linear
+    probe's run holds its head alone; the encoder is read from the checkpoint that was probed.
 
     Args:
       path: a directory written by `save_params` (or `tinymim convert`), or the workdir of a run.
@@ -73,7 +87,8 @@ def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     if (path / "params").is_dir():
         return _load_export(path)
     if (path / "checkpoints").is_dir():
-        return _read_model(path), _load_run(path / "checkpoints")
+        model, params = _read_model(path), _load_run(path / "checkpoints")
+        return model, _with_probed_encoder(path, model, params) if "probe" in model else params
     raise CheckpointError(_not_a_checkpoint(path))
 
 
@@ -133,6 +148,21 @@ def _load_run(directory: epath.Path) -> dict[str, Any]:
     raise CheckpointError(f"{directory} holds no checkpoint yet. Wait until the run has saved one.")
 
 
+def _with_probed_encoder(path: epath.Path, model: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    """A Classifier's parameters: those of the probed checkpoint, and the probe's head with its batch norm folded in."""
+    probed = model["probe"]["checkpoint"]
+    try:
+        their_model, theirs = load_params(probed)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is a linear probe of {probed}, which cannot be read: {error}") from error
+    if digest(theirs["encoder"]) != model["probe"]["digest"]:
+        raise CheckpointError(f"{path} is a linear probe of {probed}, which has changed since. Probe it again.")
+    frozen = frozen_parts(
+        their_model, theirs, image_size=tuple(model["encoder"]["image_size"]), pool=model["classifier"]["pool"]
+    )
+    return frozen | {"head": folded_head(params["head"], params["batch_norm"])}
+
+
 def _load_step(directory: epath.Path) -> dict[str, Any]:
     leaves, _ = stored.read_manifest(directory / "manifest")
     own = {name.removeprefix("params/"): name for name in leaves if name.startswith("params/")}
@@ -154,16 +184,6 @@ def _read_model(path: epath.Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing. Put it back, or convert or train again.") from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not an architecture record: {error}. Put back a copy.") from error
-
-
-def _check_free(directory: epath.Path, overwrite: bool) -> None:
-    if not directory.exists():
-        return
-    is_export = (directory / "model.json").exists() and (directory / "params").is_dir()
-    if is_export and not overwrite:
-        raise CheckpointError(f"{directory} holds an export already. Delete it, or choose another directory.")
-    if not is_export and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists and is no export. Choose another directory.")
 
 
 def _not_a_checkpoint(path: epath.Path) -> str:

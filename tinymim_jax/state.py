@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tinymim_jax import optim
 from tinymim_jax.metrics import Averages, averages, merge
 from tinymim_jax.sharding import state_sharding
-from tinymim_jax.tasks.task import Batch, Params, Task
+from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
 
 
 @flax.struct.dataclass
@@ -20,7 +20,7 @@ class TrainState:
     """A pytree, all of it checkpointed.
 
     step: int32, updates asked for so far; it is also the position in the data.
-    params: all parameters, nested by name.
+    params: all parameters, nested by name; running statistics are among them, and in no optimizer.
     opt_state: of the trained parameters only.
     extra: {"ema": moving average of the trained parameters} or {}.
     skipped: int32, updates left out because loss or gradient was not finite.
@@ -115,15 +115,15 @@ def make_train_step(
             return jnp.mean(values["loss"]), values
 
         (_, values), grads = jax.value_and_grad(mean_loss, has_aux=True)(trained)
-        return values, grads
+        return values, optim.join(fixed, values.pop(RUNNING, {})), grads
 
     def step(state: TrainState, recorded: Averages, frozen: Params, batch: Batch, root: jax.Array):
         key = jax.random.fold_in(root, state.step)
         trained, fixed = optim.split(state.params, paths)
         if accumulate == 1:
-            values, grads = gradients(trained, fixed, frozen, batch, key)
+            values, new_fixed, grads = gradients(trained, fixed, frozen, batch, key)
         else:
-            values, grads = _accumulated(gradients, accumulate, trained, fixed, frozen, batch, key)
+            values, new_fixed, grads = _accumulated(gradients, accumulate, trained, fixed, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(jnp.mean(values["loss"])) & jnp.isfinite(norm)
@@ -133,7 +133,7 @@ def make_train_step(
             extra["ema"] = jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.extra["ema"], new_trained)
         state = TrainState(
             step=state.step + 1,
-            params=optim.join(new_trained, fixed),
+            params=optim.join(new_trained, _keep_unless(finite, new_fixed, fixed)),
             opt_state=_keep_unless(finite, opt_state, state.opt_state),
             extra=extra,
             skipped=state.skipped + ~finite,
@@ -169,16 +169,19 @@ def _keep_unless(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _accumulated(gradients: Callable, parts: int, trained: Params, fixed: Params, frozen: Params, batch: Batch, key):
-    """Mean gradient over `parts` slices of the batch, and the values of every example."""
+    """Values of every example, what the step leaves of `fixed`, and the mean gradient over `parts` slices of the batch.
+
+    Running statistics move on once for each slice, in turn, as PyTorch's do when gradients are accumulated.
+    """
 
     # Strided slices, so that every device keeps working on its own rows.
     sliced = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
 
-    def body(total: Params, inputs: tuple) -> tuple[Params, dict]:
-        part, index = inputs
-        values, grads = gradients(trained, fixed, frozen, part, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda t, g: t + g / parts, total, grads), values
+    def body(carried: tuple[Params, Params], inputs: tuple) -> tuple[tuple[Params, Params], dict]:
+        (total, fixed), (part, index) = carried, inputs
+        values, fixed, grads = gradients(trained, fixed, frozen, part, jax.random.fold_in(key, index))
+        return (jax.tree.map(lambda t, g: t + g / parts, total, grads), fixed), values
 
     zeros = jax.tree.map(jnp.zeros_like, trained)
-    grads, values = jax.lax.scan(body, zeros, (sliced, jnp.arange(parts)))
-    return {name: value.reshape(-1) for name, value in values.items()}, grads
+    (grads, fixed), values = jax.lax.scan(body, (zeros, fixed), (sliced, jnp.arange(parts)))
+    return {name: value.reshape(-1) for name, value in values.items()}, fixed, grads

@@ -103,7 +103,8 @@ def _run(
     with checkpoints:
         state = checkpoints.restore(abstract)
         state = fresh_state() if state is None else state
-        write_json(workdir / "model.json", task.model | {"preprocessing": preprocessing(experiment)})
+        names = experiment.train_source.class_names
+        write_json(workdir / "model.json", task.model | {"preprocessing": preprocessing(config, names)})
         report.begin(experiment, state, paths, mesh, workers)
         return _loop(experiment, mesh, state, frozen, train_step, checkpoints, report, workers)
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from tinymim_jax.tasks import classify, distill, mae
+from tinymim_jax.tasks import classify, distill, mae, probe
 from tinymim_jax.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
     "mae": mae.build,
     "distill": distill.build,
     "classify": classify.build,
+    "probe": probe.build,
 }

@@ -17,6 +17,7 @@ from tinymim_jax.ops.erasing import random_erasing
 from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.losses import binary_cross_entropy, soft_cross_entropy, soft_targets
 from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
+from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.tasks.encoder import Loaded, build_encoder, fill_encoder, load
 from tinymim_jax.tasks.last_block import check_last_block, with_last_block, without_last_block
 from tinymim_jax.tasks.supervised_teacher import supervised_teacher
@@ -63,13 +64,13 @@ def build(config: ConfigDict, classes: int) -> Task:
         drop_key = named(key, "drop_path") if train else None
         first, second = network.apply({"params": params}, images, drop_key=drop_key, method="logits")
         logits = first if second is None else (first + second) / 2
-        values = {"top1": _in_top(logits, labels, 1), "top5": _in_top(logits, labels, 5)}
+        values = {"top1": in_top(logits, labels, 1), "top5": in_top(logits, labels, 5)}
         if teacher is None:
             return {"loss": criterion(logits, targets), **values}
         answers = teacher.logits(frozen, images)
         label_loss = criterion(first, targets)
         teacher_loss = teacher.distance(first if second is None else second, answers)
-        values |= {"label_loss": label_loss, "teacher_loss": teacher_loss, "teacher_top1": _in_top(answers, labels, 1)}
+        values |= {"label_loss": label_loss, "teacher_loss": teacher_loss, "teacher_top1": in_top(answers, labels, 1)}
         return {"loss": (1 - teacher.alpha) * label_loss + teacher.alpha * teacher_loss, **values}
 
     def start(params: Params) -> Params:
@@ -161,12 +162,3 @@ def _same_head(params: Params, loaded: Loaded, network: Classifier) -> Params:
         log.warning("the head of %s (%s) does not fit and starts afresh", loaded.path, record)
         return {}
     return {name: jax.tree.map(np.asarray, loaded.params[name]) for name in params if name != "encoder"}
-
-
-def _in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """float32 [batch]: 1 where the label is among the k highest scores; of equal scores the first class ranks first."""
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(logits.shape[1]) < labels[:, None]
-    ahead = (logits > own) | ((logits == own) & earlier)
-    # Nothing compares above NaN: without this a broken model would be always right.
-    return ((jnp.sum(ahead, axis=1) < k) & jnp.isfinite(own[:, 0])).astype(jnp.float32)

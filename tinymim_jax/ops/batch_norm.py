@@ -1,0 +1,35 @@
+"""Batch norm without scale and shift, as in torch.nn.BatchNorm1d(affine=False): over the whole batch that it is given.
+
+Under jit a batch that is split over devices is one batch: its statistics are those of all devices' rows.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+EPS = 1e-6  # of MAE's linear probe (main_linprobe.py); torch's own default is 1e-5
+MOMENTUM = 0.1  # torch's: the share of the newest batch in the running statistics
+
+Features = Float[Array, "batch dim"]
+Vector = Float[Array, "dim"]
+
+
+def batch_norm(x: Features, mean: Vector, variance: Vector) -> Features:
+    """`(x - mean) / sqrt(variance + 1e-6)`, float32."""
+    return (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + EPS)
+
+
+def batch_moments(x: Features) -> tuple[Vector, Vector]:
+    """Mean and (biased) variance over the batch, float32: what training normalises by."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=0)
+    return mean, jnp.square(x - mean).mean(axis=0)
+
+
+def moved_on(running: dict[str, Vector], mean: Vector, variance: Vector, count: int) -> dict[str, Vector]:
+    """The running {"mean", "variance"} after a batch of `count` rows, whose variance goes in unbiased."""
+    unbiased = variance * (count / max(count - 1, 1))
+    return {
+        "mean": (1 - MOMENTUM) * running["mean"] + MOMENTUM * mean,
+        "variance": (1 - MOMENTUM) * running["variance"] + MOMENTUM * unbiased,
+    }

@@ -1,0 +1,48 @@
+"""Linear probes as classifiers: what of a checkpoint a probe looks at, and its head put behind that."""
+
+from typing import Any
+
+import numpy as np
+
+from tinymim_jax.ops.batch_norm import EPS
+from tinymim_jax.ops.posembed import resize_table
+
+Params = Any  # nested dicts of arrays
+
+
+def frozen_parts(model: dict[str, Any], params: Params, *, image_size: tuple[int, int], pool: str) -> Params:
+    """A Classifier but for its head, from a checkpoint's record and parameters: {"encoder"} and, for 'mean', "fc_norm".
+
+    A learned position table is resized to `image_size`. A norm that the checkpoint does not have (`fc_norm` of one
+    that was never a classifier, the final norm of one that was) has no scale and shift: in MAE's main_linprobe.py it
+    stays as it was initialised.
+    """
+    record, encoder = model["encoder"], dict(params["encoder"])
+    if "pos_embed" in encoder:
+        grids = [tuple(side // record["patch_size"] for side in size) for size in (record["image_size"], image_size)]
+        encoder["pos_embed"] = np.asarray(resize_table(np.asarray(encoder["pos_embed"]), *grids))
+    own_norm = encoder.pop("norm", None)
+    if pool == "cls":
+        return {"encoder": encoder | {"norm": own_norm or _no_affine(record["embed_dim"])}}
+    norm = params.get("fc_norm")
+    if norm is None or len(norm["scale"]) != record["embed_dim"]:
+        norm = _no_affine(record["embed_dim"])
+    return {"encoder": encoder, "fc_norm": norm}
+
+
+def folded_head(head: Params, statistics: Params) -> Params:
+    """The Linear that does what batch norm with running `statistics` and then the Linear `head` do."""
+    scale = 1 / np.sqrt(np.asarray(statistics["variance"], np.float64) + EPS)
+    kernel = np.asarray(head["kernel"], np.float64) * scale[:, None]
+    bias = np.asarray(head["bias"], np.float64) - np.asarray(statistics["mean"], np.float64) @ kernel
+    return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+
+
+def unfolded(head: Params) -> tuple[Params, Params]:
+    """(head, statistics) of a Linear: its `folded_head` is the same Linear."""
+    dim = len(head["kernel"])
+    return head, {"mean": np.zeros(dim, np.float32), "variance": np.full(dim, 1 - EPS, np.float32)}
+
+
+def _no_affine(dim: int) -> Params:
+    return {"scale": np.ones(dim, np.float32), "bias": np.zeros(dim, np.float32)}
