@@ -104,7 +104,7 @@ def test_nothing_there(tmp_path, capsys):
 
 def test_a_run_of_a_version_without_status_and_a_damaged_one(tmp_path):
     make_run(tmp_path / "run")
-    for text in ("", "{", "[]"):
+    for text in ("", "{", "[]", '{"stage": "training"}', '{"time": 1.0}'):
         (tmp_path / "run" / "status.json").write_text(text)
         assert read_run(epath.Path(tmp_path / "run"))["stage"] == "interrupted"
     (tmp_path / "run" / "status.json").unlink()

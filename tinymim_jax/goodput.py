@@ -107,7 +107,9 @@ class Goodput:
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     """{"goodput": share of the time that went into steps, "lost/input": ..., ...}; all of them sum to 1."""
     total = max(sum(seconds.values()), 1e-9)
-    return {"goodput": seconds[_STEPS] / total} | {f"lost/{name}": seconds[name] / total for name in LOSSES}
+    return {"goodput": seconds.get(_STEPS, 0.0) / total} | {
+        f"lost/{name}": seconds.get(name, 0.0) / total for name in LOSSES
+    }
 
 
 def words(seconds: Mapping[str, float]) -> str:

@@ -92,7 +92,8 @@ class Heartbeat:
                 written = time.monotonic()
 
     def _end_stalled(self, still: float) -> None:
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        with contextlib.suppress(Exception):  # where standard error is no file
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         why = (
             f"stalled{who()}: nothing was finished for {still / 60:.1f} minutes (--stall_minutes). The stacks of all "
             "threads are above"
@@ -117,10 +118,11 @@ class Heartbeat:
 
 
 def read_status(workdir: epath.PathLike) -> dict[str, Any]:
-    """What status.json says; {} where there is none, or none that can be read."""
+    """What status.json says, the time of its writing at least; {} where there is none, or none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads((epath.Path(workdir) / STATUS).read_text())
-        return facts if isinstance(facts, dict) else {}
+        if isinstance(facts, dict) and isinstance(facts.get("time"), float):
+            return facts
     return {}
 
 

@@ -82,13 +82,13 @@ def read_run(workdir: Any) -> dict[str, Any]:
     status = read_status(workdir)
     row: dict[str, Any] = {"workdir": os.fspath(workdir), "stage": status.get("stage", "interrupted")}
     if status:
-        row["restarts"] = status["attempts"] - 1
+        row["restarts"] = status.get("attempts", 1) - 1
         row["seconds_since_sign_of_life"] = max(0.0, time.time() - status["time"])
         row |= shares(status["seconds"]) if "seconds" in status else {}
     copied = ("step", "total_steps", "processes", "host", "pid", "images_per_second", "data_wait", "skipped")
     row |= {key: status[key] for key in (*copied, "substituted", "train", "eval", "error") if key in status}
     row |= _ending(workdir, row, owner(workdir))
-    if row["stage"] in _LIVE and "eta_seconds" in status:
+    if row["stage"] in _LIVE and {"eta_seconds", "reported"} <= status.keys():
         row["eta_seconds"] = max(0.0, status["eta_seconds"] - (time.time() - status["reported"]))
     if (saved := _newest_checkpoint(workdir)) is not None:
         row["checkpoint"] = saved
@@ -102,12 +102,12 @@ def in_full(row: dict[str, Any]) -> str:
     if "eta_seconds" in row:
         lines.append(("ETA", span(row["eta_seconds"])))
     if "images_per_second" in row:
-        lines.append(("speed", f"{row['images_per_second']:,.0f} images/s, data wait {row['data_wait']:.0%}"))
+        lines.append(("speed", f"{row['images_per_second']:,.0f} images/s, data wait {row.get('data_wait', 0):.0%}"))
     lines.append(("checkpoint", _checkpoint(row)))
     if "restarts" in row:
         lines.append(("restarts", str(row["restarts"])))
     if "skipped" in row:
-        lines.append(("skipped", f"{row['skipped']} steps, {row['substituted']} images replaced by others"))
+        lines.append(("skipped", f"{row['skipped']} steps, {row.get('substituted', 0)} images replaced by others"))
     if "goodput" in row:
         lost = {name.removeprefix("lost/"): share for name, share in row.items() if name.startswith("lost/")}
         said = ", ".join(f"{name} {share:.1%}" for name, share in lost.items() if share >= 0.0005)
@@ -116,7 +116,7 @@ def in_full(row: dict[str, Any]) -> str:
         if row.get(name):
             lines.append((name, _figures(row[name])))
     if "host" in row:
-        lines.append(("where", f"process {row['pid']} on {row['host']}, {row['processes']} in all"))
+        lines.append(("where", f"process {row.get('pid')} on {row['host']}, {row.get('processes')} in all"))
     if row.get("error"):
         lines.append(("said", row["error"]))
     return "\n".join(f"{name:<10}  {text}" for name, text in lines)
