@@ -18,7 +18,8 @@ from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, moved_on
 from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import batch_sharding, make_mesh
 from tinymim_jax.state import init_state, trained_paths
-from tinymim_jax.tasks.encoder import load
+from tinymim_jax.tasks.encoder import Loaded, load
+from tinymim_jax.tasks.probe import probed_network
 from tinymim_jax.train import train
 
 
@@ -167,3 +168,10 @@ def test_mistakes_of_a_probe_are_told(checkpoint, data_dir):
         build_experiment(probe_config(f"init={checkpoint}", "probe.pool=max"), data_dir=data_dir)
     with pytest.raises(ValueError, match=r"configs/linprobe.py:adam is unknown. Choices: lars, sgd"):
         load_config("configs/linprobe.py:adam")
+
+
+def test_an_encoder_with_a_dist_token_is_refused():
+    vit = ViT(embed_dim=16, depth=1, heads=4, patch_size=8, image_size=(16, 16), dist_token=True)
+    loaded = Loaded("runs/star", {"encoder": vit.record()}, {})
+    with pytest.raises(ValueError, match="runs/star has a DIST token"):
+        probed_network(loaded, probe_config().model, "cls", 10)

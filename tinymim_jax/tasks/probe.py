@@ -83,8 +83,8 @@ def probed_network(loaded: Loaded, model: ConfigDict, pool: str, classes: int) -
         raise unknown("pool", pool, POOLS)
     if loaded.model["encoder"].get("dist_token"):
         raise ValueError(
-            f"{loaded.path} has a DIST token, and so its classifiers have two heads: a linear probe has one. Judge it by "
-            "tinymim knn, or fine-tune it"
+            f"{loaded.path} has a DIST token, and so its classifiers have two heads: a linear probe has one. Judge it "
+            "by tinymim knn, or fine-tune it"
         )
     encoder = ViT.from_record(
         loaded.model["encoder"],
