@@ -10,6 +10,7 @@ import sys
 from ml_collections import ConfigDict
 
 from tinymim_jax import chain, prepare_command, sweep
+from tinymim_jax.plan import command as plan_command
 from tinymim_jax.startup import start_logging, use_compile_cache
 
 # What a user can mend: shown as one message without a traceback.
@@ -193,6 +194,10 @@ def _parser() -> argparse.ArgumentParser:
     points = _command(commands, "sweep", _sweep, "train the points that a config file yields; run it again to go on")
     sweep.add_arguments(points)
     _training(points)
+
+    plan = _command(commands, "plan", plan_command.run, "what a training needs on hardware that is not here")
+    plan_command.add_arguments(plan)
+    _overrides(plan)
 
     evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint on the evaluation split")
     _judged(evaluate)
