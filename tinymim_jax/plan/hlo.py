@@ -175,23 +175,40 @@ def _closing(text: str, start: int) -> int:
 def _written(fusion: _Instruction, inside: dict[str, _Instruction]) -> float:
     """Bytes of its results; of an array that is updated in place, those of the update."""
     root = next((each for each in inside.values() if each.root), None)
-    if root is not None and root.opcode == "dynamic-update-slice" and root.operands[1] in inside:
-        return _moved(inside[root.operands[1]].shape)
-    return _moved(fusion.shape)
+    if root is None:
+        return _moved(fusion.shape)
+    results = [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]
+    spared = 0.0
+    for result in results:
+        while result.opcode == "bitcast" and result.operands[0] in inside:
+            result = inside[result.operands[0]]
+        if result.opcode == "dynamic-update-slice" and result.operands[1] in inside:
+            spared += max(0.0, _moved(result.shape) - _moved(inside[result.operands[1]].shape))
+    return max(0.0, _moved(fusion.shape) - spared)
 
 
 def _read(operand: _Instruction, index: int, inside: dict[str, _Instruction]) -> float:
     """Bytes that a fusion reads of an operand: of one that it only takes slices from, the slices."""
     whole = _moved(operand.shape)
     own = [each for each in inside.values() if each.opcode == "parameter" and each.operands[0] == str(index)]
-    users = [each for each in inside.values() if own and own[0].name in each.operands]
-    if not whole or not users:
+    uses = list(_uses(own[0].name, inside)) if own and whole else []
+    if not uses:
         return whole
-    if all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-        return min(whole, sum(_moved(user.shape) for user in users))
-    if all(user.opcode == "dynamic-update-slice" and user.operands[0] == own[0].name for user in users):
+    if all(user.opcode in ("dynamic-slice", "slice", "gather") for _, user in uses):
+        return min(whole, sum(_moved(user.shape) for _, user in uses))
+    if all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for name, user in uses):
         return 0.0
     return whole
+
+
+def _uses(name: str, inside: dict[str, _Instruction]) -> Iterator[tuple[str, _Instruction]]:
+    """(the name it is used by, who uses it), looking through bitcasts."""
+    for user in inside.values():
+        if name in user.operands:
+            if user.opcode == "bitcast":
+                yield from _uses(user.name, inside)
+            else:
+                yield name, user
 
 
 def _dimensions(shape: str) -> list[int]:
