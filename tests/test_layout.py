@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
     "cli": 5, "startup": 5, "config": 5, "demo": 5, "demo_pictures": 5, "__main__": 5, "prepare_command": 5,
     "sweep": 5, "chain": 5, "study": 5, "points": 5, "children": 5, "checks": 5, "tables": 5, "plan": 5,
-    "train": 4, "evaluate": 4, "knn": 4, "features": 4, "inference": 4, "experiment": 4, "state": 4, "progress": 4, "flops": 4,
+    "train": 4, "evaluate": 4, "knn": 4, "features": 4, "inference": 4, "experiment": 4, "state": 4, "progress": 4,
+    "flops": 4,
     "tasks": 3,
     "targets": 2, "teachers": 2, "convert": 2, "optim": 2, "metrics": 2, "sharding": 2,
     "checkpoints": 2, "params_io": 2, "checkpoint_format": 2,

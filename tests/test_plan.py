@@ -1,5 +1,6 @@
 """Plans: names of hardware, the roofline, the search, and a whole plan for fake devices."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -20,9 +21,12 @@ from tinymim_jax.plan.roofline import (
     MEMORY_EFFICIENCY,
     NETWORK_EFFICIENCY,
     NETWORK_LATENCY,
+    Collective,
+    StepTime,
     collective_seconds,
     step_time,
 )
+from tinymim_jax.plan.scaled import scaled
 from tinymim_jax.plan.search import largest_batch, remedies
 from tinymim_jax.plan.topology import parse_topology
 
@@ -152,7 +156,7 @@ def test_remedies_come_in_their_order():
 @pytest.mark.parametrize(
     ("words", "fsdp", "said"),
     [
-        (("train.batch_size=60",), 1, "cannot be split over the 8 chips of cpux8: choose a multiple of 8, such as 56 or 64"),
+        (("train.batch_size=60",), 1, "cannot be split over the 8 chips of cpux8: choose a multiple of 8, such as 56"),
         (("train.accumulate=3",), 1, "choose a multiple of 24, such as 24 or 48"),
         ((), 3, "--fsdp 3 does not divide the 8 chips of cpux8. Choices: 1, 2, 4, 8"),
     ],
@@ -262,3 +266,53 @@ def test_libtpu_plans_a_small_step(tmp_path, data_dir):
     assert plan.fits
     assert plan.compiler.startswith("libtpu")
     assert plan.collectives[0].kind == "all-reduce"
+
+
+@pytest.fixture(scope="module")
+def compiled_plan(data_dir):
+    """A plan of 32 images on 8 fake devices from a stand-in compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinymim_jax.plan.plan.compile_step", Compiler(math.inf))
+        config = small_config("mae_teacher", "train.batch_size=32")
+        plan = make_plan(config, parse_topology("cpux8"), data_dir=data_dir, search=False)
+    time = StepTime(compute=2.0, memory=1.0, network=0.5, flops=1e12, bytes=1e10)
+    return dataclasses.replace(plan, time=time, collectives=(Collective("all-reduce", 8, 2, 1e9),))
+
+
+def test_a_plan_scaled_to_itself(compiled_plan):
+    same = scaled(compiled_plan, compiled_plan.topology)
+    network = 2 * collective_seconds("all-reduce", 5e8, 8, compiled_plan.topology)
+    assert dataclasses.replace(same.time, network=0.5) == compiled_plan.time
+    assert same.time.network == pytest.approx(network)
+    assert same.parts == compiled_plan.parts
+    assert same.compiler == "scaled from 4 images on each chip (a stand-in)"
+
+
+def test_a_scaled_plan_by_hand(compiled_plan):
+    """Half the chips and twice the batch: four times the images on each."""
+    plan = scaled(compiled_plan, parse_topology("cpux4"), batch=64)
+    update = 28 * plan.parameters["trained"] / (CHIPS["cpu"].bandwidth * MEMORY_EFFICIENCY)
+    assert plan.time.compute == 8.0
+    assert plan.time.memory == pytest.approx(4 * (1.0 - update) + update)
+    assert plan.parts["temporaries"] == 4 * compiled_plan.parts["temporaries"]
+    assert plan.parts["parameters"] == compiled_plan.parts["parameters"]
+    assert (plan.flops, plan.steps) == (2 * compiled_plan.flops, compiled_plan.steps / 2)
+    assert plan.collectives == (Collective("all-reduce", 4, 2, 1e9),)
+    parts = scaled(compiled_plan, parse_topology("cpux8"), accumulate=2)
+    assert parts.parts["temporaries"] == compiled_plan.parts["temporaries"] / 2
+    assert parts.time.compute == compiled_plan.time.compute
+
+
+def test_an_h200_is_an_h100_with_faster_memory(compiled_plan):
+    plan = scaled(dataclasses.replace(compiled_plan, topology=parse_topology("h100x8")), parse_topology("h200x8"))
+    assert plan.time.memory == pytest.approx(3352 / 4800)
+    assert plan.time.compute == 2.0
+
+
+def test_what_cannot_be_scaled(compiled_plan):
+    with pytest.raises(ValueError, match="a program for cpu says nothing about v5e"):
+        scaled(compiled_plan, parse_topology("v5e-8"))
+    with pytest.raises(ValueError, match="without --fsdp"):
+        scaled(dataclasses.replace(compiled_plan, fsdp=2), parse_topology("cpux4"))
+    with pytest.raises(ValueError, match="only a plan that was compiled"):
+        scaled(dataclasses.replace(compiled_plan, time=None), parse_topology("cpux4"))

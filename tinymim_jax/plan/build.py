@@ -1,6 +1,7 @@
 """An experiment as it can be planned: without data, checkpoints or devices, by shapes alone."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -13,8 +14,10 @@ from ml_collections import ConfigDict
 from tinymim_jax.checks import build_anyway
 from tinymim_jax.config import from_json
 from tinymim_jax.experiment import Experiment, batch_shapes, build_optimizer
+from tinymim_jax.flops import step_flops
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.platform import compiling_for
 from tinymim_jax.sharding import batch_sharding, replicated, state_sharding
 from tinymim_jax.state import init_state, make_train_step, trained_paths
 from tinymim_jax.tasks.encoder import Loaded, build_encoder, keeping_checkpoints
@@ -27,19 +30,36 @@ _PATCH_SIZES = {"mae_vit_huge": 14}  # of published teachers; 16 where they are 
 class Planned:
     """What can be known of a training before there is anything to train with.
 
+    config: as it was given.
+    experiment: with what stands in for data and checkpoints.
     frozen: shapes of the weights that are not trained.
     paths: of the trained parameters.
     notes: what was stood in for, in sentences.
+    data_dir: where its data was looked for.
     """
 
+    config: ConfigDict
     experiment: Experiment
     frozen: Any
     paths: frozenset
     notes: tuple[str, ...]
+    data_dir: str | None = None
 
     def params(self) -> Any:
         """Shapes of all parameters."""
         return jax.eval_shape(self.experiment.task.init, jax.random.key(0))
+
+    @functools.cached_property
+    def flops(self) -> tuple[float, float]:
+        """Of one step on the whole batch: (what the method needs, with what `model.remat` computes again)."""
+        executed, config = self._flops(), self.experiment.config
+        if config.model.remat == "none":
+            return executed, executed
+        return plan_experiment(changed(config, {"model.remat": "none"}), data_dir=self.data_dir)._flops(), executed
+
+    def _flops(self) -> float:
+        with compiling_for("tpu"):  # in plain form, as for all accelerators
+            return step_flops(self.experiment.task, self.frozen, batch_shapes(self.experiment))
 
     def step(self, mesh: Mesh) -> tuple[Any, tuple]:
         """(the jitted step that training runs, its arguments as shapes with their shardings on `mesh`)."""
@@ -71,7 +91,7 @@ def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Plann
       ValueError: training would not start either, or nothing says what the missing teacher looks like.
     """
     notes: list[str] = []
-    config = from_json(json.loads(json.dumps(config.to_dict())))
+    given, config = config, from_json(json.loads(json.dumps(config.to_dict())))
     with keeping_checkpoints() as kept:
         if config.task == "distill":
             _stand_in_teacher(config, kept, notes)
@@ -83,7 +103,17 @@ def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Plann
             notes.append(f"data.source={config.data.source!r} is not here: taken as 1,281,167 images of 1000 classes")
         frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.task.load_frozen())
         paths = trained_paths(experiment.task, frozen, batch_shapes(experiment))
-    return Planned(experiment, frozen, paths, tuple(notes))
+    return Planned(given, experiment, frozen, paths, tuple(notes), data_dir)
+
+
+def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """A copy of a config with dotted keys set."""
+    copied = from_json(config.to_dict())
+    for key, value in changes.items():
+        *parents, name = key.split(".")
+        section = functools.reduce(getattr, parents, copied)
+        section[name] = value
+    return copied
 
 
 def _stand_in_teacher(config: ConfigDict, kept: dict[str, Loaded], notes: list[str]) -> None:

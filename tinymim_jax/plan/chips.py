@@ -43,13 +43,11 @@ CHIPS: dict[str, Chip] = {
     "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819 * GB, 200 * GB, 3.125 * GB, 4, 28, "TPU v5 lite", _TPU_DOCS + "v5e"),
     "v5p": Chip("tpu", 459e12, 95.73 * GIB, 2765 * GB, 600 * GB, 6.25 * GB, 4, 52, "TPU v5", _TPU_DOCS + "v5p"),
     "v6e": Chip("tpu", 918e12, 31.24 * GIB, 1638 * GB, 400 * GB, 12.5 * GB, 4, 45, "TPU v6 lite", _TPU_DOCS + "v6e"),
-    # Data sheets; the SXM boards of DGX A100 (eight 200 Gb/s cards) and DGX H100, H200 (eight 400 Gb/s cards).
-    "a100": Chip("gpu", 312e12, 0.9 * 85.1 * GB, 2039 * GB, 300 * GB, 25 * GB, 8, 12, "NVIDIA A100", "NVIDIA A100 80GB SXM"),
-    "a100-40": Chip(
-        "gpu", 312e12, 0.9 * 42.3 * GB, 1555 * GB, 300 * GB, 25 * GB, 8, 12, "NVIDIA A100-SXM4-40GB", "NVIDIA A100 40GB SXM"
-    ),
-    "h100": Chip("gpu", 989e12, 0.9 * 84.9 * GB, 3352 * GB, 450 * GB, 50 * GB, 8, 26, "NVIDIA H100", "NVIDIA H100 SXM"),
-    "h200": Chip("gpu", 989e12, 0.9 * 151.4 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 26, "NVIDIA H200", "NVIDIA H200 SXM"),
+    # NVIDIA's data sheets; 0.9 of the bytes that the cards report; network cards as in DGX A100, H100 and H200.
+    "a100": Chip("gpu", 312e12, 76.6 * GB, 2039 * GB, 300 * GB, 25 * GB, 8, 12, "NVIDIA A100", "A100 80GB SXM"),
+    "a100-40": Chip("gpu", 312e12, 38.1 * GB, 1555 * GB, 300 * GB, 25 * GB, 8, 12, "NVIDIA A100", "A100 40GB SXM"),
+    "h100": Chip("gpu", 989e12, 76.4 * GB, 3352 * GB, 450 * GB, 50 * GB, 8, 26, "NVIDIA H100", "H100 SXM"),
+    "h200": Chip("gpu", 989e12, 136.2 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 26, "NVIDIA H200", "H200 SXM"),
     # Stands for nothing that is sold: it lets a plan be made where no compiler for an accelerator is installed.
     "cpu": Chip("cpu", 1e12, 4 * GIB, 50 * GB, 10 * GB, 1 * GB, 8, 1, "cpu", "round numbers"),
 }

@@ -134,9 +134,7 @@ class _Program:
         inside = self._inside(each)
         if not inside:
             return _moved(each.shape) + sum(_moved(operand.shape) for operand in operands)
-        return _written(each, inside) + sum(
-            _read(operand, index, inside) for index, operand in enumerate(operands)
-        )
+        return _written(each, inside) + sum(_read(operand, index, inside) for index, operand in enumerate(operands))
 
     def _collective(self, each: _Instruction, scope: dict[str, _Instruction]) -> tuple[str, float, int]:
         for inner in self._inside(each).values():  # the TPU compiler fuses some with what they wait for

@@ -11,17 +11,13 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from tinymim_jax import optim
-from tinymim_jax.config import from_json
-from tinymim_jax.experiment import batch_shapes
-from tinymim_jax.flops import step_flops
-from tinymim_jax.ops.platform import compiling_for
-from tinymim_jax.plan.build import Planned, plan_experiment
+from tinymim_jax.plan.build import Planned, changed, plan_experiment
 from tinymim_jax.plan.compiled import CACHE, Compiled, compile_step, compiler_of
 from tinymim_jax.plan.hlo import work_of
 from tinymim_jax.plan.roofline import Collective, StepTime, collectives, efficiency, step_time
 from tinymim_jax.plan.search import Fit, Remedy, largest_batch, remedies
 from tinymim_jax.plan.topology import Topology
-from tinymim_jax.sharding import AXES, state_sharding
+from tinymim_jax.sharding import AXES
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +121,7 @@ def make_plan(
     planned = plan_experiment(config, data_dir=data_dir)
     log.info("compiling for %s with %s", topology.describe(), compiler_of(topology))
     compiled = compile_step(config, topology, fsdp=fsdp, cache=cache, data_dir=data_dir)
-    plan = _plan(planned, config, topology, fsdp, compiled)
+    plan = read_plan(planned, topology, fsdp, compiled)
     if not search:
         return plan
     measure = functools.partial(_needed, config, topology, fsdp, cache, data_dir)
@@ -150,15 +146,14 @@ def check_layout(config: ConfigDict, topology: Topology, fsdp: int) -> None:
         )
 
 
-def _plan(planned: Planned, config: ConfigDict, topology: Topology, fsdp: int, compiled: Compiled) -> Plan:
+def read_plan(planned: Planned, topology: Topology, fsdp: int, compiled: Compiled) -> Plan:
+    """What the compiled step of `planned` says, without any search."""
     experiment, work = planned.experiment, work_of(compiled.hlo) if compiled.hlo else []
     params = planned.params()
     trained, _ = optim.split(params, planned.paths)
-    with compiling_for(topology.chip.platform):
-        executed = step_flops(experiment.task, planned.frozen, batch_shapes(experiment))
-        needed = executed if config.model.remat == "none" else _flops_without_remat(config)
+    needed, executed = planned.flops
     return Plan(
-        config=config,
+        config=planned.config,
         topology=topology,
         fsdp=fsdp,
         notes=planned.notes,
@@ -172,11 +167,6 @@ def _plan(planned: Planned, config: ConfigDict, topology: Topology, fsdp: int, c
         steps=experiment.total_steps,
         compiler=compiled.compiler,
     )
-
-
-def _flops_without_remat(config: ConfigDict) -> float:
-    planned = plan_experiment(_changed(config, {"model.remat": "none"}))
-    return step_flops(planned.experiment.task, planned.frozen, batch_shapes(planned.experiment))
 
 
 def _parts(planned: Planned, topology: Topology, fsdp: int, compiled: Compiled) -> dict[str, int]:
@@ -214,8 +204,8 @@ def _images(config: ConfigDict, topology: Topology) -> int:
 def _needed(config: ConfigDict, topology: Topology, fsdp: int, cache: str, data_dir: str | None, images: int) -> float:
     batch = images * topology.chips * config.train.accumulate
     log.info("trying %d images on each chip", images)
-    changed = _changed(config, {"train.batch_size": batch})
-    return compile_step(changed, topology, fsdp=fsdp, cache=cache, data_dir=data_dir).needed or math.inf
+    other = changed(config, {"train.batch_size": batch})
+    return compile_step(other, topology, fsdp=fsdp, cache=cache, data_dir=data_dir).needed or math.inf
 
 
 def _first_that_fits(plan: Plan, cache: str, data_dir: str | None) -> tuple[Remedy, Plan] | None:
@@ -223,19 +213,9 @@ def _first_that_fits(plan: Plan, cache: str, data_dir: str | None) -> tuple[Reme
     shared = topology.linked if topology.chip.platform == "gpu" else min(topology.chips, 8)
     for remedy in remedies(plan.config, topology.chips, shared, plan.fsdp, fitting):
         log.info("trying %s", " ".join(remedy.words))
-        config, fsdp = _changed(plan.config, remedy.changes), max(plan.fsdp, remedy.fsdp)
+        config, fsdp = changed(plan.config, remedy.changes), max(plan.fsdp, remedy.fsdp)
         compiled = compile_step(config, topology, fsdp=fsdp, cache=cache, data_dir=data_dir)
         if not compiled.refused and compiled.needed <= topology.chip.memory:
             planned = plan_experiment(config, data_dir=data_dir)
-            return remedy, _plan(planned, config, topology, fsdp, compiled)
+            return remedy, read_plan(planned, topology, fsdp, compiled)
     return None
-
-
-def _changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """A copy with dotted keys set."""
-    copied = from_json(config.to_dict())
-    for key, value in changes.items():
-        *parents, name = key.split(".")
-        section = functools.reduce(getattr, parents, copied)
-        section[name] = value
-    return copied

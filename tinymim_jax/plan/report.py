@@ -80,8 +80,8 @@ def _speed(plan: Plan) -> list[str]:
         f"speed           {plan.batch / plan.seconds:,.0f} images/s; model FLOP utilisation {plan.utilisation:.0%}",
         f"run             {plan.steps} steps, {span(plan.hours * 3600)} = {plan.hours / 24:.2f} days, "
         f"{plan.hours * plan.topology.chips:,.0f} chip-hours, without evaluation and compiling",
-        f"input           {plan.images_per_second / plan.config.data.crops / plan.topology.hosts:,.0f} images/s for each "
-        f"host: {plan.cores_wanted:.1f} cores at {IMAGES_PER_CORE} each; it has about {plan.cores_there:.0f}"
+        f"input           {plan.cores_wanted * IMAGES_PER_CORE:,.0f} images/s for each host: "
+        f"{plan.cores_wanted:.1f} cores at {IMAGES_PER_CORE} each; it has about {plan.cores_there:.0f}"
         + ("" if plan.bound != "input" else ", so the devices wait: see data.crops, prepare --short_side"),
     ]
     for row in plan.collectives:
@@ -94,8 +94,8 @@ def _remedy(plan: Plan) -> list[str]:
     remedy, fitting = plan.remedy
     return [
         f"to make it fit: {' '.join(remedy.words)}",
-        f"  then {fitting.needed / GIB:.2f} GiB, {fitting.seconds * 1e3:.0f} ms a step, {span(fitting.hours * 3600)} in "
-        f"all; {remedy.cost}",
+        f"  then {fitting.needed / GIB:.2f} GiB, {fitting.seconds * 1e3:.0f} ms a step, {span(fitting.hours * 3600)} "
+        f"in all; {remedy.cost}",
     ]
 
 
@@ -104,14 +104,14 @@ def _largest(plan: Plan) -> str:
         return "not one image on each chip fits"
     images, parts = plan.largest.images, plan.config.train.accumulate
     return (
-        f"largest batch that was seen to fit: {images * parts * plan.topology.chips}, {images} images on each chip at a "
-        f"time ({plan.largest.needed / GIB:.2f} GiB)"
+        f"largest batch that was seen to fit: {images * parts * plan.topology.chips}, {images} images on each chip at "
+        f"a time ({plan.largest.needed / GIB:.2f} GiB)"
     )
 
 
 def _assumptions(plan: Plan) -> str:
     return (
-        f"memory, traffic and collectives: {plan.compiler}'s compiled step, read; time: a roofline of its instructions at "
-        f"{COMPUTE_EFFICIENCY:.0%} of the peak FLOP/s, {MEMORY_EFFICIENCY:.0%} of the memory's and "
+        f"memory, traffic and collectives: {plan.compiler}'s compiled step, read; time: a roofline of its instructions "
+        f"at {COMPUTE_EFFICIENCY:.0%} of the peak FLOP/s, {MEMORY_EFFICIENCY:.0%} of the memory's and "
         f"{NETWORK_EFFICIENCY:.0%} of the network's bandwidth, assumed and not measured"
     )
