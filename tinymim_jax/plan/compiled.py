@@ -74,7 +74,7 @@ def compile_step(
     """
     if (kept := kept_result(config, topology, fsdp=fsdp, cache=cache)) is not None:
         return kept
-    _check_installed(topology)
+    check_installed(topology)
     with contextlib.ExitStack() as stack:
         if cache:
             folder = _folder(config, topology, fsdp, cache)
@@ -96,6 +96,21 @@ def compiler_of(topology: Topology) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return f"{package} {importlib.metadata.version(package)}"
     return f"{package} (not installed)"
+
+
+def check_installed(topology: Topology) -> None:
+    """Raises ImportError where the compiler for this hardware is not installed."""
+    platform = topology.chip.platform
+    if platform not in _INSTALL:
+        return
+    module, command = _INSTALL[platform]
+    with contextlib.suppress(ModuleNotFoundError):  # of the package that it is in
+        if importlib.util.find_spec(module) is not None:
+            return
+    raise ImportError(
+        f"to plan for {topology.name} without having one, {module.split('.')[-1]} is needed, its compiler. It is not "
+        f"installed:\n  {command}"
+    )
 
 
 def child() -> None:
@@ -224,20 +239,6 @@ def _environment(topology: Topology) -> dict[str, str]:
     flags = {"gpu": _GPU_FLAGS, "cpu": f"--xla_force_host_platform_device_count={topology.chips}", "tpu": ""}
     environment["XLA_FLAGS"] = flags[platform]
     return environment
-
-
-def _check_installed(topology: Topology) -> None:
-    platform = topology.chip.platform
-    if platform not in _INSTALL:
-        return
-    module, command = _INSTALL[platform]
-    with contextlib.suppress(ModuleNotFoundError):  # of the package that it is in
-        if importlib.util.find_spec(module) is not None:
-            return
-    raise ImportError(
-        f"to plan for {topology.name} without having one, {module.split('.')[-1]} is needed, its compiler. It is not "
-        f"installed:\n  {command}"
-    )
 
 
 def _request(config: ConfigDict, topology: Topology, fsdp: int, data_dir: str | None) -> dict[str, Any]:

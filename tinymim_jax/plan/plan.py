@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from tinymim_jax import optim
 from tinymim_jax.plan.build import Planned, changed, plan_experiment
-from tinymim_jax.plan.compiled import CACHE, Compiled, compile_step, compiler_of
+from tinymim_jax.plan.compiled import CACHE, Compiled, check_installed, compile_step, compiler_of, kept_result
 from tinymim_jax.plan.hlo import work_of
 from tinymim_jax.plan.roofline import Collective, StepTime, collectives, efficiency, step_time
 from tinymim_jax.plan.search import Fit, Remedy, largest_batch, remedies
@@ -118,6 +118,8 @@ def make_plan(
       ValueError: the training could not be started there either; ImportError, RuntimeError: see `compile_step`.
     """
     check_layout(config, topology, fsdp)
+    if kept_result(config, topology, fsdp=fsdp, cache=cache) is None:
+        check_installed(topology)
     planned = plan_experiment(config, data_dir=data_dir)
     log.info("compiling for %s with %s", topology.describe(), compiler_of(topology))
     compiled = compile_step(config, topology, fsdp=fsdp, cache=cache, data_dir=data_dir)
@@ -138,11 +140,11 @@ def check_layout(config: ConfigDict, topology: Topology, fsdp: int) -> None:
         raise ValueError(f"--fsdp {fsdp} does not divide the {chips} chips of {topology.name}. Choices: {choices}")
     batch, parts = config.train.batch_size, config.train.accumulate
     if batch % parts or (batch // parts) % chips:
-        whole = chips * parts
+        whole, in_parts = chips * parts, f" in train.accumulate={parts} parts" if parts > 1 else ""
         below, above = max(1, batch // whole) * whole, (batch // whole + 1) * whole
         raise ValueError(
-            f"train.batch_size={batch} in train.accumulate={parts} parts cannot be split over the {chips} chips of "
-            f"{topology.name}: choose a multiple of {whole}, such as {below} or {above}"
+            f"train.batch_size={batch}{in_parts} cannot be split over the {chips} chips of {topology.name}: "
+            f"choose a multiple of {whole}, such as {below} or {above}"
         )
 
 

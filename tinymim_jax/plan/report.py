@@ -39,9 +39,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def as_text(plan: Plan) -> str:
     """What `tinymim plan` prints."""
     lines = [plan.topology.describe() + (f", --fsdp {plan.fsdp}" if plan.fsdp > 1 else ""), ""]
-    lines += [_memory_verdict(plan), *_memory(plan), ""]
-    if plan.time:
-        lines += [*_speed(plan), ""]
+    lines += [_memory_verdict(plan), *_memory(plan), "", *_method(plan)]
+    lines += [*(_speed(plan) if plan.fits else ()), ""]
     if plan.remedy:
         lines += [*_remedy(plan), ""]
     elif plan.searched and not plan.fits:
@@ -67,15 +66,21 @@ def _memory(plan: Plan) -> list[str]:
     return [f"  {name:<24}{size / GIB:>8.3f} GiB" for name, size in shown.items()]
 
 
+def _method(plan: Plan) -> list[str]:
+    counts = plan.parameters
+    again = f", {plan.recomputed:.0%} more with what remat computes again" if plan.recomputed > 0.001 else ""
+    frozen = f"; {counts['frozen'] / 1e6:.2f} M frozen" if counts["frozen"] else ""
+    return [
+        f"parameters      {counts['all'] / 1e6:.2f} M, {counts['trained'] / 1e6:.2f} M of them trained{frozen}",
+        f"FLOPs           {plan.flops:.3e} a step, {plan.flops / plan.batch:.3e} an image{again}",
+    ]
+
+
 def _speed(plan: Plan) -> list[str]:
-    time, counts = plan.time, plan.parameters
+    time = plan.time
     assert time is not None
     shares = ", ".join(f"{name} {getattr(time, name) * 1e3:.1f} ms" for name in ("compute", "memory", "network"))
-    again = f", {plan.recomputed:.0%} more with what remat computes again" if plan.recomputed > 0.001 else ""
     lines = [
-        f"parameters      {counts['all'] / 1e6:.2f} M, {counts['trained'] / 1e6:.2f} M of them trained"
-        + (f"; {counts['frozen'] / 1e6:.2f} M frozen" if counts["frozen"] else ""),
-        f"FLOPs           {plan.flops:.3e} a step, {plan.flops / plan.batch:.3e} an image{again}",
         f"step            {time.seconds * 1e3:.0f} ms on the devices: {shares}; bound by {plan.bound}",
         f"speed           {plan.batch / plan.seconds:,.0f} images/s; model FLOP utilisation {plan.utilisation:.0%}",
         f"run             {plan.steps} steps, {span(plan.hours * 3600)} = {plan.hours / 24:.2f} days, "
