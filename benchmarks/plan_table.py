@@ -39,17 +39,23 @@ class Table:
     def __init__(self, cache: str, kept_only: bool):
         self._cache, self._kept_only = cache, kept_only
         self._planned: dict[tuple[str, int], Planned] = {}
+        self._plans: dict[tuple[str, str, int], Plan] = {}
 
     def compiled(self, name: str, topology: str, batch: int | None = None, *, only_kept: bool = False) -> Plan | None:
         """The plan by a program of its own; None where it is not kept and must not be compiled."""
         planned, place = self.planned(name, batch), parse_topology(topology)
         config = planned.config
+        key = (name, topology, config.train.batch_size)
+        if key in self._plans:
+            return self._plans[key]
         if self._kept_only or only_kept:
             result = kept_result(config, place, cache=self._cache)
         else:
             print(f"{name} on {topology}", file=sys.stderr, flush=True)
             result = compile_step(config, place, cache=self._cache)
-        return read_plan(planned, place, 1, result) if result else None
+        if result is None:
+            return None
+        return self._plans.setdefault(key, read_plan(planned, place, 1, result))
 
     def planned(self, name: str, batch: int | None = None) -> Planned:
         config = load_config(str(DOCS.parents[1] / "configs" / f"{name}.py"))

@@ -1,5 +1,7 @@
 """Compiled programs read as text: a hand-written one, and real ones whose figures are known."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -83,6 +85,51 @@ def test_a_hand_written_program():
 def test_trips_come_from_the_condition_where_the_loop_does_not_say(trips):
     text = TEXT.replace('backend_config={"known_trip_count":{"n":"24"}}', trips)
     assert sum(each.times for each in work_of(text) if each.flops) == 24
+
+
+@pytest.mark.parametrize(
+    ("line", "flops"),
+    [
+        # A linear layer, its weights' gradient, and batched products of attention, as libtpu 0.0.52 writes them.
+        (
+            "f32[4,50,96]{2,1,0} convolution(f32[4,50,32]{2,1,0} %x, f32[32,96,1]{1,0,2} %w), "
+            "window={size=1}, dim_labels=b0f_io0->b0f",
+            2 * 4 * 50 * 32 * 96,
+        ),
+        (
+            "f32[96,32,1]{1,0,2} convolution(f32[4,50,96]{2,1,0} %x, f32[4,50,32]{2,1,0} %w), "
+            "window={size=50}, dim_labels=f0b_i0o->bf0",
+            2 * 4 * 50 * 32 * 96,
+        ),
+        (
+            "f32[4,3,50,50]{3,2,1,0} convolution(f32[4,50,3,8]{3,2,1,0} %x, f32[4,50,3,8]{3,2,1,0} %w), "
+            "window={size=4x3 stride=3x2 lhs_dilate=4x3}, dim_labels=0b1f_0o1i->01bf",
+            2 * 4 * 3 * 50 * 50 * 8,
+        ),
+        (
+            "f32[4,50,16,8]{3,2,1,0} convolution(f32[4,50,96,1]{3,2,1,0} %x, f32[16,8,96,1]{3,2,1,0} %w), "
+            "window={size=1x16 pad=0_0x15_15 rhs_reversal=0x1}, dim_labels=b0f1_1oi0->b01f",
+            2 * 4 * 50 * 16 * 8 * 96,
+        ),
+    ],
+)
+def test_products_that_are_written_as_convolutions(line, flops):
+    result, shapes = line.split(" convolution("), re.findall(r"(f32\S+) %(\w)", line)
+    body = "".join(f"  %{name} = {shape} parameter({i})\n" for i, (shape, name) in enumerate(shapes))
+    call = "convolution(" + re.sub(r"f32\S+ %", "%", result[1])
+    text = f"ENTRY %main (x: f32[1], w: f32[1]) -> f32[1] {{\n{body}  ROOT %y = {result[0]} {call}\n}}\n"
+    assert [each.flops for each in work_of(text)] == [flops]
+
+
+def test_products_that_are_written_as_calls_of_a_library():
+    config = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]}}}'
+    text = (
+        "ENTRY %main (x: f32[1], w: f32[1]) -> f32[1] {\n"
+        "  %x = bf16[6,50,32]{2,1,0} parameter(0)\n  %w = bf16[6,50,32]{2,1,0} parameter(1)\n"
+        "  ROOT %y = (f32[6,50,50]{2,1,0}, s8[1024]{0}) custom-call(%x, %w), "
+        f'custom_call_target="__cublas$lt$matmul", backend_config={config}\n}}\n'
+    )
+    assert [each.flops for each in work_of(text)] == [2 * 6 * 50 * 50 * 32]
 
 
 def test_sums_of_collectives():

@@ -1,6 +1,7 @@
 """A compiled program read as text: what each instruction multiplies, moves through memory and sends to other chips."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -117,7 +118,7 @@ class _Program:
         if each.opcode == "dot" and shapes:
             return _dot_flops(each.shape, shapes[0], _numbers(each.attributes, r"lhs_contracting_dims=\{([\d,]*)\}"))
         if each.opcode == "convolution" and len(shapes) == 2:
-            return _convolution_flops(each, shapes[1])
+            return _convolution_flops(each, *shapes)
         if each.opcode == "custom-call" and "matmul" in each.attributes and shapes:
             contracted = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', each.attributes)
             return _dot_flops(each.shape, shapes[0], [int(n) for n in json.loads(contracted[1])]) if contracted else 0.0
@@ -218,23 +219,37 @@ def _dot_flops(result: str, left: list[int], contracted: list[int]) -> float:
     return 2.0 * math.prod(_dimensions(result)) * math.prod(left[axis] for axis in contracted)
 
 
-def _convolution_flops(each: _Instruction, kernel: list[int]) -> float:
-    """The TPU compiler writes products as convolutions; the kernel's input features and window are contracted."""
-    labels = re.search(r"dim_labels=\w+_(\w+)->\w+", each.attributes)
+def _convolution_flops(each: _Instruction, left: list[int], kernel: list[int]) -> float:
+    """The TPU compiler writes products as convolutions, batches of them as dilated ones: only real taps count."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     if not labels:
         return 0.0
-    features = kernel[labels[1].index("o")]
-    # Batches of products are spatial dimensions with as many windows; each output uses the part that fits its own.
-    windows = re.search(r"window=\{([^}]*)\}", each.attributes)
-    batched = 1
-    if windows and (sizes := re.search(r"size=([\dx]+)", windows[1])):
-        dilated = re.search(r"lhs_dilate=([\dx]+)", windows[1])
-        strides = re.search(r"stride=([\dx]+)", windows[1])
-        for axis, size in enumerate(map(int, sizes[1].split("x"))):
-            moved = [int(found[1].split("x")[axis]) for found in (dilated, strides) if found]
-            if size > 1 and moved and max(moved) >= size - 1:
-                batched *= size
-    return 2.0 * math.prod(_dimensions(each.shape)) * math.prod(kernel) / features / batched
+    result = _dimensions(each.shape)
+    total = 2.0 * kernel[labels[2].index("i")]
+    for axis, label in enumerate(labels[3]):
+        if label in "bf":
+            total *= result[axis]
+            continue
+        sizes = left[labels[1].index(label)], kernel[labels[2].index(label)], result[axis]
+        total *= _taps(*sizes, *(_of_window(each.attributes, name, int(label)) for name in _WINDOW))
+    return total
+
+
+# With what an axis has where the text says nothing.
+_WINDOW = {"stride": (1,), "pad": (0, 0), "lhs_dilate": (1,), "rhs_dilate": (1,)}
+
+
+def _of_window(attributes: str, name: str, axis: int) -> tuple[int, ...]:
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    found = re.search(rf"\b{name}=([\d_x-]+)", window[1]) if window else None
+    return tuple(int(n) for n in found[1].split("x")[axis].split("_")) if found else _WINDOW[name]
+
+
+@functools.cache
+def _taps(size: int, kernel: int, result: int, stride: tuple, pad: tuple, dilated: tuple, spread: tuple) -> int:
+    """Pairs of a place in the result and one in the kernel that meet a true element of the input, along one axis."""
+    places = [o * stride[0] + k * spread[0] - pad[0] for o in range(result) for k in range(kernel)]
+    return sum(place % dilated[0] == 0 and 0 <= place <= (size - 1) * dilated[0] for place in places)
 
 
 def _numbers(text: str, pattern: str) -> list[int]:
