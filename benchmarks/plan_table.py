@@ -65,13 +65,13 @@ class Table:
         return self._planned[name, batch]
 
     def source(self, name: str, topology: str) -> Plan | None:
-        """A compiled plan of chips that run the same programs, with the nearest number of images on each."""
+        """A compiled plan that fits chips that run the same programs, with the nearest number of images on each."""
         place, batch = parse_topology(topology), self.planned(name).experiment.batch_size
         found = [
             plan
             for other in TOPOLOGIES
             if same_program(parse_topology(other).kind, place.kind)
-            if (plan := self.compiled(name, other, only_kept=True)) is not None and plan.time is not None
+            if (plan := self.compiled(name, other, only_kept=True)) is not None and plan.fits
         ]
         images = batch / place.chips
         return min(found, key=lambda plan: abs(plan.batch / plan.topology.chips - images), default=None)
@@ -126,6 +126,7 @@ def _row(plan: Plan) -> str:
         plan, note = _in_parts(plan)
     elif not fits:
         note = "no"
+    sign = "~" if plan.compiler.startswith("scaled") else ""
     if plan.time is None:
         return f"| {plan.topology.name} | {images} | {size} | {note} | | | | | |"
     figures = [

@@ -137,6 +137,20 @@ def test_the_largest_batch_where_refusals_name_no_size():
     assert 128 <= found.images <= 150
 
 
+def test_the_largest_batch_where_the_compiler_makes_it_fit():
+    """A plateau below the limit, as where what is computed again takes no memory."""
+    asked = []
+
+    def needed(images):
+        asked.append(images)
+        return min(1e9 + 3e7 * images, 15e9) if images <= 3000 else 20e9
+
+    found = largest_batch(needed, 4096, 16e9)
+    assert found is not None
+    assert 2300 <= found.images <= 3000
+    assert len(asked) <= 7
+
+
 def test_no_batch_fits():
     assert largest_batch(lambda images: 2e9 + images, 64, 1e9, tries=12) is None
 

@@ -1,6 +1,7 @@
 """Which batch fits, and what to change where the wanted one does not: as few compilations as will do."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,16 +49,18 @@ def _next_guess(seen: dict[int, float], limit: float) -> int:
         (low, small), (high, large) = sorted(sorted(points, key=lambda point: abs(point[1] - limit))[:2])
         slope = (large - small) / (high - low)
         guess = int(low + (0.985 * limit - small) / slope) if slope > 0 else 2 * high
-    elif points and points[0][1] > limit:
-        guess = int(points[0][0] * limit / points[0][1] * 0.9)
+    elif points:
+        # A line through one point and some bytes for nothing: this is too few where it fits, too many where it does not.
+        guess = int(points[0][0] * limit / points[0][1] * (1.0 if fitting else 0.9))
     else:
-        guess = 2 * fitting if fitting else above // 2
+        guess = above // 2
     guess = _rounded(guess)
-    if above:
-        guess = min(guess, above - 1 if above - fitting < 8 else _rounded(above - 1))
-    if guess <= fitting or (fitting and guess < 1.05 * fitting):
-        return fitting or max(1, above // 2)
-    return guess
+    if guess < 1.05 * fitting:
+        return fitting
+    if above and guess >= above:
+        # No line: near the limit compilers compute again what they would otherwise keep.
+        guess = _rounded(math.isqrt(fitting * above) if fitting else above // 2)
+    return fitting if guess < 1.05 * fitting else guess
 
 
 def _rounded(images: int) -> int:
