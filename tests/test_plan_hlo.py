@@ -81,6 +81,38 @@ def test_a_hand_written_program():
     assert looped.sent == 4 * 64 * 64
 
 
+def test_of_stacks_only_the_slices_move():
+    """As the TPU compiler writes a scan: a fusion in a fusion slices, one updates in place, a copy fetches ahead."""
+    text = """
+%inner (p.0: f32[24,8,128], p.1: s32[]) -> f32[8,128] {
+  %p.0 = f32[24,8,128]{2,1,0:T(8,128)} parameter(0)
+  %p.1 = s32[]{:T(128)S(6)} parameter(1)
+  %one = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128]{1,0:T(8,128)} bitcast(%one)
+}
+
+%outer (q.0: f32[24,8,128], q.1: s32[], q.2: f32[24,8,128]) -> f32[24,8,128] {
+  %q.0 = f32[24,8,128]{2,1,0:T(8,128)} parameter(0)
+  %q.1 = s32[]{:T(128)S(6)} parameter(1)
+  %q.2 = f32[24,8,128]{2,1,0:T(8,128)} parameter(2)
+  %row = f32[8,128]{1,0:T(8,128)} fusion(%q.0, %q.1), kind=kLoop, calls=%inner
+  %new = f32[1,8,128]{2,1,0:T(8,128)} bitcast(%row)
+  ROOT %put = f32[24,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%q.2, %new, %q.1)
+}
+
+ENTRY %main (a: f32[24,8,128], i: s32[], b: f32[24,8,128]) -> f32[24,8,128] {
+  %a = f32[24,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %b = f32[24,8,128]{2,1,0:T(8,128)} parameter(2)
+  %ahead = ((f32[24,8,128]{2,1,0:T(8,128)}), f32[3,8,128]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:3]}
+  %here = f32[3,8,128]{2,1,0:T(8,128)S(1)} slice-done(%ahead)
+  ROOT %updated = f32[24,8,128]{2,1,0:T(8,128)} fusion(%a, %i, %b), kind=kLoop, calls=%outer
+}
+"""  # noqa: E501
+    row = 4 * 8 * 128
+    assert [each.bytes for each in work_of(text)] == [3 * row, row + row]
+
+
 @pytest.mark.parametrize("trips", ['backend_config={"known_trip_count":{"n":"24"}}', ""])
 def test_trips_come_from_the_condition_where_the_loop_does_not_say(trips):
     text = TEXT.replace('backend_config={"known_trip_count":{"n":"24"}}', trips)

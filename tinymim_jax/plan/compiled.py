@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -209,10 +210,11 @@ _GPUS = {
 
 
 def _in_child(folder: pathlib.Path, request: dict, topology: Topology) -> Compiled:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="running-") as running:
+    running = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix="running-"))
+    try:
         done = subprocess.run(
             [sys.executable, "-c", _CHILD],
-            input=json.dumps(request | {"folder": running}),
+            input=json.dumps(request | {"folder": str(running)}),
             env=_environment(topology),
             capture_output=True,
             text=True,
@@ -223,12 +225,13 @@ def _in_child(folder: pathlib.Path, request: dict, topology: Topology) -> Compil
             raise RuntimeError(
                 f"the compiler for {topology.name} ({compiler_of(topology)}) failed:\n{_what_failed(done)}"
             )
-        result = _read(pathlib.Path(running))
+        result = _read(running)
         # Another process may have been first; its result is the same.
         with contextlib.suppress(OSError):
-            pathlib.Path(running).rename(folder)
-        pathlib.Path(running).mkdir(exist_ok=True)
-    return result
+            running.rename(folder)
+        return result
+    finally:
+        shutil.rmtree(running, ignore_errors=True)
 
 
 def _environment(topology: Topology) -> dict[str, str]:

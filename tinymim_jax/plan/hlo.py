@@ -14,6 +14,7 @@ _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "domain", "add-dependency",
 }  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
@@ -126,16 +127,50 @@ class _Program:
 
     def _bytes(self, each: _Instruction, scope: dict[str, _Instruction]) -> float:
         operands = [scope[name] for name in each.operands if name in scope]
+        if each.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+            return _fetched(each.shape, operands[0].shape)
         if each.opcode.endswith("-start"):  # its result names the operands once more
             return 2.0 * sum(_moved(operand.shape) for operand in operands)
-        if each.opcode in ("dynamic-slice", "slice", "gather"):
+        if each.opcode in _SLICES:
             return 2.0 * _moved(each.shape)
         if each.opcode == "dynamic-update-slice" and len(operands) > 1:
             return 2.0 * _moved(operands[1].shape)
         inside = self._inside(each)
         if not inside:
             return _moved(each.shape) + sum(_moved(operand.shape) for operand in operands)
-        return _written(each, inside) + sum(_read(operand, index, inside) for index, operand in enumerate(operands))
+        written = max(0.0, _moved(each.shape) - self._kept_in_place(inside))
+        return written + sum(self._read(_moved(x.shape), index, inside) for index, x in enumerate(operands))
+
+    def _kept_in_place(self, inside: dict[str, _Instruction]) -> float:
+        """Bytes of a fusion's results that it does not write: of arrays of which it updates a part."""
+        root = next((each for each in inside.values() if each.root), None)
+        if root is None:
+            return 0.0
+        kept = 0.0
+        for result in [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]:
+            while result.opcode == "bitcast" and result.operands[0] in inside:
+                result = inside[result.operands[0]]
+            if result.opcode == "fusion":
+                kept += self._kept_in_place(self._inside(result))
+            elif result.opcode == "dynamic-update-slice" and result.operands[1] in inside:
+                kept += max(0.0, _moved(result.shape) - _moved(inside[result.operands[1]].shape))
+        return kept
+
+    def _read(self, whole: float, index: int, inside: dict[str, _Instruction]) -> float:
+        """Bytes that a fusion reads of an operand of `whole` bytes: of one that it only takes slices from, those."""
+        own = [each for each in inside.values() if each.opcode == "parameter" and each.operands[0] == str(index)]
+        if not whole or not own:
+            return whole
+        total = 0.0
+        for name, user in _uses(own[0].name, inside):
+            if user.opcode in _SLICES:
+                total += _moved(user.shape, everywhere=True)
+            elif user.opcode == "fusion":
+                within = self._inside(user)
+                total += sum(self._read(whole, i, within) for i, used in enumerate(user.operands) if used == name)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+                return whole
+        return min(whole, total)
 
     def _collective(self, each: _Instruction, scope: dict[str, _Instruction]) -> tuple[str, float, int]:
         for inner in self._inside(each).values():  # the TPU compiler fuses some with what they wait for
@@ -171,33 +206,11 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
-def _written(fusion: _Instruction, inside: dict[str, _Instruction]) -> float:
-    """Bytes of its results; of an array that is updated in place, those of the update."""
-    root = next((each for each in inside.values() if each.root), None)
-    if root is None:
-        return _moved(fusion.shape)
-    results = [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]
-    spared = 0.0
-    for result in results:
-        while result.opcode == "bitcast" and result.operands[0] in inside:
-            result = inside[result.operands[0]]
-        if result.opcode == "dynamic-update-slice" and result.operands[1] in inside:
-            spared += max(0.0, _moved(result.shape) - _moved(inside[result.operands[1]].shape))
-    return max(0.0, _moved(fusion.shape) - spared)
-
-
-def _read(operand: _Instruction, index: int, inside: dict[str, _Instruction]) -> float:
-    """Bytes that a fusion reads of an operand: of one that it only takes slices from, the slices."""
-    whole = _moved(operand.shape)
-    own = [each for each in inside.values() if each.opcode == "parameter" and each.operands[0] == str(index)]
-    uses = list(_uses(own[0].name, inside)) if own and whole else []
-    if not uses:
-        return whole
-    if all(user.opcode in ("dynamic-slice", "slice", "gather") for _, user in uses):
-        return min(whole, sum(_moved(user.shape) for _, user in uses))
-    if all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for name, user in uses):
-        return 0.0
-    return whole
+def _fetched(shape: str, source: str) -> float:
+    """Bytes of a copy into another memory, or of a slice of it: what arrives, at each end that is main memory."""
+    arrives = next((each for each in _SHAPE.finditer(shape) if each[0] not in source), None)
+    size = _moved(arrives[0] if arrives else source, everywhere=True)
+    return size * bool(_moved(source)) + size * (arrives is None or bool(_moved(arrives[0])))
 
 
 def _uses(name: str, inside: dict[str, _Instruction]) -> Iterator[tuple[str, _Instruction]]:
@@ -272,12 +285,12 @@ def _payload(shape: str) -> float:
     )
 
 
-def _moved(shape: str) -> float:
-    """Bytes in the main memory: without what lies in other memories, with padding to tiles."""
+def _moved(shape: str, *, everywhere: bool = False) -> float:
+    """Bytes with padding to tiles; only of what lies in the main memory, unless `everywhere`."""
     return sum(
         _width(dtype) * _padded([int(n) for n in sizes.split(",") if n], layout)
         for dtype, sizes, layout in _SHAPE.findall(shape)
-        if not re.search(r"S\([1-9]", layout)
+        if everywhere or not re.search(r"S\([1-9]", layout)
     )
 
 

@@ -50,7 +50,7 @@ def _next_guess(seen: dict[int, float], limit: float) -> int:
         slope = (large - small) / (high - low)
         guess = int(low + (0.985 * limit - small) / slope) if slope > 0 else 2 * high
     elif points:
-        # A line through one point and some bytes for nothing: this is too few where it fits, too many where it does not.
+        # A line through one point and some bytes for nothing: too few where it fits, too many where it does not.
         guess = int(points[0][0] * limit / points[0][1] * (1.0 if fitting else 0.9))
     else:
         guess = above // 2
