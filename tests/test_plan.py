@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 
 import pytest
@@ -12,6 +13,7 @@ from tinymim_jax.cli import main
 from tinymim_jax.plan import compiled as compiled_module
 from tinymim_jax.plan.chips import CHIPS, GIB, peak_of
 from tinymim_jax.plan.compiled import _refused_for, compile_step
+from tinymim_jax.plan.devices import gpu_description
 from tinymim_jax.plan.hlo import Work
 from tinymim_jax.plan.plan import check_layout, make_plan
 from tinymim_jax.plan.report import as_json, as_text
@@ -87,6 +89,16 @@ def test_the_peak_of_a_device():
     assert peak_of("TPU v5p") == peak_of("TPU v5") == 459e12
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_of("cpu") is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind, chip in CHIPS.items() if chip.platform == "gpu"])
+def test_a_gpu_is_described_to_the_compiler_as_the_table_has_it(kind):
+    text = gpu_description(kind)
+    reported = {
+        name: float(re.search(rf"{name}: (\d+)", text)[1]) for name in ("device_memory_size", "memory_bandwidth")
+    }
+    assert CHIPS[kind].memory == pytest.approx(0.9 * reported["device_memory_size"], rel=1e-3)
+    assert CHIPS[kind].bandwidth == pytest.approx(reported["memory_bandwidth"], rel=1e-3)
 
 
 def test_the_roofline_by_hand():
