@@ -23,25 +23,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tinymim_jax.config import load_config
-from tinymim_jax.experiment import Experiment, batch_shapes, build_experiment, build_optimizer
+from tinymim_jax.config import from_json, load_config
+from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_experiment, build_optimizer
+from tinymim_jax.flops import step_flops
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.params_io import save_params
+from tinymim_jax.plan.chips import peak_of
 from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
 from tinymim_jax.teachers import find_teacher
 
-# Dense bfloat16 peak of one device, in FLOP/s, by the makers' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
 REFERENCE_STUDENTS = {
     192: "tinymim_vit_tiny_patch16",
     384: "tinymim_vit_small_patch16",
@@ -50,37 +42,19 @@ REFERENCE_STUDENTS = {
 REFERENCE_TEACHERS = {768: "mae_vit_base", 1024: "mae_vit_large"}
 
 
-def needed_flops(encoder: ViT, tap: int) -> float:
-    """FLOPs for one image from pixels to q, k, v of block `tap`: what the method needs, and nothing else."""
-    patches, dim = encoder.grid[0] * encoder.grid[1], encoder.embed_dim
-    tokens = patches + 1
-    embedding = 2 * patches * 3 * encoder.patch_size**2 * dim
-    linear = 2 * tokens * dim * dim * (4 + 2 * encoder.mlp_ratio)  # qkv, proj, fc1, fc2
-    attention = 2 * 2 * tokens**2 * dim
-    return embedding + (tap - 1) * (linear + attention) + 2 * tokens * dim * 3 * dim
-
-
-def step_flops(student: ViT, student_tap: int, teacher: ViT, tap: int) -> float:
-    """FLOPs of one step for one image: the teacher forward, the student forward and backward, two relations of each."""
-    relations = {net: 2 * 2 * (net.grid[0] * net.grid[1] + 1) ** 2 * net.embed_dim for net in (student, teacher)}
-    forward = needed_flops(student, student_tap) + relations[student]
-    return needed_flops(teacher, tap) + relations[teacher] + 3 * forward
-
-
 def main() -> None:
     options = _parse()
     with tempfile.TemporaryDirectory() as folder:
-        experiment, teacher, tap = _experiment(options, Path(folder))
+        experiment, teacher = _experiment(options, Path(folder))
         reference = _Reference(options, experiment, teacher) if options.reference else None
         ours = _Ours(experiment)
+        flops = _needed_flops(experiment)
     rounds: dict[str, list[float]] = {"ours": [], "reference": []}
     for _ in range(options.repeat):
         rounds["ours"].append(ours.seconds(options.steps) / options.steps)
         if reference:
             rounds["reference"].append(reference.seconds(options.steps) / options.steps)
         _say({name: f"{values[-1]:.4f} s/step" for name, values in rounds.items() if values})
-    student = ViT.from_record(experiment.task.model["encoder"])
-    flops = experiment.batch_size * step_flops(student, options.student_tap or student.depth, teacher, tap)
     print(json.dumps(_result(options, experiment, ours, reference, rounds, flops)))
 
 
@@ -157,7 +131,7 @@ class _Reference:
         sys.exit("the reference ended without a word: its Python needs torch and timm, --reference a TinyMIM checkout")
 
 
-def _experiment(options: argparse.Namespace, folder: Path) -> tuple[Experiment, ViT, int]:
+def _experiment(options: argparse.Namespace, folder: Path) -> tuple[Experiment, ViT]:
     """The config's experiment with a random teacher; the digits lend their length, not their images."""
     words = [f"train.batch_size={options.batch}", f"model.dtype={options.dtype}", *options.overrides]
     words += ["data.source=digits", "data.eval_split=test", f"distill.teacher.path={folder / 'teacher'}"]
@@ -167,8 +141,15 @@ def _experiment(options: argparse.Namespace, folder: Path) -> tuple[Experiment, 
     shape = (1, *teacher.image_size, 3)
     params = jax.jit(teacher.init)(jax.random.key(1), np.zeros(shape, np.float32))["params"]
     save_params(folder / "teacher", {"encoder": params}, {"encoder": teacher.record()})
-    options.student_tap = config.distill.student_tap
-    return build_experiment(config), teacher, config.distill.teacher.tap or row.tap
+    return build_experiment(config), teacher
+
+
+def _needed_flops(experiment: Experiment) -> float:
+    """Of a step of the method: without what remat computes again."""
+    config = from_json(experiment.config.to_dict())
+    config.model.remat = "none"
+    task = assemble(config, experiment.train_source, experiment.eval_source).task
+    return step_flops(task, task.load_frozen(), batch_shapes(experiment))
 
 
 def _result(options, experiment, ours, reference, rounds, flops) -> dict:
@@ -186,8 +167,7 @@ def _result(options, experiment, ours, reference, rounds, flops) -> dict:
         "needed_flops_per_step": flops,
         **ours.memory(),
     }
-    known = (peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name))
-    peak = options.peak_tflops * 1e12 if options.peak_tflops else next(known, None)
+    peak = options.peak_tflops * 1e12 if options.peak_tflops else peak_of(kind)
     if peak:
         result["model_flop_utilisation"] = round(flops / seconds / peak / jax.device_count(), 4)
     if reference:

@@ -12,11 +12,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Floor of each part of the package: a module may import from its own floor or below.
 FLOORS = {
     "cli": 5, "startup": 5, "demo": 5, "demo_pictures": 5, "__main__": 5, "prepare_command": 5,
-    "suite_command": 5,
+    "suite_command": 5, "plan": 5,
     "sweep": 5, "chain": 5, "study": 5, "points": 5, "children": 5, "checks": 5, "tables": 5, "status": 5,
     "train": 4, "config": 4, "evaluate": 4, "knn": 4, "linear_probe": 4, "features": 4, "inference": 4, "experiment": 4,
     "state": 4, "report": 4, "workdir": 4,
-    "judge": 4, "suite_run": 4, "suite_report": 4, "per_example": 4,
+    "judge": 4, "suite_run": 4, "suite_report": 4, "per_example": 4, "flops": 4,
     "tasks": 3,
     "suites": 2, "scores": 2, "targets": 2, "teachers": 2, "convert": 2, "optim": 2, "metrics": 2, "sharding": 2,
     "checkpoints": 2, "params_io": 2, "probed": 2, "checkpoint_format": 2,

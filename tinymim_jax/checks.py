@@ -47,6 +47,16 @@ def check_words(points: Iterable[Point]) -> None:
             raise ValueError(f"{_name(point, run)}: {error}") from error
 
 
+def build_anyway(config: ConfigDict, *, data_dir: str | None = None) -> Experiment:
+    """The experiment of `config`, with ImageNet's length and classes in place of data that is not here."""
+    try:
+        return build_experiment(config, data_dir=data_dir)
+    except FileNotFoundError:
+        if config.data.source == "digits":
+            raise
+        return assemble(config, _NotHere(), _NotHere())
+
+
 def _runs(points: Iterable[Point]) -> list[tuple[Point, Run]]:
     return [(point, run) for point in points for run in point.runs]
 
@@ -69,7 +79,7 @@ def _check(config: ConfigDict, run: Run, kept: dict, seen: dict, data_dir: str |
     everything, step = _key(config, kept), _key(config, kept, without=("optim",))
     if everything in seen:
         return seen[everything]
-    experiment = _build(config, data_dir, need_data)
+    experiment = build_experiment(config, data_dir=data_dir) if need_data else build_anyway(config, data_dir=data_dir)
     task = dataclasses.replace(experiment.task, init=jax.jit(experiment.task.init))  # traced once for all its uses
     params = jax.eval_shape(task.init, jax.random.key(0))
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
@@ -80,15 +90,6 @@ def _check(config: ConfigDict, run: Run, kept: dict, seen: dict, data_dir: str |
     build_optimizer(dataclasses.replace(experiment, task=task), seen[step])
     seen[everything] = Loaded(str(run.workdir), task.model, zeros)
     return seen[everything]
-
-
-def _build(config: ConfigDict, data_dir: str | None, need_data: bool) -> Experiment:
-    try:
-        return build_experiment(config, data_dir=data_dir)
-    except FileNotFoundError:
-        if need_data or config.data.source == "digits":
-            raise
-        return assemble(config, _NotHere(), _NotHere())
 
 
 def _key(config: ConfigDict, kept: dict[str, Loaded], without: tuple[str, ...] = ()) -> str:

@@ -10,6 +10,7 @@ import traceback
 from ml_collections import ConfigDict
 
 from tinymim_jax import chain, exits, prepare_command, status, suite_command, sweep
+from tinymim_jax.plan import command as plan_command
 from tinymim_jax.startup import quiet_unless_first, start_logging, use_compile_cache
 
 # What a user can mend: shown as one message without a traceback.
@@ -244,6 +245,10 @@ def _parser() -> argparse.ArgumentParser:
 
     seen = _command(commands, "status", status.run, "how far a run, or each of a sweep or chain, has come")
     status.add_arguments(seen)
+
+    plan = _command(commands, "plan", plan_command.run, "what a training needs on hardware that is not here")
+    plan_command.add_arguments(plan)
+    _overrides(plan)
 
     evaluate = _command(commands, "evaluate", _evaluate, "figures of a checkpoint, on its run's data or on test suites")
     _judged(evaluate)

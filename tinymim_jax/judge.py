@@ -13,8 +13,8 @@ from tinymim_jax.data.examples import Source
 from tinymim_jax.data.pipeline import eval_batches
 from tinymim_jax.data.transforms import EvalView
 from tinymim_jax.errors import unknown
+from tinymim_jax.flops import matmul_flops
 from tinymim_jax.inference import load
-from tinymim_jax.models.flops import matmul_flops
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.per_example import collect, row_step
 from tinymim_jax.scores import Answers

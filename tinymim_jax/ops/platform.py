@@ -1,6 +1,11 @@
 """Where a different form of the same mathematics pays, and where it does not."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
+
+_compiled_for: str | None = None
 
 
 def on_cpu() -> bool:
@@ -10,4 +15,15 @@ def on_cpu() -> bool:
     batch axes run at half speed: a ViT-Tiny's gradient at 224 px took 3.1 s of CPU time in plain form and 1.2 s in
     these (batch 8, float32, jax 0.10.2). Compilers for accelerators need none of it and know the plain forms best.
     """
-    return jax.default_backend() == "cpu"
+    return (_compiled_for or jax.default_backend()) == "cpu"
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """What is traced inside the block is meant for `platform` ('tpu', 'gpu', 'cpu'), wherever the tracing is done."""
+    global _compiled_for
+    before, _compiled_for = _compiled_for, platform
+    try:
+        yield
+    finally:
+        _compiled_for = before

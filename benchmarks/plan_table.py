@@ -1,0 +1,202 @@
+"""Fills the tables of docs/plan.md: every shipped config on usual hardware, and how one scales.
+
+    python benchmarks/plan_table.py            # compiles what is not kept yet: hours
+    python benchmarks/plan_table.py --kept     # only from what is kept
+
+A row whose step was not compiled is scaled from one of the same chips with another batch, and says so by a ~; where
+there is none it stays empty.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tinymim_jax.config import load_config
+from tinymim_jax.plan.build import Planned, changed, plan_experiment
+from tinymim_jax.plan.chips import GIB
+from tinymim_jax.plan.compiled import CACHE, compile_step, kept_result
+from tinymim_jax.plan.plan import Plan, read_plan
+from tinymim_jax.plan.scaled import same_program, scaled
+from tinymim_jax.plan.topology import parse_topology
+
+DOCS = Path(__file__).parents[1] / "docs" / "plan.md"
+CONFIGS = ("distill_t", "distill_s", "distill_b", "finetune_t", "finetune_s", "finetune_b", "mae_b", "mae_l")
+TOPOLOGIES = (
+    "v4-32", "v5e-16", "v5e-64", "v5e-256", "v5p-32", "v6e-16", "v6e-64", "a100x8", "h100x8", "h200x1",
+)  # fmt: skip
+SCALING, SCALING_IMAGES = "mae_l", 64
+SCALING_CHIPS = (8, 16, 32, 64, 128, 256)
+_HEAD = "| topology | images on a chip | GiB of | fits | step, ms | images/s | bound | run | chip-hours |"
+
+
+class Table:
+    """Plans by config and topology; compiled ones are looked up or made, others scaled from them."""
+
+    def __init__(self, cache: str, kept_only: bool):
+        self._cache, self._kept_only = cache, kept_only
+        self._planned: dict[tuple[str, int], Planned] = {}
+        self._plans: dict[tuple[str, str, int], Plan] = {}
+
+    def compiled(self, name: str, topology: str, batch: int | None = None, *, only_kept: bool = False) -> Plan | None:
+        """The plan by a program of its own; None where it is not kept and must not be compiled."""
+        planned, place = self.planned(name, batch), parse_topology(topology)
+        config = planned.config
+        key = (name, topology, config.train.batch_size)
+        if key in self._plans:
+            return self._plans[key]
+        if self._kept_only or only_kept:
+            result = kept_result(config, place, cache=self._cache)
+        else:
+            print(f"{name} on {topology}", file=sys.stderr, flush=True)
+            result = compile_step(config, place, cache=self._cache)
+        if result is None:
+            return None
+        return self._plans.setdefault(key, read_plan(planned, place, 1, result))
+
+    def planned(self, name: str, batch: int | None = None) -> Planned:
+        config = load_config(str(DOCS.parents[1] / "configs" / f"{name}.py"))
+        batch = batch or config.train.batch_size
+        if (name, batch) not in self._planned:
+            self._planned[name, batch] = plan_experiment(changed(config, {"train.batch_size": batch}))
+        return self._planned[name, batch]
+
+    def source(self, name: str, topology: str) -> Plan | None:
+        """A compiled plan that fits chips that run the same programs, with the nearest number of images on each."""
+        place, batch = parse_topology(topology), self.planned(name).experiment.batch_size
+        found = [
+            plan
+            for other in TOPOLOGIES
+            if same_program(parse_topology(other).kind, place.kind)
+            if (plan := self.compiled(name, other, only_kept=True)) is not None and plan.fits
+        ]
+        images = batch / place.chips
+        return min(found, key=lambda plan: abs(plan.batch / plan.topology.chips - images), default=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kept", action="store_true", help="compile nothing")
+    parser.add_argument("--cache", default=CACHE, metavar="DIR", help=f"compiled steps (default {CACHE})")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    table = Table(options.cache, options.kept)
+    text = DOCS.read_text(encoding="utf-8")
+    text = _replaced(text, "configs", "\n\n".join(config_table(table, name) for name in CONFIGS))
+    text = _replaced(text, "scaling", scaling_table(table))
+    DOCS.write_text(text, encoding="utf-8")
+
+
+def config_table(table: Table, name: str) -> str:
+    """One config on every topology."""
+    planned = table.planned(name)
+    needed, _ = planned.flops
+    batch = planned.experiment.batch_size
+    lines = [f"`configs/{name}.py`: batch {batch}, {planned.experiment.total_steps} steps, {needed / batch:.3g} FLOPs "]
+    lines[0] += "an image\n"
+    lines += [_HEAD, "|---|" + "---|" * 8]
+    for topology in TOPOLOGIES:
+        plan = table.compiled(name, topology)
+        if plan is None or plan.time is None:
+            source = table.source(name, topology)
+            if plan is None and source is None:
+                lines.append(f"| {topology} | {batch // parse_topology(topology).chips} | not compiled | | | | | | |")
+                continue
+            plan = _estimated(plan, source, topology)
+        lines.append(_row(plan))
+    return "\n".join(lines)
+
+
+def _estimated(refused: Plan | None, source: Plan | None, topology: str) -> Plan:
+    if source is None:
+        assert refused is not None
+        return refused
+    return scaled(source, parse_topology(topology))
+
+
+def _row(plan: Plan) -> str:
+    limit, images = plan.topology.chip.memory, plan.batch // plan.topology.chips
+    sign = "~" if plan.compiler.startswith("scaled") else ""
+    size = f"{sign}{plan.needed / GIB:.1f} of {limit / GIB:.1f}" if plan.needed else f"more than {limit / GIB:.1f}"
+    fits, note = plan.fits, "yes"
+    if not fits and plan.time is not None:
+        plan, note = _in_parts(plan)
+    elif not fits:
+        note = "no"
+    sign = "~" if plan.compiler.startswith("scaled") else ""
+    if plan.time is None:
+        return f"| {plan.topology.name} | {images} | {size} | {note} | | | | | |"
+    figures = [
+        f"{sign}{plan.seconds * 1e3:.0f}",
+        f"{sign}{plan.batch / plan.seconds:,.0f}",
+        plan.bound,
+        f"{sign}{plan.hours:.1f} h" if plan.hours < 48 else f"{sign}{plan.hours / 24:.1f} days",
+        f"{sign}{plan.hours * plan.topology.chips:,.0f}",
+    ]
+    return f"| {' | '.join([plan.topology.name, str(images), size, note, *figures])} |"
+
+
+def _in_parts(plan: Plan) -> tuple[Plan, str]:
+    """The same batch in the smallest number of parts that is estimated to fit."""
+    images = plan.batch // plan.topology.chips
+    for parts in (n for n in range(2, images + 1) if images % n == 0):
+        if (smaller := scaled(plan, plan.topology, accumulate=parts)).fits:
+            return smaller, f"no: ~`train.accumulate={parts}`"
+    return plan, "no"
+
+
+def scaling_table(table: Table) -> str:
+    """One config from 8 to 256 chips: with as many images on each, and with the config's own batch."""
+    plans = _scaling_plans(table)
+    lines = [
+        "| chips | by | GiB on a chip | traffic, GB | all-reduce, MB | network, ms | step, ms | speed-up of 8 chips | "
+        "batch 4096: step, ms | of it network |",
+        "|---|" + "---|" * 9,
+    ]
+    first = next(iter(plans.values()), None)
+    for chips, plan in plans.items():
+        assert first is not None
+        assert first.time is not None
+        assert plan.time is not None
+        fixed = scaled(plan, plan.topology, batch=table.planned(SCALING).experiment.batch_size)
+        assert fixed.time is not None
+        sent = sum(row.bytes for row in plan.collectives) / 1e6
+        ratio = chips / SCALING_CHIPS[0] * first.time.seconds / plan.time.seconds
+        how = "scaled" if plan.compiler.startswith("scaled") else "compiled"
+        lines.append(
+            f"| {chips} | {how} | {plan.needed / GIB:.2f} | {plan.time.bytes / 1e9:.0f} | {sent:.0f} | "
+            f"{plan.time.network * 1e3:.1f} | {plan.time.seconds * 1e3:.0f} | {ratio:.2f} of {chips // 8} | "
+            f"{fixed.time.seconds * 1e3:.0f} | {fixed.time.network / fixed.time.seconds:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def _scaling_plans(table: Table) -> dict[int, Plan]:
+    found = {}
+    for chips in SCALING_CHIPS:
+        if (plan := table.compiled(SCALING, f"v5e-{chips}", SCALING_IMAGES * chips, only_kept=True)) is not None:
+            found[chips] = plan
+    if not found:
+        return {}
+    return {
+        chips: found.get(chips)
+        or scaled(
+            min(found.values(), key=lambda plan: abs(plan.topology.chips - chips)),
+            parse_topology(f"v5e-{chips}"),
+            batch=SCALING_IMAGES * chips,
+        )
+        for chips in SCALING_CHIPS
+    }
+
+
+def _replaced(text: str, name: str, table: str) -> str:
+    start, end = f"<!-- {name}: benchmarks/plan_table.py -->", f"<!-- end of {name} -->"
+    before, rest = text.split(start)
+    return f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Plans: names of hardware, the roofline, the search, and a whole plan for fake devices."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+
+import pytest
+from runs import small_config
+
+from tinymim_jax.cli import main
+from tinymim_jax.plan import compiled as compiled_module
+from tinymim_jax.plan.chips import CHIPS, GIB, peak_of
+from tinymim_jax.plan.compiled import _refused_for, compile_step
+from tinymim_jax.plan.devices import gpu_description
+from tinymim_jax.plan.hlo import Work
+from tinymim_jax.plan.plan import check_layout, make_plan
+from tinymim_jax.plan.report import as_json, as_text
+from tinymim_jax.plan.roofline import (
+    COMPUTE_EFFICIENCY,
+    LINK_LATENCY,
+    MEMORY_EFFICIENCY,
+    NETWORK_EFFICIENCY,
+    NETWORK_LATENCY,
+    Collective,
+    StepTime,
+    collective_seconds,
+    step_time,
+)
+from tinymim_jax.plan.scaled import scaled
+from tinymim_jax.plan.search import largest_batch, remedies
+from tinymim_jax.plan.topology import parse_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape", "chips", "hosts"),
+    [
+        ("v4-32", "v4", (2, 2, 4), 16, 4),
+        ("v5p-32", "v5p", (2, 2, 4), 16, 4),
+        ("v5e-64", "v5e", (8, 8), 64, 16),
+        ("v5litepod-16", "v5e", (4, 4), 16, 4),
+        ("v5e:8x8", "v5e", (8, 8), 64, 16),
+        ("v6e-8", "v6e", (2, 4), 8, 1),
+        ("v6e-1", "v6e", (1, 1), 1, 1),
+        ("a100x8", "a100", (1, 8), 8, 1),
+        ("a100-40x4", "a100-40", (1, 4), 4, 1),
+        ("H100x8x4", "h100", (4, 8), 32, 4),
+        ("cpux8", "cpu", (1, 8), 8, 1),
+    ],
+)
+def test_names_of_hardware(name, kind, shape, chips, hosts):
+    topology = parse_topology(name)
+    assert (topology.kind, topology.shape, topology.chips, topology.hosts) == (kind, shape, chips, hosts)
+
+
+def test_slices():
+    topology = parse_topology("v5e-16", slices=2)
+    assert (topology.chips, topology.hosts, topology.linked) == (32, 8, 16)
+    assert topology.describe() == "v5e-16 x 2 slices: 32 chips (4x4 in each of 2 slices) on 8 hosts"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5e-48", "not a slice that is offered. Choices: v5e-1, v5e-4"),
+        ("v4-33", "counts cores, two for each chip"),
+        ("h10x8", "did you mean 'h100x8'"),
+        ("v7-8", "is unknown"),
+        ("h100x9", "a node has 1 to 8"),
+        ("v5e:4x4x4", "slices of v5e have 2 sides"),
+        ("h100:2x4", "write h100x8 for 8 GPUs"),
+        ("v5e", "Choices: 'v4-8'"),
+    ],
+)
+def test_names_that_are_none(name, said):
+    with pytest.raises(ValueError, match="--topology") as error:
+        parse_topology(name)
+    assert said in str(error.value)
+
+
+def test_gpus_have_nodes_and_not_slices():
+    with pytest.raises(ValueError, match="write h100x8x2 for 2 nodes"):
+        parse_topology("h100x8", slices=2)
+
+
+def test_the_peak_of_a_device():
+    assert peak_of("TPU v5 lite") == 197e12
+    assert peak_of("TPU v5p") == peak_of("TPU v5") == 459e12
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of("cpu") is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind, chip in CHIPS.items() if chip.platform == "gpu"])
+def test_a_gpu_is_described_to_the_compiler_as_the_table_has_it(kind):
+    text = gpu_description(kind)
+    reported = {
+        name: float(re.search(rf"{name}: (\d+)", text)[1]) for name in ("device_memory_size", "memory_bandwidth")
+    }
+    assert CHIPS[kind].memory == pytest.approx(0.9 * reported["device_memory_size"], rel=1e-3)
+    assert CHIPS[kind].bandwidth == pytest.approx(reported["memory_bandwidth"], rel=1e-3)
+
+
+def test_the_roofline_by_hand():
+    """Two instructions, each bound by something else, and one all-reduce over two sides of a slice."""
+    topology, chip = parse_topology("v5e-16"), CHIPS["v5e"]
+    work = [
+        Work(3, flops=197e12, bytes=8.19e9),
+        Work(2, flops=0.0, bytes=819e9),
+        Work(1, 0.0, 1e9, "all-reduce", sent=1.6e9, group=16),
+    ]
+    time = step_time(work, topology)
+    assert time.compute == pytest.approx(3 / COMPUTE_EFFICIENCY)
+    assert time.memory == pytest.approx(2 / MEMORY_EFFICIENCY)
+    sent = 2 * 1.6e9 * 15 / 16 / (chip.link * NETWORK_EFFICIENCY)
+    assert time.network == pytest.approx(sent + 2 * LINK_LATENCY * 6)
+    assert time.bound == "compute"
+    assert time.seconds == time.compute + time.memory + time.network
+    assert time.flops == 3 * 197e12
+
+
+def test_between_slices_each_chip_sends_its_share():
+    one, two = parse_topology("v5e-16"), parse_topology("v5e-16", slices=2)
+    inside = collective_seconds("all-reduce", 1e9, 16, one)
+    share = 2 * (1e9 / 16 / 2 / (CHIPS["v5e"].network * NETWORK_EFFICIENCY) + NETWORK_LATENCY)
+    assert collective_seconds("all-reduce", 1e9, 32, two) == pytest.approx(inside + share)
+    assert collective_seconds("all-gather", 1e9, 16, one) == pytest.approx(inside / 2)
+    assert collective_seconds("all-reduce", 1e9, 1, one) == 0.0
+
+
+@pytest.mark.parametrize("start", [1, 8, 64, 300, 5000])
+def test_the_largest_batch_in_few_tries(start):
+    asked = []
+
+    def needed(images):
+        asked.append(images)
+        return 2e9 + 40e6 * images + 1e5 * images**1.2  # not quite a line
+
+    found = largest_batch(needed, start, 16e9)
+    assert found is not None
+    assert found.needed == int(needed(found.images)) <= 16e9
+    assert needed(1.1 * found.images) > 16e9
+    assert len(asked) <= 6 + 2
+
+
+def test_the_largest_batch_where_refusals_name_no_size():
+    found = largest_batch(lambda images: 1e9 + 1e8 * images if images <= 150 else math.inf, 256, 16e9, tries=8)
+    assert found is not None
+    assert 128 <= found.images <= 150
+
+
+def test_the_largest_batch_where_the_compiler_makes_it_fit():
+    """A plateau below the limit, as where what is computed again takes no memory."""
+    asked = []
+
+    def needed(images):
+        asked.append(images)
+        return min(1e9 + 3e7 * images, 15e9) if images <= 3000 else 20e9
+
+    found = largest_batch(needed, 4096, 16e9)
+    assert found is not None
+    assert 2300 <= found.images <= 3000
+    assert len(asked) <= 7
+
+
+def test_no_batch_fits():
+    assert largest_batch(lambda images: 2e9 + images, 64, 1e9, tries=12) is None
+
+
+def test_remedies_come_in_their_order():
+    config = small_config("mae_teacher", "train.batch_size=64", "model.remat=dots")
+    words = [" ".join(each.words) for each in remedies(config, chips=8, per_host=8, fsdp=1, fitting=3)]
+    assert words == [
+        "model.remat=full",
+        "model.scan=True model.remat=full",
+        "--fsdp 8",
+        "train.accumulate=4",
+        "train.batch_size=24",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "fsdp", "said"),
+    [
+        (("train.batch_size=60",), 1, "cannot be split over the 8 chips of cpux8: choose a multiple of 8, such as 56"),
+        (("train.accumulate=3",), 1, "choose a multiple of 24, such as 24 or 48"),
+        ((), 3, "--fsdp 3 does not divide the 8 chips of cpux8. Choices: 1, 2, 4, 8"),
+    ],
+)  # fmt: skip
+def test_layouts_that_cannot_be_trained(words, fsdp, said):
+    config = small_config("mae_teacher", "train.batch_size=32", *words)
+    with pytest.raises(ValueError, match=r"batch_size|fsdp") as error:
+        check_layout(config, parse_topology("cpux8"), fsdp)
+    assert said in str(error.value)
+
+
+def test_what_a_refusal_says():
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.25G of 15.75G hbm. Exceeded by 17.50G."
+    assert _refused_for(text) == int(33.25 * GIB)
+    assert _refused_for("INTERNAL: something else") is None
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(compiled_module.importlib.util, "find_spec", lambda name: None)
+    for name, command in (("v5e-8", r"tinymim-jax\[plan\]"), ("h100x8", r"tinymim-jax\[plan-cuda\]")):
+        with pytest.raises(ImportError, match=command):
+            compile_step(small_config("mae_teacher"), parse_topology(name), cache="")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("plans"))
+
+
+TINY = [
+    "model.embed_dim=16", "model.depth=2", "model.heads=2", "model.patch_size=8", "model.image_size=(16,16)",
+    "data.eval_resize=16", "train.batch_size=32", "mae.decoder_dim=8", "mae.decoder_depth=1", "mae.decoder_heads=2",
+]  # fmt: skip
+
+
+def test_the_command_and_what_it_keeps(cache, data_dir, capsys, monkeypatch):
+    """One compilation in a child for eight fake devices, as JSON; the second plan finds it kept."""
+    words = ["--config", "configs/digits.py:mae_teacher", "--topology", "cpux8", "--data_dir", data_dir]
+    words += ["--cache", cache, "--quick"]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *words, "--json", *TINY])
+    assert ended.value.code == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    sizes = plan["bytes"]
+    assert sizes["optimizer"] == pytest.approx(2 * sizes["parameters"], rel=0.01)  # two moments of each
+    assert sizes["parameters"] == 4 * plan["parameters"]["all"]
+    assert sum(size for name, size in sizes.items() if name not in ("all", "limit")) == sizes["all"]
+    assert plan["images_per_second"] == pytest.approx(32 / plan["step"]["seconds"])
+    assert plan["step"]["flops"] * 8 == pytest.approx(plan["flops_per_step"], rel=0.02)
+    assert plan["run"]["chip_hours"] == pytest.approx(8 * plan["run"]["hours"])
+    assert plan["collectives"][0]["kind"] == "all-reduce"
+
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    with pytest.raises(SystemExit):
+        main(["plan", *words, *TINY, "seed=5", "optim.base_lr=1e-5"])
+    text = capsys.readouterr().out
+    assert "fits: 32 images in a batch, 4 on each chip" in text
+    assert "all-reduce over 8 chips" in text
+    assert "assumed and not measured" in text
+
+
+class Compiler:
+    """Stands in for compile_step: a chip's program needs so many bytes for each image, fewer with remat."""
+
+    def __init__(self, limit: float):
+        self.limit, self.asked = limit, []
+
+    def __call__(self, config, topology, *, fsdp=1, **_):
+        images = config.train.batch_size // config.train.accumulate // topology.chips
+        self.asked.append((images, config.model.remat, config.model.scan, fsdp))
+        needed = int(1e6 + images * {"none": 1e9, "dots": 6e8, "full": 4e8}[config.model.remat])
+        refused = needed > self.limit
+        sizes = (0, 0, 0) if refused else (10**6, needed - 10**6, 0)
+        hlo = "" if refused else "ENTRY %main (a: f32[8,8]) -> f32[8,8] {\n  ROOT %a = f32[8,8]{1,0} copy(%a)\n}\n"
+        return compiled_module.Compiled(*sizes, needed, refused, hlo, "a stand-in")
+
+
+def test_what_to_change_is_tried_in_order(monkeypatch, data_dir):
+    compiler = Compiler(CHIPS["cpu"].memory)
+    monkeypatch.setattr("tinymim_jax.plan.plan.compile_step", compiler)
+    config = small_config("mae_teacher", "train.batch_size=80")
+    plan = make_plan(config, parse_topology("cpux8"), data_dir=data_dir)
+    assert not plan.fits
+    assert plan.time is None
+    assert plan.largest is not None
+    assert plan.largest.images == 4
+    assert plan.remedy is not None
+    remedy, fitting = plan.remedy
+    assert remedy.words == ("model.remat=full",)  # 10 images: 4.001 GB of 4.295
+    assert fitting.fits
+    assert compiler.asked[-2:] == [(10, "dots", False, 1), (10, "full", False, 1)]
+    text = as_text(plan)
+    assert "DOES NOT FIT: 80 images in a batch, 10 on each chip; 9.31 of 4.00 GiB" in text
+    assert "to make it fit: model.remat=full" in text
+    assert "largest batch that was seen to fit: 32" in text
+    answer = as_json(plan)
+    assert answer["remedy"]["plan"]["fits"]
+    assert answer["step"] is None
+    json.dumps(answer)
+
+
+def test_libtpu_plans_a_small_step(tmp_path, data_dir):
+    pytest.importorskip("libtpu")
+    config = small_config("mae_teacher", "train.batch_size=32", "model.dtype=bfloat16")
+    plan = make_plan(config, parse_topology("v5e-8"), cache=str(tmp_path), data_dir=data_dir, search=False)
+    assert plan.fits
+    assert plan.compiler.startswith("libtpu")
+    assert plan.collectives[0].kind == "all-reduce"
+
+
+@pytest.fixture(scope="module")
+def compiled_plan(data_dir):
+    """A plan of 32 images on 8 fake devices from a stand-in compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinymim_jax.plan.plan.compile_step", Compiler(math.inf))
+        config = small_config("mae_teacher", "train.batch_size=32")
+        plan = make_plan(config, parse_topology("cpux8"), data_dir=data_dir, search=False)
+    time = StepTime(compute=2.0, memory=1.0, network=0.5, flops=1e12, bytes=1e10)
+    return dataclasses.replace(plan, time=time, collectives=(Collective("all-reduce", 8, 2, 1e9),))
+
+
+def test_a_plan_scaled_to_itself(compiled_plan):
+    same = scaled(compiled_plan, compiled_plan.topology)
+    network = 2 * collective_seconds("all-reduce", 5e8, 8, compiled_plan.topology)
+    assert dataclasses.replace(same.time, network=0.5) == compiled_plan.time
+    assert same.time.network == pytest.approx(network)
+    assert same.parts == compiled_plan.parts
+    assert same.compiler == "scaled from 4 images on each chip (a stand-in)"
+
+
+def test_a_scaled_plan_by_hand(compiled_plan):
+    """Half the chips and twice the batch: four times the images on each."""
+    plan = scaled(compiled_plan, parse_topology("cpux4"), batch=64)
+    update = 28 * plan.parameters["trained"] / (CHIPS["cpu"].bandwidth * MEMORY_EFFICIENCY)
+    assert plan.time.compute == 8.0
+    assert plan.time.memory == pytest.approx(4 * (1.0 - update) + update)
+    assert plan.parts["temporaries"] == 4 * compiled_plan.parts["temporaries"]
+    assert plan.parts["parameters"] == compiled_plan.parts["parameters"]
+    assert (plan.flops, plan.steps) == (2 * compiled_plan.flops, compiled_plan.steps / 2)
+    assert plan.collectives == (Collective("all-reduce", 4, 2, 1e9),)
+    parts = scaled(compiled_plan, parse_topology("cpux8"), accumulate=2)
+    assert parts.parts["temporaries"] == compiled_plan.parts["temporaries"] / 2
+    assert parts.time.compute == compiled_plan.time.compute
+
+
+def test_an_h200_is_an_h100_with_faster_memory(compiled_plan):
+    plan = scaled(dataclasses.replace(compiled_plan, topology=parse_topology("h100x8")), parse_topology("h200x8"))
+    assert plan.time.memory == pytest.approx(3352 / 4800)
+    assert plan.time.compute == 2.0
+
+
+def test_what_cannot_be_scaled(compiled_plan):
+    with pytest.raises(ValueError, match="a program for cpu says nothing about v5e"):
+        scaled(compiled_plan, parse_topology("v5e-8"))
+    with pytest.raises(ValueError, match="without --fsdp"):
+        scaled(dataclasses.replace(compiled_plan, fsdp=2), parse_topology("cpux4"))
+    with pytest.raises(ValueError, match="only a plan that was compiled"):
+        scaled(dataclasses.replace(compiled_plan, time=None), parse_topology("cpux4"))

@@ -1,0 +1,232 @@
+"""The step of a training, compiled for chips that are not here, in a process of its own; results are kept on disk."""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tinymim_jax.plan.chips import GIB
+from tinymim_jax.plan.topology import Topology
+
+CACHE = "~/.cache/tinymim_jax/plan"
+
+_CHILD = "from tinymim_jax.plan.compiled import child; child()"
+_INSTALL = {
+    "tpu": ("libtpu", "pip install 'tinymim-jax[plan]'"),
+    "gpu": ("jax_plugins.xla_cuda13", "pip install 'tinymim-jax[plan-cuda]'"),
+}
+# No GPU is there to time kernels on, and Triton's matrix products have no shape without having been timed.
+_GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+# What of a config changes nothing that is compiled but numbers.
+_IRRELEVANT = {
+    "train": ("duration", "log_every", "eval_every", "max_skipped"),
+    "optim": ("base_lr", "warmup", "final_lr", "b1", "b2", "eps", "weight_decay"),
+    "data": ("train_split", "eval_split", "examples", "crop_scale", "crop_ratio", "flip", "crops", "upright",
+             "rand_augment", "eval_resize", "mean", "std"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler said of one chip's program; bytes on each chip.
+
+    arguments: what lies on the chip between steps: parameters, optimizer, frozen weights, batches.
+    temporaries: activations and all else that lives within a step.
+    code: of the program.
+    needed: all of it together. Where the compiler refused for lack of memory only this is known, the rest is 0.
+    refused: it did so.
+    hlo: the optimised program as text; empty where it refused.
+    compiler: whose figures these are.
+    """
+
+    arguments: int
+    temporaries: int
+    code: int
+    needed: int
+    refused: bool
+    hlo: str
+    compiler: str
+
+
+def compile_step(
+    config: ConfigDict, topology: Topology, *, fsdp: int = 1, cache: str = CACHE, data_dir: str | None = None
+) -> Compiled:
+    """Compiles the step of `config` for `topology`, or reads what an earlier call found.
+
+    Results are kept by config, topology and version of the compiler; whoever changes the code of the step deletes
+    the folder `cache`. "" keeps none.
+
+    Raises:
+      ImportError: the compiler for this hardware is not installed; the message says how to.
+      RuntimeError: it failed, for another reason than lack of memory.
+    """
+    if (kept := kept_result(config, topology, fsdp=fsdp, cache=cache)) is not None:
+        return kept
+    check_installed(topology)
+    with contextlib.ExitStack() as stack:
+        if cache:
+            folder = _folder(config, topology, fsdp, cache)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / "result"
+        return _in_child(folder, _request(config, topology, fsdp, data_dir), topology)
+
+
+def kept_result(config: ConfigDict, topology: Topology, *, fsdp: int = 1, cache: str = CACHE) -> Compiled | None:
+    """What an earlier `compile_step` found; None where there was none."""
+    folder = _folder(config, topology, fsdp, cache) if cache else None
+    return _read(folder) if folder and folder.is_dir() else None
+
+
+def compiler_of(topology: Topology) -> str:
+    """Name and version of the compiler that plans for it, as far as it is installed."""
+    package = {"tpu": "libtpu", "gpu": "jax-cuda13-pjrt", "cpu": "jaxlib"}[topology.chip.platform]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return f"{package} {importlib.metadata.version(package)}"
+    return f"{package} (not installed)"
+
+
+def check_installed(topology: Topology) -> None:
+    """Raises ImportError where the compiler for this hardware is not installed."""
+    platform = topology.chip.platform
+    if platform not in _INSTALL:
+        return
+    module, command = _INSTALL[platform]
+    with contextlib.suppress(ModuleNotFoundError):  # of the package that it is in
+        if importlib.util.find_spec(module) is not None:
+            return
+    raise ImportError(
+        f"to plan for {topology.name} without having one, {module.split('.')[-1]} is needed, its compiler. It is not "
+        f"installed:\n  {command}"
+    )
+
+
+def child() -> None:
+    """The child's side: reads a request from standard input and writes its answer into the folder it names."""
+    request = json.load(sys.stdin)
+    from tinymim_jax.config import from_json
+
+    topology = Topology(**(request["topology"] | {"shape": tuple(request["topology"]["shape"])}))
+    answer, hlo = compile_here(from_json(request["config"]), topology, request["fsdp"], request["data_dir"])
+    folder = pathlib.Path(request["folder"])
+    answer["compiler"] = compiler_of(topology)
+    (folder / "step.hlo.gz").write_bytes(gzip.compress(hlo.encode(), mtime=0))
+    (folder / "result.json").write_text(json.dumps(answer, indent=2) + "\n")
+
+
+def compile_here(
+    config: ConfigDict, topology: Topology, fsdp: int = 1, data_dir: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """(memory of the compiled step in bytes, its optimised program), compiled in this process."""
+    import jax
+
+    from tinymim_jax.ops.platform import compiling_for
+    from tinymim_jax.plan.build import plan_experiment
+    from tinymim_jax.plan.devices import devices_of
+    from tinymim_jax.sharding import make_mesh
+
+    platform = topology.chip.platform
+    mesh = make_mesh(fsdp, devices_of(topology))
+    with compiling_for(platform):
+        step, arguments = plan_experiment(config, data_dir=data_dir).step(mesh)
+        lowered = step.lower(*arguments)
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if (needed := _refused_for(str(error))) is None:
+                raise
+            return {"arguments": 0, "temporaries": 0, "code": 0, "needed": needed, "refused": True}, ""
+    plan = program.memory_analysis()
+    arguments = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    parts = {
+        "arguments": arguments,
+        "temporaries": plan.temp_size_in_bytes,
+        "code": plan.generated_code_size_in_bytes,
+    }
+    return {**parts, "needed": sum(parts.values()), "refused": False}, program.as_text()
+
+
+def _in_child(folder: pathlib.Path, request: dict, topology: Topology) -> Compiled:
+    running = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix="running-"))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD],
+            input=json.dumps(request | {"folder": str(running)}),
+            env=_environment(topology),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"the compiler for {topology.name} ({compiler_of(topology)}) failed:\n{_what_failed(done)}"
+            )
+        result = _read(running)
+        # Another process may have been first; its result is the same.
+        with contextlib.suppress(OSError):
+            running.rename(folder)
+        return result
+    finally:
+        shutil.rmtree(running, ignore_errors=True)
+
+
+def _environment(topology: Topology) -> dict[str, str]:
+    platform, environment = topology.chip.platform, dict(os.environ)
+    # The accelerator of this machine, if there is one, is left to whoever trains on it.
+    environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # it would keep programs for chips that are not here
+    flags = {"gpu": _GPU_FLAGS, "cpu": f"--xla_force_host_platform_device_count={topology.chips}", "tpu": ""}
+    environment["XLA_FLAGS"] = flags[platform]
+    return environment
+
+
+def _request(config: ConfigDict, topology: Topology, fsdp: int, data_dir: str | None) -> dict[str, Any]:
+    values = json.loads(json.dumps(config.to_dict()))
+    return {"config": values, "topology": dataclasses.asdict(topology), "fsdp": fsdp, "data_dir": data_dir}
+
+
+def _folder(config: ConfigDict, topology: Topology, fsdp: int, cache: str) -> pathlib.Path:
+    request = _request(config, topology, fsdp, None)
+    values = request["config"]
+    for name in ("seed", "checkpoint"):
+        values.pop(name)
+    for section, keys in _IRRELEVANT.items():
+        for key in keys:
+            values[section].pop(key, None)
+    request["topology"].pop("name")  # v5e-16 and v5e:4x4 are one
+    versions = [importlib.metadata.version("jax"), compiler_of(topology)]
+    text = json.dumps([request, versions], sort_keys=True)
+    return pathlib.Path(cache).expanduser() / hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _read(folder: pathlib.Path) -> Compiled:
+    answer = json.loads((folder / "result.json").read_text())
+    return Compiled(**answer, hlo=gzip.decompress((folder / "step.hlo.gz").read_bytes()).decode())
+
+
+def _refused_for(message: str) -> int | None:
+    """Bytes that a refused program would have needed; None where memory was not the reason."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT])(?:iB)? of", message)
+    return int(float(found[1]) * GIB * {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}[found[2]]) if found else 0
+
+
+def _what_failed(done: subprocess.CompletedProcess) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    told = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return "\n".join(told[-1:] or lines[-5:]) or f"exit status {done.returncode}, without a word"

@@ -1,0 +1,223 @@
+"""One plan: a config on a topology, as figures."""
+
+import dataclasses
+import functools
+import logging
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from tinymim_jax import optim
+from tinymim_jax.plan.build import Planned, changed, plan_experiment
+from tinymim_jax.plan.compiled import CACHE, Compiled, check_installed, compile_step, compiler_of, kept_result
+from tinymim_jax.plan.hlo import work_of
+from tinymim_jax.plan.roofline import Collective, StepTime, collectives, efficiency, step_time
+from tinymim_jax.plan.search import Fit, Remedy, largest_batch, remedies
+from tinymim_jax.plan.topology import Topology
+from tinymim_jax.sharding import AXES
+
+log = logging.getLogger(__name__)
+
+# Training views that one core makes of ImageNet's files in a second, a little below what benchmarks/README.md measured.
+IMAGES_PER_CORE = 750
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All figures; bytes and seconds, on each chip where nothing else is said.
+
+    parameters: numbers of "all", "trained" and "frozen" ones.
+    parts: bytes of "parameters", "optimizer", "moving average", "frozen weights", "batches", "temporaries", "code".
+    flops: of a step on all chips, as the method needs them; recomputed: the share that `model.remat` adds.
+    time: None where the step does not fit: there is no program to read.
+    steps: of the whole run.
+    largest: images of each chip at a time that fit; None where it was not searched for, or nothing fits.
+    remedy: the first change that makes the step fit, and the plan with it.
+    """
+
+    config: ConfigDict
+    topology: Topology
+    fsdp: int
+    notes: tuple[str, ...]
+    parameters: dict[str, int]
+    parts: dict[str, int]
+    needed: int
+    flops: float
+    recomputed: float
+    time: StepTime | None
+    collectives: tuple[Collective, ...]
+    steps: int
+    compiler: str
+    largest: Fit | None = None
+    remedy: tuple[Remedy, "Plan"] | None = None
+    searched: bool = False
+
+    @property
+    def fits(self) -> bool:
+        return self.time is not None and self.needed <= self.topology.chip.memory
+
+    @property
+    def batch(self) -> int:
+        return self.config.train.batch_size
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the devices, provided that the hosts keep up."""
+        return self.batch / self.time.seconds if self.time else 0.0
+
+    @property
+    def cores_wanted(self) -> float:
+        """Cores of each host that decode for the devices."""
+        return self.images_per_second / self.config.data.crops / self.topology.hosts / IMAGES_PER_CORE
+
+    @property
+    def cores_there(self) -> float:
+        """Cores of a host, each of two hardware threads."""
+        chip, topology = self.topology.chip, self.topology
+        return chip.vcpus * topology.chips / topology.hosts / 2
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, waiting for the hosts' images included."""
+        return self.time.seconds * max(1.0, self.cores_wanted / self.cores_there) if self.time else math.inf
+
+    @property
+    def bound(self) -> str:
+        """input, compute, memory or network."""
+        return "" if self.time is None else "input" if self.cores_wanted > self.cores_there else self.time.bound
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run: steps alone, without compiling, evaluation and checkpoints."""
+        return self.steps * self.seconds / 3600
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the chips' peak that the method's FLOPs are, in this estimate."""
+        return efficiency(self.flops, self.seconds, self.topology.chips, self.topology.chip)
+
+
+def make_plan(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    fsdp: int = 1,
+    cache: str = CACHE,
+    data_dir: str | None = None,
+    search: bool = True,
+) -> Plan:
+    """Compiles the step of `config` for `topology` and says what it takes.
+
+    Args:
+      search: also look for the largest batch and, where the step does not fit, for what to change: more compilations.
+
+    Raises:
+      ValueError: the training could not be started there either; ImportError, RuntimeError: see `compile_step`.
+    """
+    check_layout(config, topology, fsdp)
+    if kept_result(config, topology, fsdp=fsdp, cache=cache) is None:
+        check_installed(topology)
+    planned = plan_experiment(config, data_dir=data_dir)
+    log.info("compiling for %s with %s", topology.describe(), compiler_of(topology))
+    compiled = compile_step(config, topology, fsdp=fsdp, cache=cache, data_dir=data_dir)
+    plan = read_plan(planned, topology, fsdp, compiled)
+    if not search:
+        return plan
+    measure = functools.partial(_needed, config, topology, fsdp, cache, data_dir)
+    largest = largest_batch(measure, _images(config, topology), topology.chip.memory)
+    plan = dataclasses.replace(plan, largest=largest, searched=True)
+    return plan if plan.fits else dataclasses.replace(plan, remedy=_first_that_fits(plan, cache, data_dir))
+
+
+def check_layout(config: ConfigDict, topology: Topology, fsdp: int) -> None:
+    """Raises ValueError, in the words of training, where batch or mesh do not suit the chips."""
+    chips = topology.chips
+    if fsdp < 1 or chips % fsdp:
+        choices = ", ".join(str(n) for n in range(1, chips + 1) if chips % n == 0)
+        raise ValueError(f"--fsdp {fsdp} does not divide the {chips} chips of {topology.name}. Choices: {choices}")
+    batch, parts = config.train.batch_size, config.train.accumulate
+    if batch % parts or (batch // parts) % chips:
+        whole, in_parts = chips * parts, f" in train.accumulate={parts} parts" if parts > 1 else ""
+        below, above = max(1, batch // whole) * whole, (batch // whole + 1) * whole
+        raise ValueError(
+            f"train.batch_size={batch}{in_parts} cannot be split over the {chips} chips of {topology.name}: "
+            f"choose a multiple of {whole}, such as {below} or {above}"
+        )
+
+
+def read_plan(planned: Planned, topology: Topology, fsdp: int, compiled: Compiled) -> Plan:
+    """What the compiled step of `planned` says, without any search."""
+    experiment, work = planned.experiment, work_of(compiled.hlo) if compiled.hlo else []
+    params = planned.params()
+    trained, _ = optim.split(params, planned.paths)
+    needed, executed = planned.flops
+    return Plan(
+        config=planned.config,
+        topology=topology,
+        fsdp=fsdp,
+        notes=planned.notes,
+        parameters={"all": _count(params), "trained": _count(trained), "frozen": _count(planned.frozen)},
+        parts=_parts(planned, topology, fsdp, compiled),
+        needed=compiled.needed,
+        flops=needed,
+        recomputed=executed / needed - 1,
+        time=step_time(work, topology) if work else None,
+        collectives=tuple(collectives(work, topology)),
+        steps=experiment.total_steps,
+        compiler=compiled.compiler,
+    )
+
+
+def _parts(planned: Planned, topology: Topology, fsdp: int, compiled: Compiled) -> dict[str, int]:
+    """What lies on a chip, by kind: arrays by their shapes, the rest as the compiler has it."""
+    mesh = AbstractMesh((topology.chips // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+    _, (state, _, frozen, batch, _) = planned.step(mesh)
+    parts = {
+        "parameters": _bytes_here(state.params),
+        "optimizer": _bytes_here(state.opt_state),
+        "moving average": _bytes_here(state.extra),
+        "frozen weights": _bytes_here(frozen),
+        "batch": _bytes_here(batch),
+    }
+    known = sum(parts.values())
+    if compiled.refused:
+        return parts | {"temporaries and padding": max(0, compiled.needed - known)}
+    padding = max(0, compiled.arguments - known)
+    return parts | {"padding": padding, "temporaries": compiled.temporaries, "code": compiled.code}
+
+
+def _bytes_here(tree: Any) -> int:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _images(config: ConfigDict, topology: Topology) -> int:
+    """Of each chip at a time."""
+    return config.train.batch_size // config.train.accumulate // topology.chips
+
+
+def _needed(config: ConfigDict, topology: Topology, fsdp: int, cache: str, data_dir: str | None, images: int) -> float:
+    batch = images * topology.chips * config.train.accumulate
+    log.info("trying %d images on each chip", images)
+    other = changed(config, {"train.batch_size": batch})
+    return compile_step(other, topology, fsdp=fsdp, cache=cache, data_dir=data_dir).needed or math.inf
+
+
+def _first_that_fits(plan: Plan, cache: str, data_dir: str | None) -> tuple[Remedy, Plan] | None:
+    topology, fitting = plan.topology, plan.largest.images if plan.largest else 0
+    shared = topology.linked if topology.chip.platform == "gpu" else min(topology.chips, 8)
+    for remedy in remedies(plan.config, topology.chips, shared, plan.fsdp, fitting):
+        log.info("trying %s", " ".join(remedy.words))
+        config, fsdp = changed(plan.config, remedy.changes), max(plan.fsdp, remedy.fsdp)
+        compiled = compile_step(config, topology, fsdp=fsdp, cache=cache, data_dir=data_dir)
+        if not compiled.refused and compiled.needed <= topology.chip.memory:
+            planned = plan_experiment(config, data_dir=data_dir)
+            return remedy, read_plan(planned, topology, fsdp, compiled)
+    return None

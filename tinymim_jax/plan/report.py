@@ -1,0 +1,122 @@
+"""A plan as text for people and as plain JSON."""
+
+import dataclasses
+from typing import Any
+
+from tinymim_jax.plan.chips import GIB
+from tinymim_jax.plan.plan import IMAGES_PER_CORE, Plan
+from tinymim_jax.plan.roofline import COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, NETWORK_EFFICIENCY
+from tinymim_jax.progress import span
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Every figure by name; bytes, seconds, hours."""
+    time = plan.time
+    return {
+        "topology": {**dataclasses.asdict(plan.topology), "chips": plan.topology.chips, "hosts": plan.topology.hosts},
+        "fsdp": plan.fsdp,
+        "batch_size": plan.batch,
+        "images_per_chip": plan.batch / plan.topology.chips,
+        "accumulate": plan.config.train.accumulate,
+        "fits": plan.fits,
+        "bytes": plan.parts | {"all": plan.needed, "limit": int(plan.topology.chip.memory)},
+        "parameters": plan.parameters,
+        "flops_per_step": plan.flops,
+        "recomputed": plan.recomputed,
+        "step": time and dataclasses.asdict(time) | {"seconds": plan.seconds, "bound": plan.bound},
+        "images_per_second": time and plan.batch / plan.seconds,
+        "model_flop_utilisation": time and plan.utilisation,
+        "collectives": [dataclasses.asdict(each) for each in plan.collectives],
+        "run": time and {"steps": plan.steps, "hours": plan.hours, "chip_hours": plan.hours * plan.topology.chips},
+        "input": time and {"cores_wanted_per_host": plan.cores_wanted, "cores_per_host": plan.cores_there},
+        "largest_images_per_chip": plan.largest and plan.largest.images,
+        "remedy": plan.remedy and {"words": list(plan.remedy[0].words), "plan": as_json(plan.remedy[1])},
+        "compiler": plan.compiler,
+        "notes": list(plan.notes),
+    }
+
+
+def as_text(plan: Plan) -> str:
+    """What `tinymim plan` prints."""
+    lines = [plan.topology.describe() + (f", --fsdp {plan.fsdp}" if plan.fsdp > 1 else ""), ""]
+    lines += [_memory_verdict(plan), *_memory(plan), "", *_method(plan)]
+    lines += [*(_speed(plan) if plan.fits else ()), ""]
+    if plan.remedy:
+        lines += [*_remedy(plan), ""]
+    elif plan.searched and not plan.fits:
+        lines += ["Nothing that was tried makes it fit: take more chips, or larger ones", ""]
+    if plan.searched:
+        lines += [_largest(plan), ""]
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join([*lines, _assumptions(plan)])
+
+
+def _memory_verdict(plan: Plan) -> str:
+    chip, parts = plan.topology.chip, plan.config.train.accumulate
+    images = plan.batch // plan.topology.chips
+    how = f"{plan.batch} images in a batch, {images} on each chip" + (f" in {parts} parts" if parts > 1 else "")
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    if not plan.needed:
+        return f"{verdict}: {how}; the compiler refuses, {chip.memory / GIB:.2f} GiB are not enough"
+    return f"{verdict}: {how}; {plan.needed / GIB:.2f} of {chip.memory / GIB:.2f} GiB on each chip"
+
+
+def _memory(plan: Plan) -> list[str]:
+    shown = {name: size for name, size in plan.parts.items() if size >= GIB / 1000}
+    return [f"  {name:<24}{size / GIB:>8.3f} GiB" for name, size in shown.items()]
+
+
+def _method(plan: Plan) -> list[str]:
+    counts = plan.parameters
+    again = f", {plan.recomputed:.0%} more with what remat computes again" if plan.recomputed > 0.001 else ""
+    frozen = f"; {counts['frozen'] / 1e6:.2f} M frozen" if counts["frozen"] else ""
+    return [
+        f"parameters      {counts['all'] / 1e6:.2f} M, {counts['trained'] / 1e6:.2f} M of them trained{frozen}",
+        f"FLOPs           {plan.flops:.3e} a step, {plan.flops / plan.batch:.3e} an image{again}",
+    ]
+
+
+def _speed(plan: Plan) -> list[str]:
+    time = plan.time
+    assert time is not None
+    shares = ", ".join(f"{name} {getattr(time, name) * 1e3:.1f} ms" for name in ("compute", "memory", "network"))
+    lines = [
+        f"step            {time.seconds * 1e3:.0f} ms on the devices: {shares}; bound by {plan.bound}",
+        f"speed           {plan.batch / plan.seconds:,.0f} images/s; model FLOP utilisation {plan.utilisation:.0%}",
+        f"run             {plan.steps} steps, {span(plan.hours * 3600)} = {plan.hours / 24:.2f} days, "
+        f"{plan.hours * plan.topology.chips:,.0f} chip-hours, without evaluation and compiling",
+        f"input           {plan.cores_wanted * IMAGES_PER_CORE:,.0f} images/s for each host: "
+        f"{plan.cores_wanted:.1f} cores at {IMAGES_PER_CORE} each; it has about {plan.cores_there:.0f}"
+        + ("" if plan.bound != "input" else ", so the devices wait: see data.crops, prepare --short_side"),
+    ]
+    for row in plan.collectives:
+        lines.append(f"collectives     {row.kind} over {row.group} chips: {row.count} x, {row.bytes / 1e6:.1f} MB")
+    return lines
+
+
+def _remedy(plan: Plan) -> list[str]:
+    assert plan.remedy is not None
+    remedy, fitting = plan.remedy
+    return [
+        f"to make it fit: {' '.join(remedy.words)}",
+        f"  then {fitting.needed / GIB:.2f} GiB, {fitting.seconds * 1e3:.0f} ms a step, {span(fitting.hours * 3600)} "
+        f"in all; {remedy.cost}",
+    ]
+
+
+def _largest(plan: Plan) -> str:
+    if plan.largest is None:
+        return "not one image on each chip fits"
+    images, parts = plan.largest.images, plan.config.train.accumulate
+    return (
+        f"largest batch that was seen to fit: {images * parts * plan.topology.chips}, {images} images on each chip at "
+        f"a time ({plan.largest.needed / GIB:.2f} GiB)"
+    )
+
+
+def _assumptions(plan: Plan) -> str:
+    return (
+        f"memory, traffic and collectives: {plan.compiler}'s compiled step, read; time: a roofline of its instructions "
+        f"at {COMPUTE_EFFICIENCY:.0%} of the peak FLOP/s, {MEMORY_EFFICIENCY:.0%} of the memory's and "
+        f"{NETWORK_EFFICIENCY:.0%} of the network's bandwidth, assumed and not measured"
+    )

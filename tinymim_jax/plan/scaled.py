@@ -1,0 +1,75 @@
+"""A plan for other numbers of the same chips, from one whose step was compiled: an estimate, and marked as one."""
+
+import dataclasses
+
+from tinymim_jax.plan.build import changed
+from tinymim_jax.plan.plan import Plan
+from tinymim_jax.plan.roofline import MEMORY_EFFICIENCY, StepTime, collective_seconds
+from tinymim_jax.plan.topology import Topology
+
+# Adam reads parameter, gradient and two moments, and writes all but the gradient; float32.
+_UPDATE_BYTES = 7 * 4
+
+
+def scaled(plan: Plan, topology: Topology, *, batch: int | None = None, accumulate: int | None = None) -> Plan:
+    """What `plan`, of plain data parallelism, would be on `topology` and with this batch.
+
+    Temporaries, computing and memory traffic are in proportion to a chip's images at a time, but for the optimizer's
+    traffic; what lies on a chip between steps does not change; collectives carry the same bytes among other chips.
+
+    Raises:
+      ValueError: the plan has --fsdp, or no program, or is of chips that run other programs.
+    """
+    if plan.fsdp > 1 or plan.time is None:
+        raise ValueError("only a plan that was compiled, and without --fsdp, can be scaled")
+    if not same_program(plan.topology.kind, topology.kind):
+        raise ValueError(f"a program for {plan.topology.kind} says nothing about {topology.kind}")
+    train = plan.config.train
+    batch, accumulate = batch or train.batch_size, accumulate or train.accumulate
+    ratio = batch / topology.chips / (train.batch_size / plan.topology.chips)
+    parts = dict(plan.parts)
+    parts["batch"] = round(parts["batch"] * ratio)
+    parts["temporaries"] = round(parts["temporaries"] * ratio * train.accumulate / accumulate)
+    config = changed(plan.config, {"train.batch_size": batch, "train.accumulate": accumulate})
+    return dataclasses.replace(
+        plan,
+        config=config,
+        topology=topology,
+        parts=parts,
+        needed=sum(parts.values()),
+        flops=plan.flops * batch / train.batch_size,
+        time=_time(plan, topology, ratio),
+        collectives=tuple(
+            dataclasses.replace(each, group=topology.chips if each.group == plan.topology.chips else each.group)
+            for each in plan.collectives
+        ),
+        steps=round(plan.steps * train.batch_size / batch),
+        compiler=f"scaled from {plan.batch // plan.topology.chips} images on each chip ({plan.compiler})",
+        largest=None,
+        remedy=None,
+        searched=False,
+    )
+
+
+def same_program(first: str, second: str) -> bool:
+    """Whether two kinds of chips run the same programs: an H200 is an H100 with more and faster memory."""
+    return first == second or {first, second} == {"h100", "h200"}
+
+
+def _time(plan: Plan, topology: Topology, ratio: float) -> StepTime:
+    assert plan.time is not None
+    before, chip, other = plan.time, plan.topology.chip, topology.chip
+    update = min(_UPDATE_BYTES * plan.parameters["trained"] / (chip.bandwidth * MEMORY_EFFICIENCY), before.memory)
+    bytes_of_update = min(_UPDATE_BYTES * plan.parameters["trained"], before.bytes)
+    faster = chip.bandwidth / other.bandwidth
+    network = 0.0
+    for each in plan.collectives:
+        group = 0 if each.group == plan.topology.chips else each.group
+        network += each.count * collective_seconds(each.kind, each.bytes / each.count, group, topology)
+    return StepTime(
+        compute=before.compute * ratio * chip.peak / other.peak,
+        memory=((before.memory - update) * ratio + update) * faster,
+        network=network,
+        flops=before.flops * ratio,
+        bytes=(before.bytes - bytes_of_update) * ratio + bytes_of_update,
+    )
