@@ -324,6 +324,17 @@ def test_a_distillation_token_is_an_embedding():
     assert not optim.decay_mask(params, "finetune")["encoder"]["dist_token"]
 
 
+def test_heads_start_all_but_zero():
+    encoder = ViT(embed_dim=8, depth=1, heads=2, patch_size=8, image_size=(16, 16), dist_token=True, final_norm=False)
+    params = jax.jit(Classifier(encoder, classes=500).init)(KEY, jnp.zeros((1, 16, 16, 3)))["params"]
+    for head in ("head", "head_dist"):
+        kernel = np.asarray(params[head]["kernel"])
+        # A normal of deviation 1 that is cut off at 2 has deviation 0.8796.
+        assert kernel.std() == pytest.approx(0.8796 * 2e-5, rel=0.05)
+        assert np.abs(kernel).max() <= 4e-5
+        assert not np.any(params[head]["bias"])
+
+
 @pytest.mark.parametrize("size", [7, 16, 24, 32])
 @pytest.mark.parametrize("dist_token", [False, True])
 def test_a_larger_image_resizes_the_table(golden, close, size, dist_token):

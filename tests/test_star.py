@@ -250,7 +250,7 @@ def test_relations_are_of_cls_and_patches_alone(tmp_path):
 
     @jax.jit
     def everything(params):
-        values = task.losses(params, task.load_frozen(), {"image": images}, jax.random.key(0), False)
+        values = task.losses(params, task.load_frozen(), {"image": jnp.asarray(images)}, jax.random.key(0), False)
         seen = student.apply({"params": params["encoder"]}, pixels, tap=1, method="encode")
         return values, seen, teacher.apply({"params": of_teacher}, pixels, tap=1, method="encode")
 
