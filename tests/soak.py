@@ -5,8 +5,8 @@
 
 A disturbed run is the same command again and again, on the same processes, until it is finished; each time but the
 last something happens to it. Its last checkpoint, optimizer included, must equal the undisturbed run's bit by bit.
-Prints one JSON record at the end, or at Ctrl-C; exit status 0 only if there were runs, all of them were equal, and every
-attempt ended as it should.
+Prints one JSON record at the end, or at Ctrl-C; exit status 0 only if there were runs, all of them were equal, and
+every attempt ended as it should.
 """
 
 import argparse
