@@ -5,10 +5,12 @@
 
 A disturbed run is the same command again and again, on the same processes, until it is finished; each time but the
 last something happens to it. Its last checkpoint, optimizer included, must equal the undisturbed run's bit by bit.
-Prints one JSON record at the end; exit status 0 only if all were equal and every attempt ended as it should.
+Prints one JSON record at the end, or at Ctrl-C; exit status 0 only if there were runs, all of them were equal, and
+every attempt ended as it should.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -169,21 +171,23 @@ def main(arguments=None):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-        soak = Soak(folder, options.data_dir or folder / "data", steps=options.steps, seed=options.seed)
-        soak.undisturbed()
+        data = pathlib.Path(options.data_dir).resolve() if options.data_dir else folder / "data"
+        soak = Soak(folder, data, steps=options.steps, seed=options.seed)
         outcomes = []
-        while len(outcomes) < options.runs and time.monotonic() - began < 60 * options.minutes:
-            faults = options.faults or soak.random_faults(list(FAULTS))
-            name = f"disturbed_{len(outcomes)}"
-            outcomes.append(soak.disturbed(name, faults))
-            print(
-                f"{name}: {' '.join(faults)}: {'equal' if outcomes[-1] else 'DIFFERENT'}", file=sys.stderr, flush=True
-            )
-            if outcomes[-1]:
-                shutil.rmtree(folder / name)
+        with contextlib.suppress(KeyboardInterrupt):  # what has been found until then is worth knowing
+            soak.undisturbed()
+            while len(outcomes) < options.runs and time.monotonic() - began < 60 * options.minutes:
+                faults = options.faults or soak.random_faults(list(FAULTS))
+                name = f"disturbed_{len(outcomes)}"
+                shutil.rmtree(folder / name, ignore_errors=True)  # of a soak before this one
+                outcomes.append(soak.disturbed(name, faults))
+                said = "equal" if outcomes[-1] else "DIFFERENT"
+                print(f"{name}: {' '.join(faults)}: {said}", file=sys.stderr, flush=True)
+                if outcomes[-1]:
+                    shutil.rmtree(folder / name)
         record = summary(soak, outcomes, time.monotonic() - began)
     print(json.dumps(record, indent=2))
-    return 0 if all(outcomes) and not record["unexpected"] else 1
+    return 0 if outcomes and all(outcomes) and not record["unexpected"] else 1
 
 
 if __name__ == "__main__":
