@@ -324,3 +324,25 @@ def test_two_processes_save_together_and_set_aside_together(tmp_path):
         status, _, err = output_of(process)
         assert status == 0, err
     assert restored_loop_state(tmp_path) == stopped[0]
+
+
+DIGEST = """
+from tinymim_jax.sharding import initialize_distributed, make_mesh, state_sharding
+initialize_distributed()
+import jax, numpy as np
+from tinymim_jax.checkpoint_format import digest
+tree = {f"w{n}": np.arange(4096, dtype=np.float32).reshape(8, 512) * n for n in range(60)}
+shardings = state_sharding(make_mesh(8), tree, min_size=64)
+place = jax.jit(lambda tree: tree, out_shardings=shardings)
+print("DIGEST", digest(place(tree)), not place(tree)["w0"].is_fully_addressable, flush=True)
+"""
+
+
+def test_digest_of_arrays_that_are_split_over_processes():
+    """Sixty sums over all devices, in one go: neither waits for the other's part of another one."""
+    tree = {f"w{n}": np.arange(4096, dtype=np.float32).reshape(8, 512) * n for n in range(60)}
+    job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    pair = [run_python(DIGEST, devices=4, JAX_PROCESS_ID=str(p), **job) for p in range(2)]
+    for status, out, err in map(output_of, pair):
+        assert status == 0, err
+        assert f"DIGEST {digest(tree)} True" in out
