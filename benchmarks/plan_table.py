@@ -30,7 +30,7 @@ TOPOLOGIES = (
 )  # fmt: skip
 SCALING, SCALING_IMAGES = "mae_l", 64
 SCALING_CHIPS = (8, 16, 32, 64, 128, 256)
-_HEAD = "| topology | images on a chip | GiB of | fits | step, ms | images/s | bound | run | chip-hours |"
+_HEAD = "| topology | images on a chip | memory, GiB | fits | step, ms | images/s | bound | run | chip-hours |"
 
 
 class Table:

@@ -342,3 +342,28 @@ def test_what_cannot_be_scaled(compiled_plan):
         scaled(dataclasses.replace(compiled_plan, fsdp=2), parse_topology("cpux4"))
     with pytest.raises(ValueError, match="only a plan that was compiled"):
         scaled(dataclasses.replace(compiled_plan, time=None), parse_topology("cpux4"))
+
+
+def test_rows_of_the_documented_table(compiled_plan, monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    import plan_table
+
+    row = plan_table._row(dataclasses.replace(compiled_plan, needed=GIB))
+    assert row.startswith("| cpux8 | 4 | 1.0 of 4.0 | yes | 3500 | 9 | compute |")
+    large = dataclasses.replace(compiled_plan, parts=compiled_plan.parts | {"temporaries": 10 * GIB}, needed=10 * GIB)
+    assert "| 10.0 of 4.0 | no: ~`train.accumulate=4` | ~" in plan_table._row(large)
+    assert plan_table._row(dataclasses.replace(large, time=None)).endswith("| 10.0 of 4.0 | no | | | | | |")
+    text = "a <!-- t: benchmarks/plan_table.py --> old <!-- end of t --> b"
+    assert plan_table._replaced(text, "t", "new").split() == text.replace("old", "new").split()
+
+
+def test_fsdp_splits_what_training_splits(monkeypatch, data_dir):
+    monkeypatch.setattr("tinymim_jax.plan.plan.compile_step", Compiler(math.inf))
+    config = small_config("mae_teacher", "train.batch_size=32", "model.embed_dim=256")
+    one, four = (
+        make_plan(config, parse_topology("cpux8"), fsdp=fsdp, data_dir=data_dir, search=False) for fsdp in (1, 4)
+    )
+    # Of each of two blocks the two MLP kernels have 2^18 elements; qkv, 256 x 768, and the rest stay whole.
+    saved = 2 * 2 * 2**18 * 4 * 3 // 4
+    assert one.parts["parameters"] - four.parts["parameters"] == saved
+    assert one.parts["optimizer"] - four.parts["optimizer"] == 2 * saved

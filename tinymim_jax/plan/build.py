@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinymim_jax.checks import build_anyway
@@ -61,8 +60,11 @@ class Planned:
         with compiling_for("tpu"):  # in plain form, as for all accelerators
             return step_flops(self.experiment.task, self.frozen, batch_shapes(self.experiment))
 
-    def step(self, mesh: Mesh) -> tuple[Any, tuple]:
-        """(the jitted step that training runs, its arguments as shapes with their shardings on `mesh`)."""
+    def step(self, mesh: Any) -> tuple[Any, tuple]:
+        """(the jitted step that training runs, its arguments as shapes with their shardings on `mesh`).
+
+        Of an AbstractMesh only the arguments are of use.
+        """
         experiment, train = self.experiment, self.experiment.config.train
         task, optimizer = experiment.task, build_optimizer(experiment, self.paths)
         state, _ = init_state(task, optimizer, self.paths, mesh, jax.random.key(0), ema=train.ema)

@@ -18,7 +18,7 @@ class Fit:
     needed: int
 
 
-def largest_batch(needed: Callable[[int], int], start: int, limit: float, *, tries: int = _TRIES) -> Fit | None:
+def largest_batch(needed: Callable[[int], float], start: int, limit: float, *, tries: int = _TRIES) -> Fit | None:
     """The largest number of images for which `needed(images)` is within `limit`, to about 5 %; None where not one is.
 
     Memory is nearly a line in the number of images: each guess lies on the line through the two nearest points and is
