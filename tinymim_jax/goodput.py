@@ -11,7 +11,7 @@ from tinymim_jax.progress import span
 
 # What takes time beside the steps. start: opening data, restoring; input, checkpoint: while the device had nothing to
 # do; redone: steps after the checkpoint that a killed attempt left; downtime: between attempts.
-LOSSES = ("start", "compile", "input", "checkpoint", "evaluation", "redone", "downtime")
+LOSSES: tuple[str, ...] = ("start", "compile", "input", "checkpoint", "evaluation", "redone", "downtime")
 _STEPS = "steps"
 
 
@@ -29,7 +29,7 @@ class Goodput:
     def __init__(self, before: Mapping[str, float] | None = None, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
         self._before = {name: float((before or {}).get(name, 0.0)) for name in (*LOSSES, _STEPS)}
-        self._lost = dict.fromkeys(LOSSES, 0.0)
+        self._lost: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
         self._began = clock()
         self._now: tuple[str, float] | None = None
         self._dispatched = self._finished = 0

@@ -108,7 +108,7 @@ class Model:
                 f"{self._path} has no classifier: fine-tune it first (tinymim train --config configs/finetune_s.py "
                 f"init={self._path}), or use embed()"
             )
-        network = self._classifier
+        network: Any = self._classifier
         return lambda params, pixels: network.apply({"params": params}, pixels)
 
     def embed(self, images: AnyImage | Sequence[AnyImage], *, pool: str = "mean") -> np.ndarray:

@@ -17,9 +17,9 @@ class Answers(NamedTuple):
     confidence: float `[n]`, probability of the first of them.
     """
 
-    label: np.ndarray
-    best: np.ndarray
-    confidence: np.ndarray
+    label: Any  # numpy's; within a jitted step jax's
+    best: Any
+    confidence: Any
 
 
 def score(
@@ -62,7 +62,7 @@ def score(
     }
 
 
-def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
+def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
     """Bins of equal width over the confidence, each without its lower end: how many, how sure, how often right.
 
     Empty bins have neither confidence nor top1 (None).
@@ -81,7 +81,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
     ]
 
 
-def expected_calibration_error(bins: list[dict[str, float]]) -> float:
+def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
     """Mean over the images of |accuracy - mean confidence| of their bin (Guo et al., arXiv 1706.04599, eq. 3)."""
     total = sum(each["examples"] for each in bins)
     return sum(each["examples"] * abs(each["top1"] - each["confidence"]) for each in bins if each["examples"]) / total

@@ -66,14 +66,14 @@ def train(
       Busy: another process runs in this workdir.
       FloatingPointError: loss or gradient were not finite `train.max_skipped` times in a row.
     """
-    workdir = epath.Path(workdir).expanduser()
-    check_same(workdir, config)
-    finished = workdir / "result.json"
+    folder = epath.Path(workdir).expanduser()
+    check_same(folder, config)
+    finished = folder / "result.json"
     if finished.exists():
-        log.info("%s is finished; delete it or choose another workdir to run again", workdir)
+        log.info("%s is finished; delete it or choose another workdir to run again", folder)
         return json.loads(finished.read_text())
-    with claimed(workdir, config), Report(workdir, stall_minutes=stall_minutes) as report:
-        result = _run(config, workdir, report, data_dir=data_dir, workers=workers, fsdp=fsdp)
+    with claimed(folder, config), Report(folder, stall_minutes=stall_minutes) as report:
+        result = _run(config, folder, report, data_dir=data_dir, workers=workers, fsdp=fsdp)
         write_json(finished, result)
         report.end()
     if jax.process_count() > 1:

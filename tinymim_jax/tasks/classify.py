@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,8 @@ def build(config: ConfigDict, classes: int) -> Task:
             images, targets = augment(key, images, targets)
             labels = jnp.argmax(targets, axis=1)  # of a mixed image the label that weighs more
         drop_key = named(key, "drop_path") if train else None
-        first, second = network.apply({"params": params}, images, drop_key=drop_key, method="logits")
+        both: Any = network.apply({"params": params}, images, drop_key=drop_key, method="logits")
+        first, second = both
         logits = first if second is None else (first + second) / 2
         values = {"top1": in_top(logits, labels, 1), "top5": in_top(logits, labels, 5)}
         if teacher is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,8 @@ class SupervisedTeacher:
             pixels = 255 * (images * std + mean)
             # The noise of random erasing lies outside 0..255: only where the size differs is it clipped.
             images = normalize(resize_images(pixels, encoder.image_size), *self.own)
-        return jax.lax.stop_gradient(self.network.apply({"params": frozen}, images))
+        logits: Any = self.network.apply({"params": frozen}, images)
+        return jax.lax.stop_gradient(logits)
 
 
 def supervised_teacher(config: ConfigDict, classes: int) -> SupervisedTeacher | None:
