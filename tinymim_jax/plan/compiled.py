@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -117,6 +119,7 @@ def check_installed(topology: Topology) -> None:
 def child() -> None:
     """The child's side: reads a request from standard input and writes its answer into the folder it names."""
     request = json.load(sys.stdin)
+    threading.Thread(target=_end_with, args=(request["parent"],), daemon=True).start()
     from tinymim_jax.config import from_json
 
     topology = Topology(**(request["topology"] | {"shape": tuple(request["topology"]["shape"])}))
@@ -164,7 +167,7 @@ def _in_child(folder: pathlib.Path, request: dict, topology: Topology) -> Compil
     try:
         done = subprocess.run(
             [sys.executable, "-c", _CHILD],
-            input=json.dumps(request | {"folder": str(running)}),
+            input=json.dumps(request | {"folder": str(running), "parent": os.getpid()}),
             env=_environment(topology),
             capture_output=True,
             text=True,
@@ -182,6 +185,13 @@ def _in_child(folder: pathlib.Path, request: dict, topology: Topology) -> Compil
         return result
     finally:
         shutil.rmtree(running, ignore_errors=True)
+
+
+def _end_with(parent: int) -> None:
+    """Compilers do not heed signals for minutes: a child whose parent was killed would go on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _environment(topology: Topology) -> dict[str, str]:
