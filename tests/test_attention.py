@@ -10,6 +10,7 @@ from tinymim_jax.ops import platform
 from tinymim_jax.ops.attention import attention, attention_for_cpu
 from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.layer_norm import layer_norm, layer_norm_for_cpu
+from tinymim_jax.ops.products import scaled_products
 
 RNG = np.random.default_rng(0)
 
@@ -24,6 +25,16 @@ def plain(monkeypatch):
 def heads(scale: float = 1.0, dtype=jnp.float32):
     shape = (2, 7, 3, 8)
     return tuple(jnp.asarray(scale * RNG.normal(size=shape), dtype) for _ in range(3))
+
+
+def equations(jaxpr):
+    """Those of a program and of all within it."""
+    for equation in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        for each in inner:
+            if hasattr(each, "eqns"):
+                yield from equations(each)
+        yield equation
 
 
 def test_attention_in_numpy():
@@ -44,6 +55,31 @@ def test_attention_and_its_gradient_do_not_depend_on_the_form(plain, dtype, tole
         assert a.dtype == b.dtype == dtype
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+def test_gradient_of_products_in_numpy():
+    left, right, _ = (np.asarray(x) for x in heads())
+    cotangent = RNG.normal(size=(2, 3, 7, 7)).astype(np.float32)
+    _, vjp = jax.vjp(scaled_products, jnp.asarray(left), jnp.asarray(right))
+    want = (
+        np.einsum("bhqk,bkhd->bqhd", cotangent, right) / np.sqrt(8),
+        np.einsum("bhqk,bqhd->bkhd", cotangent, left) / np.sqrt(8),
+    )
+    for a, b in zip(vjp(jnp.asarray(cotangent)), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_with_bfloat16_no_product_is_of_float32(plain):
+    """Forward and backward: a float32 product over all pairs of tokens is many times as slow on a GPU."""
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v).astype(jnp.float32) ** 2) + jnp.sum(scaled_products(v, v) ** 2)
+
+    traced = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*heads(dtype=jnp.bfloat16))
+    products = [each for each in equations(traced.jaxpr) if each.primitive.name == "dot_general"]
+    dtypes = [operand.aval.dtype for product in products for operand in product.invars]
+    assert len(products) == 3 * 3  # q k, weights v and v v, each with two gradients
+    assert set(dtypes) == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_attention_survives_large_logits():

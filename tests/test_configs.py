@@ -181,7 +181,7 @@ def test_overrides_are_read_as_python_and_the_config_is_locked():
     assert (config.optim.base_lr, config.model.heads, config.data.flip) == (1.0, (2, 4), False)
     assert (config.data.crop_scale, config.model.depth) == ((0.5, 1), 3)
     with pytest.raises((KeyError, AttributeError)):
-        config.optim.momentum = 0.9
+        config.optim.not_a_key = 0.9
 
 
 def test_missing_files_and_functions(tmp_path):

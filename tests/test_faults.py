@@ -37,7 +37,7 @@ def test_the_first_process_speaks_for_all(soak):
     assert "This is process 0 of 2. Waiting up to 30 minutes for all 2 processes (JAX_NUM_PROCESSES)." in first
     assert "mesh {'data': 8, 'fsdp': 1} on cpu, 2 processes" in first
     assert f"step {STEPS}/{STEPS} | loss" in first
-    assert "went into steps; lost to compile" in first
+    assert "went into steps; lost to " in first  # to what most depends on the machine
     for words in ("| loss", "evaluation", "first step", "starting at", "went into", "parameters"):
         assert words in first
         assert words not in second

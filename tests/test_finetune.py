@@ -301,8 +301,8 @@ def test_layer_decay_of_scanned_blocks(golden):
     images = jnp.asarray(RNG.normal(size=(2, 16, 16, 3)), jnp.float32)
     params = randomly(jax.eval_shape(network.init, KEY, images)["params"])
     grads = jax.jit(jax.grad(lambda p: jnp.sum(network.apply({"params": p}, images)[:, 0] ** 2)))(params)
-    optimizer = optim.adamw(
-        lambda step: lr, params, b1=0.9, b2=0.999, eps=1e-30, weight_decay=0.0, layer_decay=0.65, depth=depth
+    optimizer = optim.make_optimizer(
+        "adamw", lambda step: lr, params, b1=0.9, b2=0.999, eps=1e-30, weight_decay=0.0, layer_decay=0.65, depth=depth
     )
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     moved = flatten_dict(jax.tree.map(lambda update: np.abs(update).max() / lr, updates))

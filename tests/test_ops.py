@@ -8,6 +8,7 @@ from PIL import Image, ImageEnhance
 
 from tinymim_jax.ops import color, drop_path, losses, masking, patches, posembed, relations
 from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.products import scaled_products
 
 
 def test_patchify_cuts_rows_of_patches_and_back():
@@ -80,10 +81,10 @@ def test_relation_kl_survives_an_underflowing_softmax():
     np.testing.assert_allclose(relations.relation_kl(student, teacher), [300.0], rtol=1e-6)
 
 
-def test_relation_logits_scale_by_the_own_head_dim():
+def test_scaled_products_scale_by_the_own_head_dim():
     q, k = np.random.default_rng(2).normal(size=(2, 2, 5, 3, 16)).astype(np.float32)
     want = np.einsum("bqhd,bkhd->bhqk", q, k) / 4
-    np.testing.assert_allclose(relations.relation_logits(jnp.asarray(q), jnp.asarray(k)), want, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(scaled_products(jnp.asarray(q), jnp.asarray(k)), want, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -7,7 +7,8 @@ import pytest
 
 from tinymim_jax.models.blocks import Tap
 from tinymim_jax.ops import token_grid
-from tinymim_jax.ops.relations import relation_logits, resplit
+from tinymim_jax.ops.products import scaled_products
+from tinymim_jax.ops.relations import resplit
 from tinymim_jax.targets import FEATURES, TARGETS, find_target
 
 BATCH, TOKENS, HEADS, HEAD_DIM = 2, 5, 3, 4
@@ -208,8 +209,8 @@ def test_resplit_cuts_the_joined_channels_anew(heads):
 
 def test_relations_of_all_heads_add_up():
     """With the scale taken out, the products of all heads sum to the product of the whole vectors."""
-    one = relation_logits(resplit(STUDENT.q, 1), resplit(STUDENT.k, 1)) * np.sqrt(WIDTH)
-    six = relation_logits(resplit(STUDENT.q, 6), resplit(STUDENT.k, 6)) * np.sqrt(WIDTH / 6)
+    one = scaled_products(resplit(STUDENT.q, 1), resplit(STUDENT.k, 1)) * np.sqrt(WIDTH)
+    six = scaled_products(resplit(STUDENT.q, 6), resplit(STUDENT.k, 6)) * np.sqrt(WIDTH / 6)
     np.testing.assert_allclose(six.sum(1), one[:, 0], rtol=1e-4, atol=1e-4)
 
 

@@ -14,9 +14,9 @@ from tinymim_jax.convert import convert_file
 from tinymim_jax.evaluate import evaluate_checkpoint
 from tinymim_jax.experiment import build_experiment
 from tinymim_jax.ops.posembed import resize_table
+from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import make_mesh
-from tinymim_jax.tasks import classify
 from tinymim_jax.teachers import TEACHERS
 
 
@@ -205,8 +205,8 @@ def test_relations_need_equal_heads_and_tokens(converted, data_dir, golden):
 def test_top_k_counts_ties_for_the_first_class_and_nan_for_none():
     logits = jnp.array([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 3.0, 2.0], [np.nan, np.nan, np.nan]])
     labels = jnp.array([0, 1, 2, 0])
-    np.testing.assert_array_equal(classify._in_top(logits, labels, 1), [1, 0, 0, 0])
-    np.testing.assert_array_equal(classify._in_top(logits, labels, 2), [1, 1, 1, 0])
+    np.testing.assert_array_equal(in_top(logits, labels, 1), [1, 0, 0, 0])
+    np.testing.assert_array_equal(in_top(logits, labels, 2), [1, 1, 1, 0])
 
 
 def test_teachers_name_real_architectures():

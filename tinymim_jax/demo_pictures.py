@@ -14,7 +14,7 @@ from tinymim_jax.data.transforms import EvalView
 from tinymim_jax.metrics import read
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
-from tinymim_jax.ops.relations import relation_logits
+from tinymim_jax.ops.products import scaled_products
 from tinymim_jax.params_io import load_params
 
 _CURVES = {"teacher": "MAE, teacher", "mae_student": "MAE, student", "tinymim": "TinyMIM, student"}
@@ -79,7 +79,7 @@ def _relations(encoder: ViT, params: Any, images: Any, query: int, head: int, bl
     tap: Any = encoder.apply({"params": params}, images, tap=block, method="encode")
     maps = []
     for left, right in ((tap.q, tap.k), (tap.v, tap.v)):
-        weights = jax.nn.softmax(relation_logits(left, right), axis=-1)
+        weights = jax.nn.softmax(scaled_products(left, right), axis=-1)
         maps.append(np.asarray(weights)[0, head, 1 + query, 1:])  # CLS is token 0
     return maps
 

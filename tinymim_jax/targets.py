@@ -16,7 +16,8 @@ from tinymim_jax.errors import unknown
 from tinymim_jax.models.blocks import Tap
 from tinymim_jax.ops.layer_norm import layer_norm
 from tinymim_jax.ops.losses import cosine_distance, mean_squared, smooth_l1
-from tinymim_jax.ops.relations import relation_kl, relation_logits, resplit
+from tinymim_jax.ops.products import scaled_products
+from tinymim_jax.ops.relations import relation_kl, resplit
 
 Extracted = dict[str, Array]
 Comparison = Callable[[Array, Array], Float[Array, "batch"]]
@@ -57,7 +58,7 @@ def relations(*names: str, loss: str = "kl", beta: float = 2.0, heads: int | Non
             features = getattr(tap, letter)
             return features if heads is None else resplit(features, heads)
 
-        return {name: relation_logits(part(name[0]), part(name[1])) for name in names}
+        return {name: scaled_products(part(name[0]), part(name[1])) for name in names}
 
     def losses(student: Extracted, teacher: Extracted) -> dict[str, Float[Array, "batch"]]:
         for name in names:

@@ -2,18 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from tinymim_jax.ops.platform import on_cpu
-
-HeadFeatures = Float[Array, "batch tokens heads head_dim"]
+from tinymim_jax.ops.products import HeadFeatures, scaled_products
 
 
 def attention(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> HeadFeatures:
     """`softmax(q k^T / sqrt(head_dim)) v` for every head, [batch, tokens, heads, head_dim]."""
     if on_cpu():
         return attention_for_cpu(q, k, v)
-    weights = jax.nn.softmax(_logits(q, k), axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(scaled_products(q, k), axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -23,12 +22,8 @@ def attention_for_cpu(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> Head
     return _forward(q, k, v)[0]
 
 
-def _logits(q: Array, k: Array) -> Array:
-    return jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-
-
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
-    logits = _logits(q, k)
+    logits = scaled_products(q, k)
     powers = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     powers = jax.lax.optimization_barrier(powers)  # [batch, heads, queries, keys]
     # Dividing the head_dim columns of the result is less work than dividing all the keys.

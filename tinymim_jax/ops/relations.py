@@ -4,15 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-HeadFeatures = Float[Array, "batch tokens heads head_dim"]
-Logits = Float[Array, "batch heads queries keys"]
-
-
-def relation_logits(left: HeadFeatures, right: HeadFeatures) -> Logits:
-    """Scaled products `left . right / sqrt(head_dim)`, float32 [batch, heads, tokens, tokens]."""
-    scale = left.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", left, right, preferred_element_type=jnp.float32)
-    return logits * scale
+from tinymim_jax.ops.products import HeadFeatures, Logits
 
 
 def resplit(features: HeadFeatures, heads: int) -> Float[Array, "batch tokens {heads} new_head_dim"]:
