@@ -9,14 +9,21 @@ import traceback
 
 from ml_collections import ConfigDict
 
-from tinymim_jax import chain, exits, prepare_command, status, suite_command, sweep
+from tinymim_jax import (
+    chain,
+    convert_command,
+    exits,
+    features_command,
+    prepare_command,
+    status,
+    suite_command,
+    sweep,
+)
 from tinymim_jax.plan import command as plan_command
 from tinymim_jax.startup import quiet_unless_first, start_logging, use_compile_cache
 
 # What a user can mend: shown as one message without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
-
-_FAMILIES = ("mae", "tinymim", "tinymim_star", "vit")  # convert.FAMILIES, which takes a second to import
 
 _DESCRIPTION = """\
 Distil a masked-image-modelling ViT into a small one by its token relations (TinyMIM, arXiv 2301.01296).
@@ -25,20 +32,6 @@ Distil a masked-image-modelling ViT into a small one by its token relations (Tin
   tinymim convert --from mae --input mae_pretrain_vit_large.pth --output teachers/mae_vit_large
   tinymim train --config configs/distill_b.py --workdir runs/b distill.teacher.path=teachers/mae_vit_large
   tinymim train --config configs/finetune_b.py --workdir runs/b_finetuned init=runs/b
-"""
-
-
-_PROBE = """\
-Features of both splits are extracted once, without augmentation; then linear classifiers are trained on them, one for
-each --base_lr, all at a time (SGD, momentum 0.9, cosine). The rate that is best on a held-out tenth of the training
-split is used on the whole of it, and the figures are those of the evaluation split.
-
-  tinymim probe runs/b --config configs/linprobe.py --output runs/b_probe
-  tinymim predict runs/b_probe cat.jpg
-
-The published probe of MAE (LARS, batch norm, each image cropped and flipped anew in each of 90 epochs) is a training:
-
-  tinymim train --config configs/linprobe.py --workdir runs/b_linprobe init=runs/b
 """
 
 
@@ -109,32 +102,21 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _knn(options: argparse.Namespace) -> int:
-    config = _config_of(options)
-    _start_jax(options)
-    from tinymim_jax.knn import evaluate_knn
+def _judge_features(run):
+    """(options) -> exit status, of `run(config, options)`, which gives the figures."""
 
-    chosen = {"neighbors": options.k, "temperature": options.temperature, "pool": options.pool}
-    result = evaluate_knn(config, options.checkpoint, data_dir=options.data_dir, workers=options.workers, **chosen)
-    _print_result(result)
-    return 0
+    def judge(options: argparse.Namespace) -> int:
+        config = _config_of(options)
+        _start_jax(options)
+        _print_result(run(config, options))
+        return 0
+
+    return judge
 
 
 def _print_result(result: dict) -> None:
     if exits.is_first():
         print(json.dumps(result))
-
-
-def _probe(options: argparse.Namespace) -> int:
-    config = _config_of(options)
-    _start_jax(options)
-    from tinymim_jax.linear_probe import evaluate_probe
-
-    chosen = {name: getattr(options, name) for name in ("pool", "base_lr", "epochs", "batch_size", "output")}
-    chosen["base_lrs"] = chosen.pop("base_lr")
-    result = evaluate_probe(config, options.checkpoint, data_dir=options.data_dir, workers=options.workers, **chosen)
-    _print_result(result)
-    return 0
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -167,37 +149,6 @@ def _config_of(options: argparse.Namespace) -> ConfigDict:
     config = from_json(json.loads(path.read_text()))
     apply_overrides(config, options.overrides)
     return config
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from tinymim_jax.convert import convert_file
-    from tinymim_jax.params_io import save_params
-
-    image_size = tuple(options.image_size) if options.image_size else None
-    model, params = convert_file(
-        options.family,
-        options.input,
-        heads=options.heads,
-        decoder_heads=options.decoder_heads,
-        image_size=image_size,
-    )
-    save_params(options.output, params, model)
-    encoder = model["encoder"]
-    parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
-    print(
-        f"{options.output}: {parts}; width {encoder['embed_dim']}, {encoder['depth']} blocks, heads {encoder['heads']}"
-    )
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from tinymim_jax.convert import to_safetensors, to_torch
-    from tinymim_jax.params_io import load_params
-
-    model, params = load_params(options.checkpoint)
-    to_safetensors(options.output, to_torch(options.family, model, params))
-    print(f"{options.output}: {options.family} names, as PyTorch loads them with safetensors.torch.load_file")
-    return 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -254,29 +205,22 @@ def _parser() -> argparse.ArgumentParser:
     _judged(evaluate)
     suite_command.add_arguments(evaluate)
 
-    knn = _command(commands, "knn", _knn, "k-nearest-neighbour accuracy of a checkpoint's features, without training")
-    knn.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours (default 10 20 100 200)")
-    knn.add_argument("--temperature", type=float, default=0.07, help="weight exp(cosine / it) (default 0.07, as DINO)")
-    knn.add_argument("--pool", default="mean", help="features: mean of the patch tokens, or cls (default mean)")
+    knn = _command(
+        commands,
+        "knn",
+        _judge_features(features_command.knn),
+        "k-nearest-neighbour accuracy of a checkpoint's features, without training",
+    )
+    features_command.add_knn_arguments(knn)
     _judged(knn)
 
-    probe = _command(commands, "probe", _probe, "accuracy of a linear classifier on a checkpoint's features")
-    probe.formatter_class, probe.epilog = argparse.RawDescriptionHelpFormatter, _PROBE
-    rates = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-    probe.add_argument(
-        "--base_lr",
-        type=float,
-        nargs="+",
-        default=rates,
-        metavar="LR",
-        help="rates at 256 examples (default 0.001 to 3)",
+    probe = _command(
+        commands,
+        "probe",
+        _judge_features(features_command.probe),
+        "accuracy of a linear classifier on a checkpoint's features",
     )
-    probe.add_argument("--epochs", type=int, default=90, help="of the classifier's training (default 90)")
-    probe.add_argument("--batch_size", type=int, default=1024, help="of the classifier's training (default 1024)")
-    probe.add_argument(
-        "--pool", default="cls", help="features: cls token, or mean of the patch tokens (default cls, as MAE)"
-    )
-    probe.add_argument("--output", metavar="DIR", help="keep encoder and classifier, for predict, evaluate and export")
+    features_command.add_probe_arguments(probe)
     _judged(probe)
 
     predict = _command(commands, "predict", _predict, "the classes that a fine-tuned checkpoint sees in images")
@@ -287,23 +231,17 @@ def _parser() -> argparse.ArgumentParser:
     _compile_cache(predict)
 
     convert = _command(
-        commands, "convert", _convert, "read a PyTorch checkpoint (.pth or .safetensors), without PyTorch"
+        commands,
+        "convert",
+        convert_command.convert,
+        "read a PyTorch checkpoint (.pth or .safetensors), without PyTorch",
     )
-    convert.add_argument("--from", dest="family", required=True, choices=_FAMILIES, help="whose names it has")
-    convert.add_argument("--input", required=True, metavar="FILE")
-    convert.add_argument("--output", required=True, metavar="DIR")
-    convert.add_argument(
-        "--heads", help="attention heads, one number or one for each block (2,2,2,4); default by width"
-    )
-    convert.add_argument("--decoder_heads", type=int, metavar="N", help="of a full MAE file; default by width")
-    convert.add_argument(
-        "--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="when the grid is not square"
-    )
+    convert_command.add_convert_arguments(convert)
 
-    export = _command(commands, "export", _export, "write a checkpoint with PyTorch's names, as .safetensors")
-    export.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
-    export.add_argument("--to", dest="family", required=True, choices=_FAMILIES, help="whose names to use")
-    export.add_argument("--output", required=True, metavar="FILE.safetensors")
+    export = _command(
+        commands, "export", convert_command.export, "write a checkpoint with PyTorch's names, as .safetensors"
+    )
+    convert_command.add_export_arguments(export)
 
     prepare = _command(commands, "prepare", prepare_command.run, "write a data set as ArrayRecord, once")
     prepare_command.add_arguments(prepare)
