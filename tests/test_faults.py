@@ -23,7 +23,7 @@ def soak(tmp_path_factory, data_dir):
     """The undisturbed run, and the disturbed one: its attempts in `attempts`, its outcome in `equal`."""
     soak = Soak(tmp_path_factory.mktemp("soak"), data_dir, steps=STEPS, seed=3)
     soak.logs = soak.undisturbed()
-    soak.equal = soak.disturbed("disturbed", ["raise", "hang", "kill", "damage"])
+    soak.equal = soak.disturbed("disturbed", ["raise", "hang", "full", "kill", "damage"])
     return soak
 
 
@@ -62,6 +62,14 @@ def test_a_stuck_process_ends_both_with_86_and_shows_where_it_was(soak):
     assert "in place_batch" in found["log"]  # the stack of the thread that sleeps
 
 
+def test_a_disk_that_is_full_for_one_process_ends_both_and_leaves_what_was_saved(soak):
+    found = attempt(soak, "full")
+    assert found["codes"] == [1, 1]
+    assert "free some space" in found["log"]
+    assert "What was saved before is intact" in found["log"]
+    assert found["seconds_to_exit"] < 300  # not the ten minutes that Orbax would wait for the other process
+
+
 def test_a_killed_process_takes_the_other_with_it(soak):
     found = attempt(soak, "kill")
     assert found["codes"][found["process"]] == -9
@@ -93,7 +101,7 @@ def test_status_of_both(soak, capsys):
     assert code == 0
     disturbed, undisturbed = map(json.loads, out.splitlines())
     assert disturbed["workdir"].endswith("disturbed")
-    assert (disturbed["stage"], disturbed["restarts"], undisturbed["restarts"]) == ("finished", 4, 0)
+    assert (disturbed["stage"], disturbed["restarts"], undisturbed["restarts"]) == ("finished", 5, 0)
     assert disturbed["step"] == disturbed["checkpoint"]["step"] == STEPS
     assert disturbed["lost/redone"] > 0
     assert disturbed["lost/downtime"] > 0 == undisturbed["lost/downtime"]

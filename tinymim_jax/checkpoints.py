@@ -1,8 +1,9 @@
 """Checkpoints of a training run: saved in the background by the clock, verified bit by bit when restored."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,6 +50,7 @@ class Checkpoints:
         self._saved_at = clock()
         self._preempted = False
         self._writing = False
+        self._failures: list[BaseException] = []
         self._asked, self._next_check, self._checked_at = 0, 1, self._saved_at
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
@@ -56,7 +58,9 @@ class Checkpoints:
             lightweight_initialize=True,  # does not stumble over a damaged step
         )
         with stored.writing(self._directory):
-            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=_handlers())
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_handlers=_handlers(self._failures)
+            )
         if not self._directory.exists():  # process 0 has made it
             raise CheckpointError(
                 f"Process {jax.process_index()} does not see {self._directory}: it must lie on storage that all "
@@ -122,6 +126,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this save or the one before it failed; those before that are intact.
         """
+        self._raise_failure()
         if self._writing and not self._manager.is_saving_in_progress():
             self.wait()  # at once; raises what went wrong in the background
         preempted = self._manager.reached_preemption(step)
@@ -133,6 +138,7 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(stored.nested(stored.named(state))),
             manifest=ocp.args.JsonSave(stored.manifest(state, step=step, extra=dict(extra or {}))),
         )
+        self._wait_unless_failed()
         with stored.writing(self._directory):
             self._manager.save(step, args=args, force=True)
         self._writing = True
@@ -141,6 +147,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; raises CheckpointError if it failed."""
+        self._wait_unless_failed()
         self._writing = False
         with stored.writing(self._directory):
             try:
@@ -151,6 +158,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits and lets go; raises CheckpointError if the last save failed."""
+        self._wait_unless_failed()
         self._writing = False
         with stored.writing(self._directory):
             self._manager.close()
@@ -166,6 +174,19 @@ class Checkpoints:
                 self.close()
             except CheckpointError:
                 _log.exception("The last checkpoint failed too.")
+
+    def _wait_unless_failed(self) -> None:
+        """Orbax's own waiting keeps to itself, for ten minutes, that this process failed while its peers did not."""
+        if jax.process_count() > 1:
+            while self._manager.is_saving_in_progress():
+                self._raise_failure()
+                time.sleep(0.02)
+
+    def _raise_failure(self) -> None:
+        # A process alone hears of it from Orbax, which tidies up first.
+        if self._failures and jax.process_count() > 1:
+            with stored.writing(self._directory):
+                raise self._failures[0]
 
     def _due(self) -> bool:
         """Whether the clock says so: process 0's clock, so that all processes agree."""
@@ -229,14 +250,55 @@ def _together(read: Callable[[], Any]) -> Any:
     return result
 
 
-def _handlers() -> dict[str, ocp.CheckpointHandler]:
+def _handlers(failures: list[BaseException]) -> dict[str, ocp.CheckpointHandler]:
     """Orbax's own, but copies of small arrays are not cut so that each device may write a slice.
 
     That cutting compiles a program for every shape and device: seconds of the first save, for nothing.
+
+    Args:
+      failures: what goes wrong in the background on this process is appended.
     """
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        "manifest": ocp.JsonCheckpointHandler(),
+        "state": _reporting(ocp.PyTreeCheckpointHandler(type_handler_registry=registry), failures),
+        "manifest": _reporting(ocp.JsonCheckpointHandler(), failures),
     }
+
+
+def _reporting(handler: Any, failures: list[BaseException]) -> ocp.CheckpointHandler:
+    """The handler, which from now on notes in `failures` what goes wrong while it writes. A subclass Orbax refuses."""
+    async_save, finalize = handler.async_save, handler.finalize
+
+    async def reported_save(*args: Any, **kwargs: Any) -> list[Any]:
+        return [_Reported(future, failures) for future in await async_save(*args, **kwargs) or ()]
+
+    def reported_finalize(*args: Any, **kwargs: Any) -> None:
+        with _noting(failures):
+            finalize(*args, **kwargs)
+
+    handler.async_save, handler.finalize = reported_save, reported_finalize
+    return handler
+
+
+class _Reported:
+    """An Orbax future that notes its failure."""
+
+    def __init__(self, future: Any, failures: list[BaseException]):
+        self._future, self._failures = future, failures
+
+    def result(self, timeout: float | None = None) -> Any:
+        with _noting(self._failures):
+            return self._future.result(timeout)
+
+    def cancel(self) -> Any:
+        return self._future.cancel()
+
+
+@contextlib.contextmanager
+def _noting(failures: list[BaseException]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        failures.append(error)
+        raise
