@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import subprocess
 import sys
 import time
 
@@ -176,3 +177,13 @@ def test_a_bucket_is_claimed_by_who_is_alive(bucket, monkeypatch):
     (bucket / "status.json").write_text(json.dumps(status | {"time": time.time()}))
     with workdirs.claimed(bucket, config):  # silent for three times as long as it would take: its process is dead
         assert workdirs.owner(bucket) is None
+
+
+def test_a_reader_that_has_left_is_no_error_to_speak_of(tmp_path):
+    make_run(tmp_path / "run", stage="finished", result={"top1": 0.75, "examples": 13})
+    command = [sys.executable, "-m", "tinymim_jax", "status", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait(timeout=100)

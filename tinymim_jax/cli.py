@@ -42,12 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
     why = ""
     try:
         code = options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code, why = exits.INTERRUPTED, "Ctrl-C, twice"
     except _USER_ERRORS as error:
         code, why = exits.ERROR, f"{type(error).__name__}: {error}"
+        if isinstance(error, BrokenPipeError) and exits.nobody_reads():
+            pass
         # XLA's errors are RuntimeErrors too, but there the traceback is what helps.
-        if options.debug or type(error).__name__ == "JaxRuntimeError":
+        elif options.debug or type(error).__name__ == "JaxRuntimeError":
             traceback.print_exc()
             if exits.who():
                 print(

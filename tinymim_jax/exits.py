@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -79,6 +80,16 @@ def leave_at_once(status: int, why: str) -> NoReturn:
             if not _say_who_ended():
                 _client().key_value_set(f"{_ENDED}{_state().process_id}", f"{status} {why.strip()[:1000]}")
     _exit(status)
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of this process's output has left, as `head` does; what is printed from now on is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def watch_peers() -> None:
