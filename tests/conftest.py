@@ -9,6 +9,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+# Most of the suite's time is compiling, and most of that is optimizing what then runs for milliseconds. Tests of the
+# optimized program itself ask for the fixture `optimized`; JAX_DISABLE_MOST_OPTIMIZATIONS=0 has it everywhere.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # Many tests compile the same programs; subprocesses find them here as well.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="tinymim-tests-")
@@ -28,6 +32,17 @@ from jaxtyping import install_import_hook
 # The signatures of ops, models and targets are enforced here and cost nothing in production.
 _HOOK = install_import_hook(["tinymim_jax.ops", "tinymim_jax.models", "tinymim_jax.targets"], "beartype.beartype")
 _HOOK.__enter__()
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """XLA's optimizations, as users have them: `pytestmark = pytest.mark.usefixtures("optimized")`."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def golden_dir() -> pathlib.Path:

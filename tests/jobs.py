@@ -66,7 +66,8 @@ class Job:
         environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of XLA, which take most of the time of so small a run
+            # XLA's optimizations take most of the time of so small a run.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1"),
             "PYTHONPATH": str(ROOT),
             "FAULT": fault,
         }

@@ -12,6 +12,8 @@ from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.layer_norm import layer_norm, layer_norm_for_cpu
 from tinymim_jax.ops.products import scaled_products
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 RNG = np.random.default_rng(0)
 
 

@@ -23,15 +23,6 @@ from tinymim_jax.targets import TARGETS
 from tinymim_jax.tasks import TASKS
 from tinymim_jax.tasks.decoder import build_decoder
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """XLA's optimizations take most of the time of steps so small, and change nothing that is looked at here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 TEACHER = ViT(embed_dim=32, depth=3, heads=4, patch_size=4, image_size=(16, 16))
 PATCH_8 = TEACHER.clone(patch_size=8)
 MEAN = STD = (0.5, 0.5, 0.5)  # of configs/digits.py

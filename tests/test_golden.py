@@ -20,6 +20,8 @@ from tinymim_jax.ops.masking import masking_from_noise
 from tinymim_jax.ops.patches import patchify
 from tinymim_jax.targets import TARGETS
 
+pytestmark = pytest.mark.usefixtures("optimized")  # parity is that of the programs that users run
+
 FORWARD, BACKWARD = 1e-5, 1e-4
 
 

@@ -17,6 +17,8 @@ from tinymim_jax.plan.hlo import work_of
 from tinymim_jax.plan.roofline import collectives
 from tinymim_jax.plan.topology import parse_topology
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TEXT = """HloModule hand_written, is_scheduled=true
 
 %sliced (param_0: f32[24,128], param_1: s32[]) -> f32[1,128] {
