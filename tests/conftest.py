@@ -5,13 +5,14 @@ import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+from processes import xla_flags
 
 # Most of the suite's time is compiling, and most of that is optimizing what then runs for milliseconds. Tests of the
 # optimized program itself ask for the fixture `optimized`; JAX_DISABLE_MOST_OPTIMIZATIONS=0 has it everywhere.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 # Many tests compile the same programs; subprocesses find them here as well.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -39,7 +40,7 @@ def optimized():
     """XLA's optimizations, as users have them: `pytestmark = pytest.mark.usefixtures("optimized")`."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 
-from processes import JOB_VARIABLES, free_port
+from processes import JOB_VARIABLES, free_port, xla_flags
 from runs import SMALL
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -65,7 +65,7 @@ class Job:
         script.write_text(CHILD)
         environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             # XLA's optimizations take most of the time of so small a run.
             "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1"),
             "PYTHONPATH": str(ROOT),

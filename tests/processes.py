@@ -10,11 +10,19 @@ import tempfile
 JOB_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "XLA_FLAGS")
 
 
+def xla_flags(devices):
+    """XLA_FLAGS for so many fake devices; what makes compiling quick, unless JAX_DISABLE_MOST_OPTIMIZATIONS=0."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+        flags += " --xla_cpu_use_fusion_emitters=false"  # a third less time for all of compiling
+    return flags
+
+
 def run_python(code, *, devices=1, **variables):
     """A Python process of its own, outside any job, on `devices` CPU devices; killed with this one at the latest."""
     environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115, a pipe that nobody empties would stop the process
     process = subprocess.Popen(
