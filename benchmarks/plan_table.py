@@ -4,7 +4,7 @@
     python benchmarks/plan_table.py --kept     # only from what is kept
 
 A row whose step was not compiled is scaled from one of the same chips with another batch, and says so by a ~; where
-there is none it stays empty.
+there is none it is guessed from the program of another TPU, and says so by a ≈; without one it stays empty.
 """
 
 import argparse
@@ -30,6 +30,7 @@ TOPOLOGIES = (
 )  # fmt: skip
 SCALING, SCALING_IMAGES = "mae_l", 64
 SCALING_CHIPS = (8, 16, 32, 64, 128, 256)
+_SIGNS = {"scaled": "~", "guessed": "≈"}  # by the first word of Plan.compiler
 _HEAD = "| topology | images on a chip | memory, GiB | fits | step, ms | images/s | bound | run | chip-hours |"
 
 
@@ -65,16 +66,25 @@ class Table:
         return self._planned[name, batch]
 
     def source(self, name: str, topology: str) -> Plan | None:
-        """A compiled plan that fits chips that run the same programs, with the nearest number of images on each."""
+        """A compiled plan that fits: of chips that run the same programs, or else of another TPU.
+
+        That with the nearest number of images on each chip.
+        """
         place, batch = parse_topology(topology), self.planned(name).experiment.batch_size
+        images, tpu = batch / place.chips, place.chip.platform == "tpu"
+
+        def unlike(plan: Plan) -> tuple[bool, float]:
+            other = not same_program(plan.topology.kind, place.kind)
+            return other, abs(plan.batch / plan.topology.chips - images)
+
+        kept = (self.compiled(name, other, only_kept=True) for other in TOPOLOGIES)
         found = [
             plan
-            for other in TOPOLOGIES
-            if same_program(parse_topology(other).kind, place.kind)
-            if (plan := self.compiled(name, other, only_kept=True)) is not None and plan.fits
+            for plan in kept
+            if plan is not None and plan.fits
+            if same_program(plan.topology.kind, place.kind) or (tpu and plan.topology.chip.platform == "tpu")
         ]
-        images = batch / place.chips
-        return min(found, key=lambda plan: abs(plan.batch / plan.topology.chips - images), default=None)
+        return min(found, key=unlike, default=None)
 
 
 def main() -> None:
@@ -114,21 +124,21 @@ def _estimated(refused: Plan | None, source: Plan | None, topology: str) -> Plan
     if source is None:
         assert refused is not None
         return refused
-    return scaled(source, parse_topology(topology))
+    return scaled(source, parse_topology(topology), other_program=True)
 
 
 def _row(plan: Plan) -> str:
     limit, images = plan.topology.chip.memory, plan.batch // plan.topology.chips
-    sign = "~" if plan.compiler.startswith("scaled") else ""
+    sign = _SIGNS.get(plan.compiler.split()[0], "")
     size = f"{sign}{plan.needed / GIB:.1f} of {limit / GIB:.1f}" if plan.needed else f"more than {limit / GIB:.1f}"
     fits, note = plan.fits, "yes"
     if not fits and plan.time is not None:
         plan, note = _in_parts(plan)
     elif not fits:
         note = "no"
-    sign = "~" if plan.compiler.startswith("scaled") else ""
     if plan.time is None:
         return f"| {plan.topology.name} | {images} | {size} | {note} | | | | | |"
+    sign = sign or _SIGNS.get(plan.compiler.split()[0], "")
     figures = [
         f"{sign}{plan.seconds * 1e3:.0f}",
         f"{sign}{plan.batch / plan.seconds:,.0f}",

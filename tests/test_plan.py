@@ -335,6 +335,15 @@ def test_an_h200_is_an_h100_with_faster_memory(compiled_plan):
     assert plan.time.compute == 2.0
 
 
+def test_another_chips_program_is_a_guess_by_the_ratios_of_their_speeds(compiled_plan):
+    of_v5e = dataclasses.replace(compiled_plan, topology=parse_topology("v5e-8"))
+    plan = scaled(of_v5e, parse_topology("v6e-8"), other_program=True)
+    assert plan.compiler == "guessed from 4 images on each v5e (a stand-in)"
+    assert plan.time.compute == pytest.approx(2.0 * 197 / 918)
+    assert plan.time.memory == pytest.approx(819 / 1638)
+    assert plan.parts == compiled_plan.parts
+
+
 def test_what_cannot_be_scaled(compiled_plan):
     with pytest.raises(ValueError, match="a program for cpu says nothing about v5e"):
         scaled(compiled_plan, parse_topology("v5e-8"))

@@ -1,5 +1,8 @@
 """The mesh, the parameter rule, batches of one and of two processes, and joining a job."""
 
+import signal
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,3 +148,25 @@ def test_a_misspelt_variable_is_named(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two' is not a number"):
         initialize_distributed()
+
+
+PAUSED = """
+import time
+from tinymim_jax import sharding
+sharding._HEARTBEAT_SECONDS = 1
+sharding.initialize_distributed()
+print("started", flush=True)
+time.sleep(5)
+print("alive", flush=True)
+"""
+
+
+def test_a_process_alone_outlives_a_pause():
+    """Ctrl-Z and fg, or a machine that is paused: longer than a dead host is given among several."""
+    process = run_python(PAUSED)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    status, out, err = output_of(process)
+    assert (status, out) == (0, "alive\n"), err

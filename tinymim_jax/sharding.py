@@ -24,6 +24,7 @@ AXES = ("data", "fsdp")
 _JOIN_SECONDS = 1800  # hosts of a large job may queue for a while
 _REMIND_SECONDS = 60
 _HEARTBEAT_SECONDS = 30  # a dead host is noticed after this long
+_ALONE_HEARTBEAT_SECONDS = 10**7  # Ctrl-Z, or a machine that is paused, must not look like death to the process itself
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 _log = logging.getLogger(__name__)
@@ -219,6 +220,7 @@ def _initialize_alone(initialize: functools.partial) -> None:
             address,
             num_processes=1,
             process_id=0,
+            heartbeat_timeout_seconds=_ALONE_HEARTBEAT_SECONDS,
             cluster_detection_method="deactivate",
             coordinator_bind_address=address,  # the default is open to the whole network
         )

@@ -11,18 +11,30 @@ from tinymim_jax.plan.topology import Topology
 _UPDATE_BYTES = 7 * 4
 
 
-def scaled(plan: Plan, topology: Topology, *, batch: int | None = None, accumulate: int | None = None) -> Plan:
+def scaled(
+    plan: Plan,
+    topology: Topology,
+    *,
+    batch: int | None = None,
+    accumulate: int | None = None,
+    other_program: bool = False,
+) -> Plan:
     """What `plan`, of plain data parallelism, would be on `topology` and with this batch.
 
     Temporaries, computing and memory traffic are in proportion to a chip's images at a time, but for the optimizer's
     traffic; what lies on a chip between steps does not change; collectives carry the same bytes among other chips.
+
+    Args:
+      other_program: the chips may be of a kind for which another program is compiled. The work of `plan`'s own, at
+        the speeds of `topology`'s chips, is a rougher estimate.
 
     Raises:
       ValueError: the plan has --fsdp, or no program, or is of chips that run other programs.
     """
     if plan.fsdp > 1 or plan.time is None:
         raise ValueError("only a plan that was compiled, and without --fsdp, can be scaled")
-    if not same_program(plan.topology.kind, topology.kind):
+    same = same_program(plan.topology.kind, topology.kind)
+    if not (same or other_program):
         raise ValueError(f"a program for {plan.topology.kind} says nothing about {topology.kind}")
     train = plan.config.train
     batch, accumulate = batch or train.batch_size, accumulate or train.accumulate
@@ -44,7 +56,8 @@ def scaled(plan: Plan, topology: Topology, *, batch: int | None = None, accumula
             for each in plan.collectives
         ),
         steps=round(plan.steps * train.batch_size / batch),
-        compiler=f"scaled from {plan.batch // plan.topology.chips} images on each chip ({plan.compiler})",
+        compiler=f"{'scaled' if same else 'guessed'} from {plan.batch // plan.topology.chips} images on each "
+        f"{'chip' if same else plan.topology.kind} ({plan.compiler})",
         largest=None,
         remedy=None,
         searched=False,
