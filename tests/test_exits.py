@@ -82,6 +82,29 @@ def test_a_heart_that_beats_is_not_stopped_nor_one_that_compiles(tmp_path, monke
     assert ended.is_set()
 
 
+def test_a_pause_of_the_whole_process_is_no_stall(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(heartbeat, "leave_at_once", lambda *_: ended.set())
+    now, steps = [0.0], iter([40.0, 3600.0, 10.0])  # seconds until the thread runs again
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda **_: None)
+    heart = Heartbeat(None, stall_seconds=60)
+    heart.watch()
+    heart.compiled()
+
+    def check(_):
+        step = next(steps, None)
+        now[0] += step or 0.0
+        return step is None
+
+    monkeypatch.setattr(heart._stop, "wait", check)
+    heart._run()  # an hour that nobody saw, and 50 seconds
+    assert not ended.is_set()
+    steps = iter([20.0])
+    heart._run()
+    assert ended.is_set()
+
+
 def test_status_cannot_be_written_is_said_once(tmp_path, caplog):
     heart = Heartbeat(epath.Path(tmp_path / "gone"), stall_seconds=0)
     for _ in range(3):

@@ -19,6 +19,7 @@ from tinymim_jax.exits import GO_ON, STALLED, leave_at_once, who
 STATUS = "status.json"
 WRITE_SECONDS, WRITE_SECONDS_REMOTE = 5.0, 30.0  # each write to a bucket is paid for
 COMPILE_SECONDS = 1800.0
+_PAUSE_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -82,9 +83,13 @@ class Heartbeat:
         self.beat()
 
     def _run(self) -> None:
-        written = -self._every
+        written, before = -self._every, time.monotonic()
         while not self._stop.wait(min(1.0, self._every)):
-            still = time.monotonic() - self._beat_at
+            now = time.monotonic()
+            if now - before > _PAUSE_SECONDS:
+                # This thread stood still as well: by Ctrl-Z, or the machine did.
+                self._beat_at += now - before
+            before, still = now, now - self._beat_at
             if self._watching and self._stall_seconds and still > self._stall_seconds + self._allowance:
                 self._end_stalled(still)
             if time.monotonic() - written >= self._every:
