@@ -37,7 +37,7 @@ def run_python(code, *, devices=1, **variables):
 
 def output_of(process):
     """(exit status, the rest of stdout, all of stderr) once the process has ended."""
-    out, _ = process.communicate(timeout=100)
+    out, _ = process.communicate(timeout=500)
     process.errors.seek(0)
     return process.returncode, out, process.errors.read()
 
