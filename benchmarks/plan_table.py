@@ -53,7 +53,11 @@ class Table:
             result = kept_result(config, place, cache=self._cache)
         else:
             print(f"{name} on {topology}", file=sys.stderr, flush=True)
-            result = compile_step(config, place, cache=self._cache)
+            try:
+                result = compile_step(config, place, cache=self._cache)
+            except RuntimeError as error:  # one program on which the compiler fails is no reason to lose the others
+                print(f"{name} on {topology}: {error}", file=sys.stderr, flush=True)
+                result = None
         if result is None:
             return None
         return self._plans.setdefault(key, read_plan(planned, place, 1, result))
@@ -65,26 +69,26 @@ class Table:
             self._planned[name, batch] = plan_experiment(changed(config, {"train.batch_size": batch}))
         return self._planned[name, batch]
 
-    def source(self, name: str, topology: str) -> Plan | None:
-        """A compiled plan that fits: of chips that run the same programs, or else of another TPU.
+    def estimated(self, name: str, topology: str, *, guess: bool) -> Plan | None:
+        """From a compiled plan that fits, of chips that run the same programs; or else, for a `guess`, of another TPU.
 
-        That with the nearest number of images on each chip.
+        Of several from that with the nearest number of images on each chip.
         """
         place, batch = parse_topology(topology), self.planned(name).experiment.batch_size
-        images, tpu = batch / place.chips, place.chip.platform == "tpu"
+        guess = guess and place.chip.platform == "tpu"
 
         def unlike(plan: Plan) -> tuple[bool, float]:
-            other = not same_program(plan.topology.kind, place.kind)
-            return other, abs(plan.batch / plan.topology.chips - images)
+            images = plan.batch / plan.topology.chips - batch / place.chips
+            return not same_program(plan.topology.kind, place.kind), abs(images)
 
         kept = (self.compiled(name, other, only_kept=True) for other in TOPOLOGIES)
-        found = [
+        sources = [
             plan
             for plan in kept
             if plan is not None and plan.fits
-            if same_program(plan.topology.kind, place.kind) or (tpu and plan.topology.chip.platform == "tpu")
+            if same_program(plan.topology.kind, place.kind) or (guess and plan.topology.chip.platform == "tpu")
         ]
-        return min(found, key=unlike, default=None)
+        return scaled(min(sources, key=unlike), place, other_program=guess) if sources else None
 
 
 def main() -> None:
@@ -111,20 +115,11 @@ def config_table(table: Table, name: str) -> str:
     for topology in TOPOLOGIES:
         plan = table.compiled(name, topology)
         if plan is None or plan.time is None:
-            source = table.source(name, topology)
-            if plan is None and source is None:
-                lines.append(f"| {topology} | {batch // parse_topology(topology).chips} | not compiled | | | | | | |")
-                continue
-            plan = _estimated(plan, source, topology)
-        lines.append(_row(plan))
+            # A program that was refused is not guessed away by another chip's.
+            plan = table.estimated(name, topology, guess=plan is None) or plan
+        images = batch // parse_topology(topology).chips
+        lines.append(_row(plan) if plan else f"| {topology} | {images} | not compiled | | | | | | |")
     return "\n".join(lines)
-
-
-def _estimated(refused: Plan | None, source: Plan | None, topology: str) -> Plan:
-    if source is None:
-        assert refused is not None
-        return refused
-    return scaled(source, parse_topology(topology), other_program=True)
 
 
 def _row(plan: Plan) -> str:

@@ -5,14 +5,11 @@ import os
 import pathlib
 import tempfile
 
-from processes import xla_flags
+from processes import cpu_devices
 
-# Most of the suite's time is compiling, and most of that is optimizing what then runs for milliseconds. Tests of the
-# optimized program itself ask for the fixture `optimized`; JAX_DISABLE_MOST_OPTIMIZATIONS=0 has it everywhere.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+os.environ.update({**(_CPU := cpu_devices(8)), **os.environ})
+if "xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " " + _CPU["XLA_FLAGS"]
 
 # Many tests compile the same programs; subprocesses find them here as well.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -37,7 +34,10 @@ _HOOK.__enter__()
 
 @pytest.fixture(scope="module")
 def optimized():
-    """XLA's optimizations, as users have them: `pytestmark = pytest.mark.usefixtures("optimized")`."""
+    """XLA's optimizations, for tests of the optimized program: `pytestmark = pytest.mark.usefixtures("optimized")`.
+
+    All that users have but the emitters (`processes.cpu_devices`).
+    """
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 
-from processes import JOB_VARIABLES, free_port, xla_flags
+from processes import JOB_VARIABLES, cpu_devices, free_port
 from runs import SMALL
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,14 +63,8 @@ class Job:
         self._folder = tempfile.TemporaryDirectory(prefix="tinymim-job-")
         script = pathlib.Path(self._folder.name) / "child.py"
         script.write_text(CHILD)
-        environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": xla_flags(devices),
-            # XLA's optimizations take most of the time of so small a run.
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1"),
-            "PYTHONPATH": str(ROOT),
-            "FAULT": fault,
-        }
+        environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | cpu_devices(devices)
+        environment |= {"PYTHONPATH": str(ROOT), "FAULT": fault}
         if processes > 1:
             environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
         where = ["--config", "configs/digits.py:finetune", "--workdir", workdir]

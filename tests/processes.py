@@ -11,21 +11,22 @@ from importlib import metadata
 JOB_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "XLA_FLAGS")
 
 
-def xla_flags(devices):
-    """XLA_FLAGS for so many fake devices; what makes compiling quick, unless JAX_DISABLE_MOST_OPTIMIZATIONS=0."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    quick = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
-    if quick and metadata.version("jaxlib").startswith("0.10."):  # 0.12 ends at a flag that it no longer knows
+def cpu_devices(devices):
+    """Variables for so many fake devices that compile quickly.
+
+    Most of the time of so small programs is compiling, and most of that is optimizing what then runs for milliseconds.
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 around the tests has it all done.
+    """
+    flags, unoptimized = f"--xla_force_host_platform_device_count={devices}", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    quick = os.environ.get(unoptimized, "1")
+    if quick == "1" and metadata.version("jaxlib").startswith("0.10."):  # 0.12 ends at a flag that it no longer knows
         flags += " --xla_cpu_use_fusion_emitters=false"  # a third less time for all of compiling
-    return flags
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, unoptimized: quick}
 
 
 def run_python(code, *, devices=1, **variables):
     """A Python process of its own, outside any job, on `devices` CPU devices; killed with this one at the latest."""
-    environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla_flags(devices),
-    }
+    environment = {k: v for k, v in os.environ.items() if k not in JOB_VARIABLES} | cpu_devices(devices)
     errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115, a pipe that nobody empties would stop the process
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment | variables, stdout=subprocess.PIPE, stderr=errors, text=True

@@ -366,6 +366,26 @@ def test_rows_of_the_documented_table(compiled_plan, monkeypatch):
     assert plan_table._replaced(text, "t", "new").split() == text.replace("old", "new").split()
 
 
+def test_a_row_of_the_table_is_guessed_only_where_no_compiler_refused(compiled_plan, monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    import plan_table
+
+    of_v5e = dataclasses.replace(compiled_plan, topology=parse_topology("v5e-16"))
+    table = plan_table.Table("", kept_only=True)
+    kept = {"v5e-16": of_v5e, "h100x8": dataclasses.replace(compiled_plan, topology=parse_topology("h100x8"))}
+    monkeypatch.setattr(table, "compiled", lambda name, topology, only_kept: kept.get(topology))
+    for topology, guess, source in [
+        ("v6e-16", True, "guessed from 2 images on each v5e"),
+        ("v6e-16", False, None),
+        ("v5e-64", False, "scaled from 2 images on each chip"),
+        ("v5e-64", True, "scaled from 2 images on each chip"),
+        ("h200x1", True, "scaled from 4 images on each chip"),
+        ("a100x8", True, None),
+    ]:
+        plan = table.estimated("finetune_t", topology, guess=guess)
+        assert (plan and plan.compiler) == (source and f"{source} (a stand-in)"), (topology, guess)
+
+
 def test_fsdp_splits_what_training_splits(monkeypatch, data_dir):
     monkeypatch.setattr("tinymim_jax.plan.plan.compile_step", Compiler(math.inf))
     config = small_config("mae_teacher", "train.batch_size=32", "model.embed_dim=256")

@@ -89,12 +89,13 @@ class Heartbeat:
             if now - before > _PAUSE_SECONDS:
                 # This thread stood still as well: by Ctrl-Z, or the machine did.
                 self._beat_at += now - before
-            before, still = now, now - self._beat_at
+            still = now - self._beat_at
             if self._watching and self._stall_seconds and still > self._stall_seconds + self._allowance:
                 self._end_stalled(still)
-            if time.monotonic() - written >= self._every:
+            if now - written >= self._every:
                 self._write()
                 written = time.monotonic()
+            before = time.monotonic()  # what the writing took is no pause
 
     def _end_stalled(self, still: float) -> None:
         with contextlib.suppress(Exception):  # where standard error is no file
