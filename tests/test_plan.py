@@ -6,11 +6,14 @@ import math
 import re
 import subprocess
 
+import jax
 import pytest
 from runs import small_config
 
 from tinymim_jax.cli import main
+from tinymim_jax.config import load_config
 from tinymim_jax.plan import compiled as compiled_module
+from tinymim_jax.plan.build import plan_experiment
 from tinymim_jax.plan.chips import CHIPS, GIB, peak_of
 from tinymim_jax.plan.compiled import _refused_for, compile_step
 from tinymim_jax.plan.devices import gpu_description
@@ -205,6 +208,27 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
     for name, command in (("v5e-8", r"tinymim-jax\[plan\]"), ("h100x8", r"tinymim-jax\[plan-cuda\]")):
         with pytest.raises(ImportError, match=command):
             compile_step(small_config("mae_teacher"), parse_topology(name), cache="")
+
+
+@pytest.mark.parametrize("name", ["linprobe", "finetune_t_star"])
+def test_configs_whose_checkpoint_is_yet_to_be_named(name):
+    """A ViT-B stands in for what is probed, and for the classifier that teaches."""
+    config = load_config(f"configs/{name}.py", ["train.batch_size=2"])
+    planned = plan_experiment(config)
+    sizes = sum(math.prod(x.shape) for x in jax.tree.leaves(planned.frozen))
+    # timm's vit_base_patch16_224 has 86,567,656 parameters, of which 197 x 768 are a learned position table.
+    head = 768 * 1000 + 1000
+    assert sizes == 86_567_656 - 197 * 768 - (head if name == "linprobe" else 0)
+    assert any("taken as a ViT-B" in note for note in planned.notes)
+    needed, executed = planned.flops
+    assert needed == executed
+    block, patches = 2 * 197 * 12 * 768**2 + 4 * 197**2 * 768, 2 * 196 * 768 * 768
+    if name == "linprobe":  # of the head the products forward and for its weights
+        assert needed == pytest.approx(2 * (12 * block + patches + 2 * 2 * 768 * 1000), rel=1e-6)
+    else:
+        assert needed > 2 * (12 * block + patches)
+    words = [word for remedy in remedies(config, 1, 1, 1, 1) for word in remedy.words]
+    assert any("remat" in word for word in words) == (name != "linprobe")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.checkpoint_format import CheckpointError
 from tinymim_jax.config import load_config
 from tinymim_jax.data.examples import Source
-from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_experiment, build_optimizer
+from tinymim_jax.experiment import assemble, batch_shapes, build_optimizer, open_sources
 from tinymim_jax.points import Point, Run
 from tinymim_jax.state import trained_paths
 from tinymim_jax.tasks.encoder import Loaded, keeping_checkpoints
@@ -47,14 +47,14 @@ def check_words(points: Iterable[Point]) -> None:
             raise ValueError(f"{_name(point, run)}: {error}") from error
 
 
-def build_anyway(config: ConfigDict, *, data_dir: str | None = None) -> Experiment:
-    """The experiment of `config`, with ImageNet's length and classes in place of data that is not here."""
+def open_anyway(config: ConfigDict, *, data_dir: str | None = None) -> tuple[Source, Source]:
+    """The sources of `config`, with ImageNet's length and classes in place of data that is not here."""
     try:
-        return build_experiment(config, data_dir=data_dir)
+        return open_sources(config, data_dir=data_dir)
     except FileNotFoundError:
         if config.data.source == "digits":
             raise
-        return assemble(config, _NotHere(), _NotHere())
+        return _NotHere(), _NotHere()
 
 
 def _runs(points: Iterable[Point]) -> list[tuple[Point, Run]]:
@@ -79,7 +79,8 @@ def _check(config: ConfigDict, run: Run, kept: dict, seen: dict, data_dir: str |
     everything, step = _key(config, kept), _key(config, kept, without=("optim",))
     if everything in seen:
         return seen[everything]
-    experiment = build_experiment(config, data_dir=data_dir) if need_data else build_anyway(config, data_dir=data_dir)
+    sources = (open_sources if need_data else open_anyway)(config, data_dir=data_dir)
+    experiment = assemble(config, *sources)
     task = dataclasses.replace(experiment.task, init=jax.jit(experiment.task.init))  # traced once for all its uses
     params = jax.eval_shape(task.init, jax.random.key(0))
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)

@@ -41,6 +41,11 @@ class Experiment:
 
 def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Experiment:
     """Opens the data and builds the task; nothing touches the accelerator."""
+    return assemble(config, *open_sources(config, data_dir=data_dir))
+
+
+def open_sources(config: ConfigDict, *, data_dir: str | None = None) -> tuple[Source, Source]:
+    """What is trained on, and what is evaluated on."""
     data = config.data
     train_source = open_source(
         data.source,
@@ -49,8 +54,7 @@ def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Expe
         examples=data.examples or None,
         seed=config.seed,
     )
-    eval_source = open_source(data.source, split=data.eval_split, data_dir=data_dir)
-    return assemble(config, train_source, eval_source)
+    return train_source, open_source(data.source, split=data.eval_split, data_dir=data_dir)
 
 
 def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> Experiment:

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tinymim_jax.checks import build_anyway
+from tinymim_jax.checks import open_anyway
 from tinymim_jax.config import from_json
-from tinymim_jax.experiment import Experiment, batch_shapes, build_optimizer
+from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_optimizer
 from tinymim_jax.flops import step_flops
 from tinymim_jax.metrics import no_averages
-from tinymim_jax.models.vit import ViT
+from tinymim_jax.models.heads import Classifier
+from tinymim_jax.models.vit import PRESETS, ViT
 from tinymim_jax.ops.platform import compiling_for
 from tinymim_jax.sharding import batch_sharding, replicated, state_sharding
 from tinymim_jax.state import init_state, make_train_step, trained_paths
@@ -52,7 +53,7 @@ class Planned:
     def flops(self) -> tuple[float, float]:
         """Of one step on the whole batch: (what the method needs, with what `model.remat` computes again)."""
         executed, config = self._flops(), self.experiment.config
-        if config.model.remat == "none":
+        if config.model.get("remat", "none") == "none":
             return executed, executed
         return plan_experiment(changed(config, {"model.remat": "none"}), data_dir=self.data_dir)._flops(), executed
 
@@ -87,7 +88,8 @@ def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Plann
     """Builds the experiment of `config` as training would.
 
     Data that is not here has ImageNet's length and classes; a checkpoint that is not here is zeros of its shapes: a
-    teacher by its row in TEACHERS, an `init` as the config's own encoder.
+    teacher by its row in TEACHERS, a classifier that teaches or an encoder that is probed as a ViT-B, another `init` as
+    the config's own encoder.
 
     Raises:
       ValueError: training would not start either, or nothing says what the missing teacher looks like.
@@ -95,14 +97,15 @@ def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Plann
     notes: list[str] = []
     given, config = config, from_json(json.loads(json.dumps(config.to_dict())))
     with keeping_checkpoints() as kept:
+        sources = open_anyway(config, data_dir=data_dir)
+        if sources[0].name == "stand-in":
+            notes.append(f"data.source={config.data.source!r} is not here: taken as 1,281,167 images of 1000 classes")
         if config.task == "distill":
             _stand_in_teacher(config, kept, notes)
-        if config.init and not pathlib.Path(config.init).exists():
-            kept[config.init] = _zeros(build_encoder(config.model), config.init)
-            notes.append(f"init={config.init} is not here: taken as an encoder of this config")
-        experiment = build_anyway(config, data_dir=data_dir)
-        if experiment.train_source.name == "stand-in":
-            notes.append(f"data.source={config.data.source!r} is not here: taken as 1,281,167 images of 1000 classes")
+        if config.task == "classify" and config.classify.distillation != "none":
+            _stand_in_classifier(config, kept, notes, classes=len(sources[0].class_names))
+        _stand_in_init(config, kept, notes)
+        experiment = assemble(config, *sources)
         frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.task.load_frozen())
         paths = trained_paths(experiment.task, frozen, batch_shapes(experiment))
     return Planned(given, experiment, frozen, paths, tuple(notes), data_dir)
@@ -134,12 +137,36 @@ def _stand_in_teacher(config: ConfigDict, kept: dict[str, Loaded], notes: list[s
     notes.append(f"the teacher is not here: zeros of {name}'s shapes stand in for it")
 
 
+def _stand_in_init(config: ConfigDict, kept: dict[str, Loaded], notes: list[str]) -> None:
+    probed = config.task == "probe"  # whose encoder is of any size: the config does not say which
+    path = config.init or ("an encoder" if probed else "")
+    if not path or pathlib.Path(path).exists():
+        return
+    config.init = path
+    kept[path] = _zeros(ViT(**PRESETS["B"]) if probed else build_encoder(config.model), path)
+    notes.append(f"init={path} is not here: taken as {'a ViT-B' if probed else 'an encoder of this config'}")
+
+
+def _stand_in_classifier(config: ConfigDict, kept: dict[str, Loaded], notes: list[str], *, classes: int) -> None:
+    teacher = config.classify.teacher
+    if teacher.path and pathlib.Path(teacher.path).exists():
+        return
+    path = teacher.path = teacher.path or "a classifier"
+    network = Classifier(ViT(**PRESETS["B"], final_norm=False), classes)
+    params = _zeros_of(network)
+    kept[path] = Loaded(path, {"encoder": network.encoder.record(), "classifier": network.record()}, params)
+    notes.append(f"classify.teacher.path={path} is not here: taken as a ViT-B")
+
+
 def _zeros(encoder: ViT, path: str) -> Loaded:
-    """A checkpoint of this architecture whose weights take no memory."""
-    image = np.zeros((1, *encoder.image_size, 3), np.float32)
-    shapes = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
-    params = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
-    return Loaded(path, {"encoder": encoder.record()}, {"encoder": params})
+    return Loaded(path, {"encoder": encoder.record()}, {"encoder": _zeros_of(encoder)})
+
+
+def _zeros_of(network: Any) -> Any:
+    """Weights of these shapes that take no memory."""
+    image = np.zeros((1, *getattr(network, "encoder", network).image_size, 3), np.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
 
 
 def _placed(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

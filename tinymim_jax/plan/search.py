@@ -86,13 +86,14 @@ def remedies(config: ConfigDict, chips: int, per_host: int, fsdp: int, fitting: 
       per_host: chips that may share one copy of the parameters.
       fitting: images on each chip that are known to fit; 0: none.
     """
-    order, now = ("none", "dots", "full"), config.model.remat
-    for remat in order[order.index(now) + 1 :]:
-        cost = "elementwise work is done twice" if remat == "dots" else "the student's forward pass is done twice"
-        yield Remedy((f"model.remat={remat}",), {"model.remat": remat}, cost)
-    if not config.model.scan:
-        changes = {"model.scan": True, "model.remat": "full"}
-        yield Remedy(_words(changes), changes, "the student's forward pass is done twice, parameters are stacked")
+    if "remat" in config.model:  # a linear probe has no gradient in its encoder, so nothing to compute again
+        order, now = ("none", "dots", "full"), config.model.remat
+        for remat in order[order.index(now) + 1 :]:
+            cost = "elementwise work is done twice" if remat == "dots" else "the student's forward pass is done twice"
+            yield Remedy((f"model.remat={remat}",), {"model.remat": remat}, cost)
+        if not config.model.scan:
+            changes = {"model.scan": True, "model.remat": "full"}
+            yield Remedy(_words(changes), changes, "the student's forward pass is done twice, parameters are stacked")
     if fsdp == 1 and chips > 1:
         shared = max(n for n in range(1, per_host + 1) if chips % n == 0)
         yield Remedy((f"--fsdp {shared}",), {}, "parameters are gathered where they are used", shared)
