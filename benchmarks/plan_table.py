@@ -24,7 +24,10 @@ from tinymim_jax.plan.scaled import same_program, scaled
 from tinymim_jax.plan.topology import parse_topology
 
 DOCS = Path(__file__).parents[1] / "docs" / "plan.md"
-CONFIGS = ("distill_t", "distill_s", "distill_b", "finetune_t", "finetune_s", "finetune_b", "mae_b", "mae_l")
+CONFIGS = (
+    "distill_t", "distill_s", "distill_b", "distill_t_star", "finetune_t", "finetune_s", "finetune_b",
+    "finetune_t_star", "own_images", "linprobe", "mae_b", "mae_l",
+)  # fmt: skip
 TOPOLOGIES = (
     "v4-32", "v5e-16", "v5e-64", "v5e-256", "v5p-32", "v6e-16", "v6e-64", "a100x8", "h100x8", "h200x1",
 )  # fmt: skip
@@ -41,6 +44,11 @@ class Table:
         self._cache, self._kept_only = cache, kept_only
         self._planned: dict[tuple[str, int], Planned] = {}
         self._plans: dict[tuple[str, str, int], Plan] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no program has been found or compiled."""
+        return not self._plans
 
     def compiled(self, name: str, topology: str, batch: int | None = None, *, only_kept: bool = False) -> Plan | None:
         """The plan by a program of its own; None where it is not kept and must not be compiled."""
@@ -101,6 +109,8 @@ def main() -> None:
     text = DOCS.read_text(encoding="utf-8")
     text = _replaced(text, "configs", "\n\n".join(config_table(table, name) for name in CONFIGS))
     text = _replaced(text, "scaling", scaling_table(table))
+    if table.empty:
+        parser.error(f"no compiled step is kept in {options.cache}: the tables stay as they are")
     DOCS.write_text(text, encoding="utf-8")
 
 
