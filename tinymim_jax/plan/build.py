@@ -16,13 +16,14 @@ from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_opt
 from tinymim_jax.flops import step_flops
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.models.heads import Classifier
-from tinymim_jax.models.vit import PRESETS, ViT
+from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.platform import compiling_for
 from tinymim_jax.sharding import batch_sharding, replicated, state_sharding
 from tinymim_jax.state import init_state, make_train_step, trained_paths
 from tinymim_jax.tasks.encoder import Loaded, build_encoder, keeping_checkpoints
 from tinymim_jax.teachers import TEACHERS, find_teacher
 
+_VIT_B = ViT(embed_dim=768, depth=12, heads=12)
 _PATCH_SIZES = {"mae_vit_huge": 14}  # of published teachers; 16 where they are not named here
 
 
@@ -143,7 +144,7 @@ def _stand_in_init(config: ConfigDict, kept: dict[str, Loaded], notes: list[str]
     if not path or pathlib.Path(path).exists():
         return
     config.init = path
-    kept[path] = _zeros(ViT(**PRESETS["B"]) if probed else build_encoder(config.model), path)
+    kept[path] = _zeros(_VIT_B if probed else build_encoder(config.model), path)
     notes.append(f"init={path} is not here: taken as {'a ViT-B' if probed else 'an encoder of this config'}")
 
 
@@ -152,7 +153,7 @@ def _stand_in_classifier(config: ConfigDict, kept: dict[str, Loaded], notes: lis
     if teacher.path and pathlib.Path(teacher.path).exists():
         return
     path = teacher.path = teacher.path or "a classifier"
-    network = Classifier(ViT(**PRESETS["B"], final_norm=False), classes)
+    network = Classifier(_VIT_B.clone(final_norm=False), classes)
     params = _zeros_of(network)
     kept[path] = Loaded(path, {"encoder": network.encoder.record(), "classifier": network.record()}, params)
     notes.append(f"classify.teacher.path={path} is not here: taken as a ViT-B")
