@@ -1,6 +1,5 @@
 """launch/: the environment, processes on this machine, Slurm's script."""
 
-import functools
 import os
 import shlex
 import shutil
@@ -51,6 +50,12 @@ def test_an_accelerator_that_does_not_start_is_an_error():
 
 # ---- Processes on this machine
 
+
+def heed_signals():
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 # Ends as it is told: at once, process 1 with a number, at SIGTERM or never.
 STUB = """#!/usr/bin/env bash
 echo "process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS ${JAX_LOCAL_DEVICE_IDS:-all}: $*"
@@ -74,10 +79,10 @@ def _local(tmp_path):
 
     def start(*words, **variables):
         settings = {"TINYMIM": str(stub), "MARKS": str(tmp_path / "marks")} | variables
-        # In a shell's background jobs SIGINT is ignored, by their children too, these tests perhaps among them.
+        # In a shell's background jobs SIGINT is ignored and under nohup SIGHUP, by these tests' children too.
         process = subprocess.Popen(
             ["bash", LAUNCH / "local.sh", *words],
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=heed_signals,
             env=environment(**settings),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
