@@ -157,8 +157,8 @@ def ours(folder: str, size: int, data_dir: str, name: str = ""):
     os.environ["RAYON_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tinymim_jax.data.pipeline import train_batches
-    from tinymim_jax.data.sources import open_source
-    from tinymim_jax.data.transforms import Augment
+    from tinymim_jax.data.sources.sources import open_source
+    from tinymim_jax.data.views.transforms import Augment
 
     source = open_source(name or f"folder:{folder}", split="all" if not name else "train", data_dir=data_dir or None)
     read = type(source).__getitem__

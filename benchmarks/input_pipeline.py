@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tinymim_jax.data.pipeline import train_batches
-from tinymim_jax.data.sources import open_source
-from tinymim_jax.data.transforms import Augment
+from tinymim_jax.data.sources.sources import open_source
+from tinymim_jax.data.views.transforms import Augment
 
 # Ours over theirs, as the table of benchmarks/README.md has them.
 RATIOS = {

@@ -23,16 +23,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.config import from_json, load_config
 from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_experiment, build_optimizer
 from tinymim_jax.flops import step_flops
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.params_io import save_params
 from tinymim_jax.plan.chips import peak_of
 from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
-from tinymim_jax.teachers import find_teacher
+from tinymim_jax.tasks.distill.teachers import find_teacher
 
 REFERENCE_STUDENTS = {
     192: "tinymim_vit_tiny_patch16",

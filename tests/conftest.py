@@ -28,7 +28,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The signatures of ops, models and targets are enforced here and cost nothing in production.
-_HOOK = install_import_hook(["tinymim_jax.ops", "tinymim_jax.models", "tinymim_jax.targets"], "beartype.beartype")
+_HOOK = install_import_hook(
+    ["tinymim_jax.ops", "tinymim_jax.models", "tinymim_jax.tasks.distill.targets"], "beartype.beartype"
+)
 _HOOK.__enter__()
 
 
@@ -92,7 +94,7 @@ def close():
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
     """A folder with the prepared digits."""
-    from tinymim_jax.data.sources import open_source
+    from tinymim_jax.data.sources.sources import open_source
 
     folder = str(tmp_path_factory.mktemp("data"))
     open_source("digits", split="train", data_dir=folder)

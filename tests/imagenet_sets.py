@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from pictures import encoded
 from PIL import Image
 
-from tinymim_jax.data.imagenet import imagenet_classes
+from tinymim_jax.data.sources.imagenet import imagenet_classes
 
 
 class _Pictures(tfds.core.GeneratorBasedBuilder):

@@ -30,7 +30,7 @@ if kind and os.environ.get("JAX_PROCESS_ID", "0") in where.split(":")[1:]:
             if kind == "hang":
                 # Half an hour would be a long time to wait: from here on, three seconds are enough.
                 import gc
-                from tinymim_jax.heartbeat import Heartbeat
+                from tinymim_jax.runtime.heartbeat import Heartbeat
                 for heart in (each for each in gc.get_objects() if isinstance(each, Heartbeat)):
                     heart._stall_seconds = 3
                 time.sleep(1e6)
@@ -48,7 +48,7 @@ if kind and os.environ.get("JAX_PROCESS_ID", "0") in where.split(":")[1:]:
         return place(mesh, batch)
     loop.place_batch = place_batch
 if __name__ == "__main__":
-    from tinymim_jax.cli import main
+    from tinymim_jax.cli.main import main
     main(sys.argv[1:])
 """
 

@@ -14,10 +14,10 @@ from processes import output_of, run_python, saved_steps
 from runs import SMALL
 from test_cli import readme_words, run
 
-from tinymim_jax.checks import check_points
 from tinymim_jax.metrics import read
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.points import Point, plan, read_stages
+from tinymim_jax.sweeps.checks import check_points
+from tinymim_jax.sweeps.points import Point, plan, read_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("teacher", "large", "small", "classifier")
@@ -44,7 +44,7 @@ def command(workdir, data_dir) -> list[str]:
 
 def start(words):
     os.chdir(ROOT)
-    return run_python(f"from tinymim_jax.cli import main; main({[str(w) for w in words]!r})")
+    return run_python(f"from tinymim_jax.cli.main import main; main({[str(w) for w in words]!r})")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_the_published_chains_build_at_full_size(sizes, heads, monkeypatch, tmp_
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
     loads = []
     monkeypatch.setattr(
-        "tinymim_jax.tasks.encoder.load_params",
+        "tinymim_jax.tasks.pretrained.load_params",
         lambda path: loads.append(path) or ({"encoder": vit.record()}, {"encoder": zeros}),
     )
     words = {

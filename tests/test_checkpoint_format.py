@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tinymim_jax import checkpoint_format as stored
-from tinymim_jax.checkpoint_format import CheckpointError, Damaged, Leaf, digest
+from tinymim_jax.checkpoints import format as stored
+from tinymim_jax.checkpoints.format import CheckpointError, Damaged, Leaf, digest
 from tinymim_jax.sharding import make_mesh, state_sharding
 
 

@@ -25,8 +25,8 @@ from saved_states import (
     truncate,
 )
 
-from tinymim_jax.checkpoint_format import CheckpointError, digest, read_arrays
-from tinymim_jax.checkpoints import Checkpoints
+from tinymim_jax.checkpoints.format import CheckpointError, digest, read_arrays
+from tinymim_jax.checkpoints.manager import Checkpoints
 
 # Reads that fail leave callbacks behind inside Orbax, which find their event loop closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -221,10 +221,11 @@ def test_an_exception_in_the_loop_is_not_hidden_and_the_save_is_completed(tmp_pa
 
 LOOP = """
 import sys, time
-from tinymim_jax.sharding import initialize_distributed, make_mesh, state_sharding
+from tinymim_jax.runtime.distributed import initialize_distributed
+from tinymim_jax.sharding import make_mesh, state_sharding
 initialize_distributed()
 import jax, jax.numpy as jnp
-from tinymim_jax.checkpoints import Checkpoints
+from tinymim_jax.checkpoints.manager import Checkpoints
 mesh = make_mesh(2)
 make = lambda step: {"params": {"w": jnp.arange(2.0 ** 18).reshape(512, 512) * step}, "step": step}
 shardings = state_sharding(mesh, jax.eval_shape(make, jnp.int32(0)))
@@ -327,10 +328,11 @@ def test_two_processes_save_together_and_set_aside_together(tmp_path):
 
 
 DIGEST = """
-from tinymim_jax.sharding import initialize_distributed, make_mesh, state_sharding
+from tinymim_jax.runtime.distributed import initialize_distributed
+from tinymim_jax.sharding import make_mesh, state_sharding
 initialize_distributed()
 import jax, numpy as np
-from tinymim_jax.checkpoint_format import digest
+from tinymim_jax.checkpoints.format import digest
 tree = {f"w{n}": np.arange(4096, dtype=np.float32).reshape(8, 512) * n for n in range(60)}
 shardings = state_sharding(make_mesh(8), tree, min_size=64)
 place = jax.jit(lambda tree: tree, out_shardings=shardings)

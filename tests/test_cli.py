@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from runs import SMALL
 
-from tinymim_jax import cli
-from tinymim_jax.params_io import load_params
-from tinymim_jax.points import from_words, plan, read_stages
+from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.cli import main as cli
+from tinymim_jax.sweeps.points import from_words, plan, read_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text() + (ROOT / "docs" / "replication.md").read_text()
@@ -28,7 +28,7 @@ def run(capsys, *words) -> tuple[int, str, str]:
 @pytest.fixture(autouse=True)
 def _stay_alone(monkeypatch):
     # Joining a job of one process must come before the first use of a device; the tests around this one used some.
-    monkeypatch.setattr("tinymim_jax.sharding.initialize_distributed", lambda: None)
+    monkeypatch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
     monkeypatch.chdir(ROOT)
 
 

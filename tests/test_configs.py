@@ -10,21 +10,21 @@ from ml_collections import ConfigDict
 from runs import probe_config, small_config
 
 import tinymim_jax.experiment as experiment_module
-import tinymim_jax.tasks.distill as distill_module
-import tinymim_jax.tasks.probe as probe_module
-import tinymim_jax.tasks.supervised_teacher as supervised_teacher
+import tinymim_jax.tasks.classify.teacher as supervised_teacher
+import tinymim_jax.tasks.distill.task as distill_module
+import tinymim_jax.tasks.probe.task as probe_module
 from tinymim_jax import optim
+from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.config import from_json, load_config
-from tinymim_jax.data.examples import Source
+from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.params_io import save_params
+from tinymim_jax.resume import differences
 from tinymim_jax.state import trained_paths
-from tinymim_jax.tasks.encoder import Loaded
-from tinymim_jax.teachers import TEACHERS
+from tinymim_jax.tasks.distill.teachers import TEACHERS
+from tinymim_jax.tasks.pretrained import Loaded
 from tinymim_jax.train import train
-from tinymim_jax.workdir import differences
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [

@@ -8,11 +8,11 @@ import simplejpeg
 from pictures import encoded, psnr
 from PIL import Image, ImageOps
 
-from tinymim_jax.data import transforms
-from tinymim_jax.data.decoding import Picture, Undecodable, decode
-from tinymim_jax.data.examples import Source
 from tinymim_jax.data.pipeline import eval_batches, train_batches
-from tinymim_jax.data.transforms import Augment, EvalView, random_resized_crop_params, resized_crop
+from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.views import transforms
+from tinymim_jax.data.views.decoding import Picture, Undecodable, decode
+from tinymim_jax.data.views.transforms import Augment, EvalView, random_resized_crop_params, resized_crop
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 

@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 from runs import run_steps, small_config
 
 from tinymim_jax import optim
+from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.convert import to_torch
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.mae_decoder import MaskedAutoencoder
@@ -17,11 +18,10 @@ from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import random_masking
 from tinymim_jax.ops.patches import patchify
-from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import make_mesh
-from tinymim_jax.targets import TARGETS
 from tinymim_jax.tasks import TASKS
 from tinymim_jax.tasks.decoder import build_decoder
+from tinymim_jax.tasks.distill.targets import TARGETS
 
 TEACHER = ViT(embed_dim=32, depth=3, heads=4, patch_size=4, image_size=(16, 16))
 PATCH_8 = TEACHER.clone(patch_size=8)

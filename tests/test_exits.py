@@ -14,25 +14,27 @@ from etils import epath
 from processes import output_of, run_python
 from test_cli import run
 
-from tinymim_jax import heartbeat, hosts, sharding, workdir
-from tinymim_jax.children import Children
+from tinymim_jax import sharding
+from tinymim_jax.cli.prepare import one_by_one
 from tinymim_jax.config import load_config
-from tinymim_jax.exits import STALLED
-from tinymim_jax.goodput import LOSSES, Goodput, shares, words
-from tinymim_jax.heartbeat import Heartbeat, read_status
-from tinymim_jax.hosts import Job, find_job, find_slice
-from tinymim_jax.locks import Busy, holder, locked
-from tinymim_jax.points import Point, Stage, plan
-from tinymim_jax.prepare_command import one_by_one
-from tinymim_jax.sweep import exit_status
-from tinymim_jax.workdir import owner
+from tinymim_jax.resume import as_json
+from tinymim_jax.runtime import distributed, heartbeat, hosts, workdir
+from tinymim_jax.runtime.exits import STALLED
+from tinymim_jax.runtime.goodput import LOSSES, Goodput, shares, words
+from tinymim_jax.runtime.heartbeat import Heartbeat, read_status
+from tinymim_jax.runtime.hosts import Job, find_job, find_slice
+from tinymim_jax.runtime.locks import Busy, holder, locked
+from tinymim_jax.runtime.workdir import owner
+from tinymim_jax.sweeps.children import Children
+from tinymim_jax.sweeps.points import Point, Stage, plan
+from tinymim_jax.sweeps.sweep import exit_status
 
 # ------------------------------------------------------------------------------------------------- watchdog
 
 STUCK = """
 import sys, time
 from etils import epath
-from tinymim_jax.heartbeat import Heartbeat
+from tinymim_jax.runtime.heartbeat import Heartbeat
 def a_function_that_never_returns():
     time.sleep(1e6)
 with Heartbeat(epath.Path(sys.argv[1]), stall_seconds=1.0) as heart:
@@ -118,7 +120,7 @@ def test_status_cannot_be_written_is_said_once(tmp_path, caplog):
 def test_a_lock_keeps_the_others_out_and_dies_with_its_process(tmp_path):
     code = f"""
         import time
-        from tinymim_jax.locks import locked
+        from tinymim_jax.runtime.locks import locked
         with locked({str(tmp_path)!r}):
             print("LOCKED", flush=True)
             time.sleep(1e6)
@@ -156,7 +158,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     def unsupported(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("tinymim_jax.locks.fcntl.flock", unsupported)
+    monkeypatch.setattr("tinymim_jax.runtime.locks.fcntl.flock", unsupported)
     with locked(tmp_path):
         pass
     assert "see to it that one run alone uses it" in caplog.text
@@ -236,7 +238,7 @@ def test_hosts_of_a_tpu_slice_by_the_metadata_server(environment, monkeypatch):
 def test_one_host_of_a_slice_alone_is_warned_before_it_hangs(environment, monkeypatch, caplog):
     monkeypatch.setattr(hosts, "_has_tpu", lambda: True)
     environment(TPU_WORKER_HOSTNAMES="t0,t1", JAX_NUM_PROCESSES="1")
-    sharding._warn_of_absent_hosts(find_job())
+    distributed._warn_of_absent_hosts(find_job())
     assert "JAX_NUM_PROCESSES says 1 processes, but this is a host of a TPU slice of 2" in caplog.text
 
 
@@ -247,7 +249,7 @@ def test_devices_of_other_processes_than_joined(monkeypatch):
 
 
 def test_missing_processes_are_spoken_of(monkeypatch, caplog):
-    monkeypatch.setattr(sharding, "_REMIND_SECONDS", 0.01)
+    monkeypatch.setattr(distributed, "_REMIND_SECONDS", 0.01)
     spoken = threading.Event()
 
     class Listener(logging.Handler):
@@ -255,12 +257,12 @@ def test_missing_processes_are_spoken_of(monkeypatch, caplog):
             if "Not all 2 processes have come" in record.getMessage():
                 spoken.set()
 
-    logging.getLogger("tinymim_jax.sharding").addHandler(listener := Listener())
+    logging.getLogger("tinymim_jax.runtime.distributed").addHandler(listener := Listener())
     try:
-        with caplog.at_level("INFO"), sharding._saying_who_is_missing(Job(2, 1, "JAX_NUM_PROCESSES")):
+        with caplog.at_level("INFO"), distributed._saying_who_is_missing(Job(2, 1, "JAX_NUM_PROCESSES")):
             assert spoken.wait(60)
     finally:
-        logging.getLogger("tinymim_jax.sharding").removeHandler(listener)
+        logging.getLogger("tinymim_jax.runtime.distributed").removeHandler(listener)
     assert "This is process 1 of 2." in caplog.text
 
 
@@ -338,7 +340,7 @@ def test_a_second_run_in_a_workdir_refuses(tmp_path):
     with (
         locked(tmp_path),
         pytest.raises(Busy, match=f"in use by process {os.getpid()}"),
-        workdir.claimed(epath.Path(tmp_path), load_config("configs/digits.py:finetune")),
+        workdir.claimed(epath.Path(tmp_path), as_json(load_config("configs/digits.py:finetune"))),
     ):
         pytest.fail("it was not kept out")
     assert not (tmp_path / "config.json").exists()

@@ -11,19 +11,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from runs import same_bits, small_config
 
 from tinymim_jax import optim
-from tinymim_jax.checkpoint_format import CheckpointError
-from tinymim_jax.evaluate import evaluate_checkpoint
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.checkpoints.params import load_params, save_params
+from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.losses import binary_cross_entropy, hard_distillation, soft_distillation
 from tinymim_jax.ops.mixup import draw_mix, mix_images
 from tinymim_jax.ops.posembed import resize_table
-from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.state import trained_paths
-from tinymim_jax.tasks import TASKS, classify
-from tinymim_jax.tasks.encoder import Loaded, fit_positions
-from tinymim_jax.tasks.supervised_teacher import supervised_teacher
+from tinymim_jax.tasks import TASKS
+from tinymim_jax.tasks.classify import task as classify
+from tinymim_jax.tasks.classify.teacher import supervised_teacher
+from tinymim_jax.tasks.pretrained import Loaded, fit_positions
 from tinymim_jax.train import train
 
 RNG = np.random.default_rng(0)

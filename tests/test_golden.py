@@ -18,7 +18,7 @@ from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import masking_from_noise
 from tinymim_jax.ops.patches import patchify
-from tinymim_jax.targets import TARGETS
+from tinymim_jax.tasks.distill.targets import TARGETS
 
 pytestmark = pytest.mark.usefixtures("optimized")  # parity is that of the programs that users run
 

@@ -22,11 +22,13 @@ from PIL import Image
 from runs import small_config
 from tensorflow_datasets.proto import tf_example_pb2
 
-from tinymim_jax.data import files, folder_source, index, parquet_source
-from tinymim_jax.data.examples import balanced_subset
 from tinymim_jax.data.pipeline import train_batches
-from tinymim_jax.data.sources import open_source, splits
-from tinymim_jax.data.transforms import EvalView
+from tinymim_jax.data.sources import files, index
+from tinymim_jax.data.sources import folder as folder_source
+from tinymim_jax.data.sources import parquet as parquet_source
+from tinymim_jax.data.sources.examples import balanced_subset
+from tinymim_jax.data.sources.sources import open_source, splits
+from tinymim_jax.data.views.transforms import EvalView
 from tinymim_jax.experiment import build_experiment
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 from runs import small_config
 
 import tinymim_jax
-from tinymim_jax import cli
-from tinymim_jax.data.sources import open_source
-from tinymim_jax.evaluate import evaluate_checkpoint
+from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.cli import main as cli
+from tinymim_jax.data.sources.sources import open_source
+from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.params_io import load_params
 from tinymim_jax.train import train
 
 
@@ -107,8 +107,8 @@ def test_numbers_of_images_share_programs(run, files):
 
 
 def test_a_converted_file_is_seen_as_published(golden, tmp_path):
+    from tinymim_jax.checkpoints.params import save_params
     from tinymim_jax.convert import convert_file
-    from tinymim_jax.params_io import save_params
 
     model, params = convert_file("vit", golden.path("vit_gap.pth"), heads=str(golden.meta["vit"]["heads"]))
     save_params(tmp_path / "converted", params, model)

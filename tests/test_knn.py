@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from runs import small_config
 
-from tinymim_jax import knn
-from tinymim_jax.knn import evaluate_knn, knn_scores
+from tinymim_jax.evaluation import knn
+from tinymim_jax.evaluation.knn import evaluate_knn, knn_scores
 from tinymim_jax.sharding import make_mesh
 from tinymim_jax.train import train
 

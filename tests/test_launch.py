@@ -11,7 +11,7 @@ import time
 import pytest
 from scripts import LAUNCH, bash, end_of, environment, program, until
 
-from tinymim_jax import cli
+from tinymim_jax.cli import main as cli
 
 SCRIPTS = [LAUNCH / name for name in ("env.sh", "local.sh", "slurm.sbatch", "tpu_host.sh", "tpu_vm.sh")]
 

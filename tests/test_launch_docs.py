@@ -9,9 +9,9 @@ import pytest
 import yaml
 from scripts import LAUNCH, ROOT, bash
 
-from tinymim_jax import cli
+from tinymim_jax.cli import main as cli
 from tinymim_jax.config import load_config
-from tinymim_jax.points import from_words, plan, read_stages
+from tinymim_jax.sweeps.points import from_words, plan, read_stages
 
 TEXT = (ROOT / "docs" / "launch.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from scripts import LAUNCH, ROOT, bash, environment, program
 
-from tinymim_jax import cli
+from tinymim_jax.cli import main as cli
 from tinymim_jax.config import load_config
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from runs import probe_config
 
-from tinymim_jax import linear_probe
-from tinymim_jax.checkpoint_format import CheckpointError
-from tinymim_jax.cli import main
-from tinymim_jax.evaluate import evaluate_checkpoint
-from tinymim_jax.linear_probe import evaluate_probe, fit_heads, judge
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.checkpoints.params import load_params, save_params
+from tinymim_jax.cli.main import main
+from tinymim_jax.evaluation import linear_probe
+from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
+from tinymim_jax.evaluation.linear_probe import evaluate_probe, fit_heads, judge
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import make_mesh
 
 linear_model = pytest.importorskip("sklearn.linear_model")

@@ -21,7 +21,7 @@ from tinymim_jax.experiment import build_experiment, training_batches
 from tinymim_jax.ops import erasing, losses, mixup
 from tinymim_jax.ops.mixup import Mix
 from tinymim_jax.sharding import batch_sharding, make_mesh
-from tinymim_jax.tasks import classify
+from tinymim_jax.tasks.classify import task as classify
 
 BOTH = {"mixup": 0.8, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5}
 AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)

@@ -11,10 +11,10 @@ import pytest
 from processes import output_of, run_python
 from saved_states import flip_bit, lose_state, make_state, place, rewrite_manifest, truncate
 
-from tinymim_jax import checkpoint_format as stored
-from tinymim_jax.checkpoint_format import CheckpointError, digest
-from tinymim_jax.checkpoints import Checkpoints
-from tinymim_jax.params_io import load_params, merge, save_params
+from tinymim_jax.checkpoints import format as stored
+from tinymim_jax.checkpoints.format import CheckpointError, digest
+from tinymim_jax.checkpoints.manager import Checkpoints
+from tinymim_jax.checkpoints.params import load_params, merge, save_params
 
 # Reads that fail leave callbacks behind inside Orbax, which find their event loop closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -151,8 +151,8 @@ def test_run_is_read_on_other_devices_and_without_its_optimizer(tmp_path):
         )
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) > 12e6
     code = f"""
-from tinymim_jax.params_io import load_params
-from tinymim_jax.checkpoint_format import digest
+from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.checkpoints.format import digest
 def bytes_read():
     return int(open("/proc/self/io").read().split("rchar: ")[1].split()[0])
 digest({{}})

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from tinymim_jax.data import rows
-from tinymim_jax.data.decoding import Picture
 from tinymim_jax.data.draws import ShuffledIndices, philox
-from tinymim_jax.data.examples import Source
 from tinymim_jax.data.pipeline import eval_batches, train_batches
-from tinymim_jax.data.transforms import Augment, EvalView
+from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.views.decoding import Picture
+from tinymim_jax.data.views.transforms import Augment, EvalView
 
 VIEW = EvalView(8, 8)
 AUGMENT = Augment(8)

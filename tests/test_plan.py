@@ -10,7 +10,7 @@ import jax
 import pytest
 from runs import small_config
 
-from tinymim_jax.cli import main
+from tinymim_jax.cli.main import main
 from tinymim_jax.config import load_config
 from tinymim_jax.plan import compiled as compiled_module
 from tinymim_jax.plan.build import plan_experiment

@@ -20,13 +20,15 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tinymim_jax import cli, prepare_command
-from tinymim_jax.data import prepare_shards, prepare_workers
-from tinymim_jax.data.examples import Source
-from tinymim_jax.data.prepare import default_name, prepare_images, read_report, write_set
-from tinymim_jax.data.prepare_report import size, split_report, table
-from tinymim_jax.data.prepare_shards import Conversion, convert
-from tinymim_jax.data.sources import open_source
+from tinymim_jax.cli import main as cli
+from tinymim_jax.cli import prepare as prepare_command
+from tinymim_jax.data.prepare import shards as prepare_shards
+from tinymim_jax.data.prepare import workers as prepare_workers
+from tinymim_jax.data.prepare.prepare import default_name, prepare_images, read_report, write_set
+from tinymim_jax.data.prepare.report import size, split_report, table
+from tinymim_jax.data.prepare.shards import Conversion, convert
+from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.sources.sources import open_source
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:

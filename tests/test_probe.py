@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 from runs import probe_config, run_steps, same_bits
 
-from tinymim_jax.checkpoint_format import CheckpointError
-from tinymim_jax.checkpoints import Checkpoints
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.checkpoints.manager import Checkpoints
+from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.config import load_config
-from tinymim_jax.evaluate import evaluate_checkpoint
+from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
+from tinymim_jax.evaluation.predictor import load as load_model
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer, training_batches
-from tinymim_jax.inference import load as load_model
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, moved_on
-from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import batch_sharding, make_mesh
 from tinymim_jax.state import init_state, trained_paths
-from tinymim_jax.tasks.encoder import Loaded, load
-from tinymim_jax.tasks.probe import probed_network
+from tinymim_jax.tasks.pretrained import Loaded, load
+from tinymim_jax.tasks.probe.task import probed_network
 from tinymim_jax.train import train
 
 

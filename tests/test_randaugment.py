@@ -18,9 +18,9 @@ from PIL import Image
 from runs import small_config
 from scipy import stats
 
-from tinymim_jax.data import randaugment
-from tinymim_jax.data.randaugment import OPERATIONS, Operation, RandAugment
-from tinymim_jax.data.transforms import Augment
+from tinymim_jax.data.views import randaugment
+from tinymim_jax.data.views.randaugment import OPERATIONS, Operation, RandAugment
+from tinymim_jax.data.views.transforms import Augment
 from tinymim_jax.experiment import build_experiment, training_batches
 
 MEAN = (0.485, 0.456, 0.406)

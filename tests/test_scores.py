@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tinymim_jax.scores import Answers, confusions, expected_calibration_error, reliability, score
+from tinymim_jax.evaluation.suites.scores import Answers, confusions, expected_calibration_error, reliability, score
 
 
 def answers(seed: int, count: int = 400, classes: int = 7) -> Answers:

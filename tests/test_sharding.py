@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from processes import free_port, output_of, run_python
 
+from tinymim_jax.runtime.distributed import initialize_distributed
 from tinymim_jax.sharding import (
     batch_sharding,
-    initialize_distributed,
     make_mesh,
     place_batch,
     replicated,
@@ -98,7 +98,8 @@ def test_batch_that_cannot_be_dealt_out_is_refused():
 JOIN = """
 import logging, sys
 logging.basicConfig(level=logging.INFO)
-from tinymim_jax.sharding import initialize_distributed, make_mesh, place_batch, replicated
+from tinymim_jax.runtime.distributed import initialize_distributed
+from tinymim_jax.sharding import make_mesh, place_batch, replicated
 {before}
 initialize_distributed()
 initialize_distributed()
@@ -152,9 +153,9 @@ def test_a_misspelt_variable_is_named(monkeypatch):
 
 PAUSED = """
 import time
-from tinymim_jax import sharding
-sharding._HEARTBEAT_SECONDS = 1
-sharding.initialize_distributed()
+from tinymim_jax.runtime import distributed
+distributed._HEARTBEAT_SECONDS = 1
+distributed.initialize_distributed()
 print("started", flush=True)
 time.sleep(5)
 print("alive", flush=True)

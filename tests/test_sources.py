@@ -16,17 +16,18 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tinymim_jax.data import files, sources, tfds_source
 from tinymim_jax.data.builders import digits
-from tinymim_jax.data.examples import Source, balanced_subset
-from tinymim_jax.data.sources import open_source, prepare
+from tinymim_jax.data.sources import files, sources
+from tinymim_jax.data.sources import tfds as tfds_source
+from tinymim_jax.data.sources.examples import Source, balanced_subset
+from tinymim_jax.data.sources.sources import open_source, prepare
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
 UNWANTED = ("tensorflow", "jax", "torch")
 READ_DIGITS = f"""
 import sys
-from tinymim_jax.data.sources import open_source
+from tinymim_jax.data.sources.sources import open_source
 source = open_source("digits", split="train", data_dir=sys.argv[1])
 assert source[len(source) - 1]["label"] in range(10)
 print(len(source), [name for name in {UNWANTED} if name in sys.modules])

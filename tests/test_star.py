@@ -18,13 +18,13 @@ from runs import small_config
 from torch_files import save_arrays
 
 import tinymim_jax
-from tinymim_jax import cli
+from tinymim_jax.checkpoints.params import load_params, save_params
+from tinymim_jax.cli import main as cli
 from tinymim_jax.convert import ConvertError, from_torch, read, to_torch
-from tinymim_jax.evaluate import evaluate_checkpoint
-from tinymim_jax.knn import evaluate_knn
+from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
+from tinymim_jax.evaluation.knn import evaluate_knn
 from tinymim_jax.models.heads import Classifier, Widen
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.tasks import TASKS
 
 HEADS = 12

@@ -12,12 +12,13 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from test_cli import run
 
-from tinymim_jax import workdir as workdirs
+from tinymim_jax.cli.status import find_runs, read_run
 from tinymim_jax.config import load_config
-from tinymim_jax.goodput import LOSSES
-from tinymim_jax.locks import LOCK, Busy
 from tinymim_jax.metrics import Writer, read
-from tinymim_jax.status import find_runs, read_run
+from tinymim_jax.resume import as_json, check_same
+from tinymim_jax.runtime import workdir as workdirs
+from tinymim_jax.runtime.goodput import LOSSES
+from tinymim_jax.runtime.locks import LOCK, Busy
 
 SECONDS = dict.fromkeys(LOSSES, 0.0) | {"steps": 90.0, "evaluation": 10.0}
 
@@ -153,10 +154,10 @@ def test_metrics_in_a_bucket_go_on_resuming(bucket):
 def test_a_bucket_is_claimed_by_who_is_alive(bucket, monkeypatch):
     monkeypatch.setattr(workdirs.heartbeat, "WRITE_SECONDS_REMOTE", 0.5)
     config = load_config("configs/digits.py:finetune")
-    with workdirs.claimed(bucket, config):
+    with workdirs.claimed(bucket, as_json(config)):
         pass
     assert json.loads((bucket / "config.json").read_text())["task"] == "classify"
-    workdirs.check_same(bucket, config)
+    check_same(bucket, config)
     status = {"stage": "training", "pid": 7, "host": "elsewhere", "attempts": 1, "time": time.time()}
     (bucket / "status.json").write_text(json.dumps(status))
     assert workdirs.owner(bucket) == "process 7 on elsewhere"
@@ -169,13 +170,15 @@ def test_a_bucket_is_claimed_by_who_is_alive(bucket, monkeypatch):
         (bucket / "status.json").write_text(json.dumps(status | {"time": time.time() + 1}))
 
     monkeypatch.setattr(workdirs.time, "sleep", go_on)
-    with pytest.raises(Busy, match="in use by process 7 on elsewhere"), workdirs.claimed(bucket, config):
+    with pytest.raises(Busy, match="in use by process 7 on elsewhere"), workdirs.claimed(bucket, as_json(config)):
         pytest.fail("it was not kept out")
     assert waits
     monkeypatch.undo()
     monkeypatch.setattr(workdirs.heartbeat, "WRITE_SECONDS_REMOTE", 0.1)
     (bucket / "status.json").write_text(json.dumps(status | {"time": time.time()}))
-    with workdirs.claimed(bucket, config):  # silent for three times as long as it would take: its process is dead
+    with workdirs.claimed(
+        bucket, as_json(config)
+    ):  # silent for three times as long as it would take: its process is dead
         assert workdirs.owner(bucket) is None
 
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from tinymim_jax.checks import check_points
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.sweep import read_points
+from tinymim_jax.sweeps.checks import check_points
+from tinymim_jax.sweeps.sweep import read_points
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = [
@@ -66,7 +66,7 @@ def points(name, argument, sweep, workdir):
 
 @pytest.mark.parametrize("scale", ["full", "small"])
 def test_every_point_of_every_study_builds(scale, monkeypatch, tmp_path):
-    monkeypatch.setattr("tinymim_jax.tasks.encoder.load_params", teacher)
+    monkeypatch.setattr("tinymim_jax.tasks.pretrained.load_params", teacher)
     every = []
     for study in STUDIES:
         if ("small" in study[1]) == (scale == "small"):

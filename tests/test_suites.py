@@ -13,17 +13,24 @@ from imagenet_sets import pictures, write_set
 from PIL import Image
 from processes import free_port, output_of, run_python
 
-from tinymim_jax import cli, suite_run
+from tinymim_jax.checkpoints.params import load_params, save_params
+from tinymim_jax.cli import main as cli
 from tinymim_jax.convert import convert_file
-from tinymim_jax.data.imagenet import imagenet_classes
-from tinymim_jax.data.sources import open_source
-from tinymim_jax.judge import Judge
+from tinymim_jax.data.sources.imagenet import imagenet_classes
+from tinymim_jax.data.sources.sources import open_source
+from tinymim_jax.evaluation.suites import run as suite_run
+from tinymim_jax.evaluation.suites.classifier import Judge
+from tinymim_jax.evaluation.suites.registry import (
+    ALEXNET_ERRORS,
+    SUITES,
+    class_indices,
+    corruption_errors,
+    parse_suites,
+)
+from tinymim_jax.evaluation.suites.report import markdown
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import make_mesh
-from tinymim_jax.suite_report import markdown
-from tinymim_jax.suites import ALEXNET_ERRORS, SUITES, class_indices, corruption_errors, parse_suites
 
 ENCODER = ViT(16, 1, 2, patch_size=16, image_size=(32, 32), final_norm=False)
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -127,8 +134,8 @@ def no_constant(name: str):
 
 @pytest.fixture(autouse=True)
 def _stay_alone(monkeypatch):
-    monkeypatch.setattr("tinymim_jax.sharding.initialize_distributed", lambda: None)
-    monkeypatch.setattr("tinymim_jax.judge._TIMED_SECONDS", 0.01)
+    monkeypatch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
+    monkeypatch.setattr("tinymim_jax.evaluation.suites.classifier._TIMED_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +144,8 @@ def evaluated(checkpoint, sets, tmp_path_factory):
     output = tmp_path_factory.mktemp("results") / "results.json"
     printed = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinymim_jax.sharding.initialize_distributed", lambda: None)
-        patch.setattr("tinymim_jax.judge._TIMED_SECONDS", 0.01)
+        patch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
+        patch.setattr("tinymim_jax.evaluation.suites.classifier._TIMED_SECONDS", 0.01)
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         words = ["evaluate", checkpoint, "--suite", "all", "--data_dir", sets[0], "--output", str(output)]
         with pytest.raises(SystemExit) as stop:
@@ -275,7 +282,7 @@ def test_a_set_written_from_the_unpacked_archive(checkpoint, tmp_path):
 
 
 def test_classes_with_names_of_their_own_are_in_imagenets_order(sets, checkpoint, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("tinymim_jax.per_example._REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("tinymim_jax.evaluation.collect._REPORT_SECONDS", 0.0)
     record, params = load_params(checkpoint)
     names = [f"thing {index}" for index in range(1000)]
     save_params(tmp_path / "named", params, record | {"preprocessing": {"class_names": names}})

@@ -15,9 +15,9 @@ from runs import SMALL
 from test_cli import readme_words, run
 
 from tinymim_jax.metrics import read
-from tinymim_jax.points import State, folder_name, from_words, plan, read_stages, short_names, word
-from tinymim_jax.sweep import read_points
-from tinymim_jax.tables import summarize, write_table
+from tinymim_jax.sweeps.points import State, folder_name, from_words, plan, read_stages, short_names, word
+from tinymim_jax.sweeps.sweep import read_points
+from tinymim_jax.sweeps.tables import summarize, write_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [f"{n:03d}_base_lr={rate}_seed={seed}" for seed in (0, 1) for n, rate in enumerate((0.016, 0.032))]
@@ -52,7 +52,7 @@ def sweep_twice():
 
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
-    monkeypatch.setattr("tinymim_jax.sharding.initialize_distributed", lambda: None)
+    monkeypatch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
     monkeypatch.chdir(ROOT)
 
 
@@ -84,7 +84,7 @@ def undisturbed(tmp_path_factory, data_dir):
 
 def start(words):
     os.chdir(ROOT)
-    return run_python(f"from tinymim_jax.cli import main; main({[str(w) for w in words]!r})")
+    return run_python(f"from tinymim_jax.cli.main import main; main({[str(w) for w in words]!r})")
 
 
 def results(workdir) -> dict[str, bytes]:
@@ -329,7 +329,7 @@ def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path):
 
 
 def test_trials_behind_the_median_are_stopped(tmp_path):
-    from tinymim_jax.study import _Watch
+    from tinymim_jax.sweeps.optuna_study import _Watch
 
     points = read_points("configs/digits.py:finetune", "sweep", tmp_path, {})
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
@@ -346,7 +346,7 @@ def test_trials_behind_the_median_are_stopped(tmp_path):
 
 
 def test_trials_of_a_stopped_study_are_taken_up(data_dir, tmp_path):
-    from tinymim_jax.study import _take_up
+    from tinymim_jax.sweeps.optuna_study import _take_up
 
     study = optuna.create_study()
     stopped = study.ask()

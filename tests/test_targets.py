@@ -9,7 +9,7 @@ from tinymim_jax.models.blocks import Tap
 from tinymim_jax.ops import token_grid
 from tinymim_jax.ops.products import scaled_products
 from tinymim_jax.ops.relations import resplit
-from tinymim_jax.targets import FEATURES, TARGETS, find_target
+from tinymim_jax.tasks.distill.targets import FEATURES, TARGETS, find_target
 
 BATCH, TOKENS, HEADS, HEAD_DIM = 2, 5, 3, 4
 WIDTH = HEADS * HEAD_DIM

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from runs import run_steps, small_config
 
-from tinymim_jax.checkpoint_format import CheckpointError
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.convert import convert_file
-from tinymim_jax.evaluate import evaluate_checkpoint
+from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.experiment import build_experiment
 from tinymim_jax.ops.posembed import resize_table
 from tinymim_jax.ops.top_k import in_top
-from tinymim_jax.params_io import load_params, save_params
 from tinymim_jax.sharding import make_mesh
-from tinymim_jax.teachers import TEACHERS
+from tinymim_jax.tasks.distill.teachers import TEACHERS
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def test_a_converted_classifier_is_evaluated_as_it_is(golden, converted, data_di
     result = evaluate_checkpoint(small_config("finetune", *overrides), converted / name, data_dir=data_dir)
     assert result["examples"] == 13  # with batches of 8
     # Independent: the network on all 13 images in one batch.
-    from tinymim_jax.data.decoding import decode
-    from tinymim_jax.data.sources import open_source
-    from tinymim_jax.data.transforms import EvalView
+    from tinymim_jax.data.sources.sources import open_source
+    from tinymim_jax.data.views.decoding import decode
+    from tinymim_jax.data.views.transforms import EvalView
     from tinymim_jax.models.heads import Classifier
     from tinymim_jax.models.vit import ViT
 

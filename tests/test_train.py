@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from runs import SMALL, run_steps, same_bits, small_config
 
+from tinymim_jax.checkpoints.params import load_params
 from tinymim_jax.experiment import training_batches
 from tinymim_jax.metrics import read
-from tinymim_jax.params_io import load_params
-from tinymim_jax.progress import input_advice
+from tinymim_jax.runtime.progress import input_advice
 from tinymim_jax.sharding import make_mesh
 from tinymim_jax.train import train
 

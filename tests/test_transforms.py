@@ -5,8 +5,8 @@ import pytest
 from pictures import psnr
 from PIL import Image
 
-from tinymim_jax.data import transforms
-from tinymim_jax.data.transforms import Augment, EvalView
+from tinymim_jax.data.views import transforms
+from tinymim_jax.data.views.transforms import Augment, EvalView
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8)

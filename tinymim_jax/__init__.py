@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinymim_jax.inference import Model
+    from tinymim_jax.evaluation.predictor import Model
 
 
 def load(path: str, **options: Any) -> "Model":
-    """The trained model in `path`, to classify or embed images with; see `inference.load`."""
-    from tinymim_jax import inference  # jax is a second's import, which `tinymim --help` can do without
+    """The trained model in `path`, to classify or embed images with; see `evaluation.predictor.load`."""
+    from tinymim_jax.evaluation import predictor  # imports jax, which takes a second; `tinymim --help` does without
 
-    return inference.load(path, **options)
+    return predictor.load(path, **options)

@@ -1,6 +1,6 @@
 """`python -m tinymim_jax` is `tinymim`."""
 
-from tinymim_jax.cli import main
+from tinymim_jax.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,12 +10,12 @@ import optax
 from ml_collections import ConfigDict
 
 from tinymim_jax import optim
-from tinymim_jax.data.examples import Source
 from tinymim_jax.data.pipeline import Batches, eval_batches, train_batches
-from tinymim_jax.data.sources import open_source
-from tinymim_jax.data.transforms import Augment, EvalView
+from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.sources.sources import open_source
+from tinymim_jax.data.views.transforms import Augment, EvalView
 from tinymim_jax.errors import unknown
-from tinymim_jax.progress import steps
+from tinymim_jax.runtime.progress import steps
 from tinymim_jax.tasks import TASKS
 from tinymim_jax.tasks.task import Task
 

@@ -14,12 +14,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tinymim_jax import optim
-from tinymim_jax.exits import Interrupted, is_first, joined_processes
 from tinymim_jax.experiment import Experiment
-from tinymim_jax.goodput import Goodput, shares, words
-from tinymim_jax.heartbeat import Heartbeat, read_status
 from tinymim_jax.metrics import Averages, Writer, compute
-from tinymim_jax.progress import DATA_WAIT_LIMIT, Progress, input_advice, span
+from tinymim_jax.runtime.exits import Interrupted, is_first, joined_processes
+from tinymim_jax.runtime.goodput import Goodput, shares, words
+from tinymim_jax.runtime.heartbeat import Heartbeat, read_status
+from tinymim_jax.runtime.progress import DATA_WAIT_LIMIT, Progress, input_advice, span
 from tinymim_jax.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -1,82 +1,19 @@
-"""Where arrays live: the mesh, one rule for parameters, the batch, and joining a job of several processes."""
+"""Where arrays live: the device mesh, the sharding of parameters and optimizer state, and the placing of batches."""
 
 import contextlib
 import ctypes
 import functools
-import logging
 import math
-import os
-import socket
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tinymim_jax.exits import joined_processes, watch_peers
-from tinymim_jax.hosts import Job, find_job, find_slice, number
+from tinymim_jax.runtime.exits import joined_processes
 
 AXES = ("data", "fsdp")
-
-_JOIN_SECONDS = 1800  # hosts of a large job may queue for a while
-_REMIND_SECONDS = 60
-_HEARTBEAT_SECONDS = 30  # a dead host is noticed after this long
-_ALONE_HEARTBEAT_SECONDS = 10**7  # Ctrl-Z, or a machine that is paused, must not look like death to the process itself
-_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-
-_log = logging.getLogger(__name__)
-
-
-def initialize_distributed() -> None:
-    """Starts JAX's coordination service, for one process as for many; call it before anything else of JAX.
-
-    The service is what turns SIGTERM into a saved checkpoint, so a process on its own needs it too. A second
-    call does nothing. The job is described by JAX_COORDINATOR_ADDRESS (`host:port` of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX itself under Slurm, Cloud TPU, Open MPI and
-    Kubernetes; otherwise this process runs alone. Slurm and Open MPI give each of several processes on a host
-    one GPU: start one task per GPU, or set JAX_LOCAL_DEVICE_IDS. How many processes are waited for is logged first.
-    From here on an error that is not caught ends all processes of the job, not this one alone.
-
-    Raises:
-      ValueError: the environment describes a job of several processes incompletely.
-      RuntimeError: JAX was used before this call, and the job has several processes.
-    """
-    if jax.distributed.is_initialized():
-        return
-    if os.environ.get("http_proxy") or os.environ.get("https_proxy"):
-        # gRPC sends even loopback traffic to an HTTP proxy, and hangs. Nothing else reads grpc_proxy.
-        os.environ.setdefault("grpc_proxy", "")
-    initialize = functools.partial(
-        jax.distributed.initialize,
-        initialization_timeout=_JOIN_SECONDS,
-        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-    )
-    job, process_id = find_job(), number("JAX_PROCESS_ID")
-    alone = job.processes == 1 or (job.processes is None and not any(map(os.environ.get, _ENVIRONMENT)))
-    _warn_of_absent_hosts(job)
-    try:
-        if job.processes == 1:
-            return _initialize_alone(initialize)
-        with _saying_who_is_missing(job):
-            initialize(num_processes=job.processes, process_id=process_id)
-        watch_peers()
-    except ValueError as error:
-        if alone:
-            return _initialize_alone(initialize)  # JAX found no cluster
-        got = ", ".join(f"{name}={os.environ.get(name)!r}" for name in _ENVIRONMENT)
-        raise ValueError(
-            f"The environment does not describe a job of several processes: {error} Got {got}. "
-            f"Set all three in each process (ids from 0), or none of them to run alone."
-        ) from error
-    except Exception as error:
-        if alone:
-            if "must be called before" in str(error):
-                return _warn_unserviced()  # a notebook on one machine, most likely
-            error.add_note("To run as a single process, whatever the surroundings, set JAX_NUM_PROCESSES=1.")
-        raise
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -161,76 +98,6 @@ def _check_processes(with_devices: int) -> None:
             f"{joined} processes joined this job, but its devices belong to {with_devices}: start it once on each host "
             "of the slice (launch/tpu_vm.sh does), with the same JAX_NUM_PROCESSES or none"
         )
-
-
-def _warn_of_absent_hosts(job: Job) -> None:
-    hosts = find_slice()
-    if job.processes and hosts.processes and job.processes < hosts.processes:
-        _log.warning(
-            "%s says %d processes, but this is a host of a TPU slice of %d (%s). Its chips start together or not at "
-            "all: unless they were divided by TPU_PROCESS_BOUNDS, this process now waits for ever. Start all hosts.",
-            job.said_by,
-            job.processes,
-            hosts.processes,
-            hosts.said_by,
-        )
-
-
-@contextlib.contextmanager
-def _saying_who_is_missing(job: Job) -> Iterator[None]:
-    """Tells once a minute that others are still waited for."""
-    if not job.processes:
-        yield
-        return
-    this = "" if job.process_id is None else f"This is process {job.process_id} of {job.processes}. "
-    _log.info(
-        "%sWaiting up to %d minutes for all %d processes (%s).",
-        this,
-        _JOIN_SECONDS // 60,
-        job.processes,
-        job.said_by,
-    )
-    joined = threading.Event()
-
-    def remind() -> None:
-        began = time.monotonic()
-        while not joined.wait(_REMIND_SECONDS):
-            minutes = (time.monotonic() - began) / 60
-            _log.warning(
-                "Not all %d processes have come after %.0f minutes: is the same command running on each host? Process "
-                "0, whom all must reach, is where JAX_COORDINATOR_ADDRESS, Slurm or the TPU slice say.",
-                job.processes,
-                minutes,
-            )
-
-    threading.Thread(target=remind, daemon=True).start()
-    try:
-        yield
-    finally:
-        joined.set()
-
-
-def _initialize_alone(initialize: functools.partial) -> None:
-    with socket.socket() as reservation:
-        # gRPC shares ports: this keeps the number from being given away until the service has taken it.
-        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reservation.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{reservation.getsockname()[1]}"
-        initialize(
-            address,
-            num_processes=1,
-            process_id=0,
-            heartbeat_timeout_seconds=_ALONE_HEARTBEAT_SECONDS,
-            cluster_detection_method="deactivate",
-            coordinator_bind_address=address,  # the default is open to the whole network
-        )
-
-
-def _warn_unserviced() -> None:
-    _log.warning(
-        "JAX was in use before initialize_distributed(): training works, but SIGTERM ends it unsaved. "
-        "Call initialize_distributed() first."
-    )
 
 
 # mallopt's names for them, from glibc's malloc.h.

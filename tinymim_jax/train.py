@@ -10,10 +10,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tinymim_jax.checkpoint_format import digest
-from tinymim_jax.checkpoints import Checkpoints
-from tinymim_jax.evaluate import evaluate
-from tinymim_jax.exits import STALL_MINUTES, Interrupted, StopRequest
+from tinymim_jax.checkpoints.format import digest
+from tinymim_jax.checkpoints.manager import Checkpoints
+from tinymim_jax.evaluation.evaluate import evaluate
 from tinymim_jax.experiment import (
     Experiment,
     batch_shapes,
@@ -25,6 +24,9 @@ from tinymim_jax.experiment import (
 )
 from tinymim_jax.metrics import Averages, no_averages
 from tinymim_jax.report import Report
+from tinymim_jax.resume import as_json, check_same
+from tinymim_jax.runtime.exits import STALL_MINUTES, Interrupted, StopRequest
+from tinymim_jax.runtime.workdir import claimed, write_json
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
 from tinymim_jax.state import (
     TrainState,
@@ -35,7 +37,6 @@ from tinymim_jax.state import (
     place_frozen,
     trained_paths,
 )
-from tinymim_jax.workdir import check_same, claimed, write_json
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def train(
     if finished.exists():
         log.info("%s is finished; delete it or choose another workdir to run again", folder)
         return json.loads(finished.read_text())
-    with claimed(folder, config), Report(folder, stall_minutes=stall_minutes) as report:
+    with claimed(folder, as_json(config)), Report(folder, stall_minutes=stall_minutes) as report:
         result = _run(config, folder, report, data_dir=data_dir, workers=workers, fsdp=fsdp)
         write_json(finished, result)
         report.end()

@@ -23,9 +23,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from tinymim_jax.data.examples import Source
 from tinymim_jax.data.rows import Rows
-from tinymim_jax.data.transforms import View
+from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.views.transforms import View
 from tinymim_jax.data.worker import settle_in
 
 log = logging.getLogger(__name__)

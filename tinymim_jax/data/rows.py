@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tinymim_jax.data.decoding import Picture, Undecodable, decode
 from tinymim_jax.data.draws import ShuffledIndices, philox
-from tinymim_jax.data.examples import Source
-from tinymim_jax.data.transforms import View
+from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.views.decoding import Picture, Undecodable, decode
+from tinymim_jax.data.views.transforms import View
 
 # Work is handed out in parts of a batch of at most so many rows. At 224 pixels that is 38 MB: a decoding
 # process holds a few of them however large the batch is, and the first batch is the work of several.

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tinymim_jax.checks import open_anyway
 from tinymim_jax.config import from_json
 from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_optimizer
 from tinymim_jax.flops import step_flops
@@ -20,8 +19,9 @@ from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.platform import compiling_for
 from tinymim_jax.sharding import batch_sharding, replicated, state_sharding
 from tinymim_jax.state import init_state, make_train_step, trained_paths
-from tinymim_jax.tasks.encoder import Loaded, build_encoder, keeping_checkpoints
-from tinymim_jax.teachers import TEACHERS, find_teacher
+from tinymim_jax.sweeps.checks import open_anyway
+from tinymim_jax.tasks.distill.teachers import TEACHERS, find_teacher
+from tinymim_jax.tasks.pretrained import Loaded, build_encoder, keeping_checkpoints
 
 _VIT_B = ViT(embed_dim=768, depth=12, heads=12)
 _PATCH_SIZES = {"mae_vit_huge": 14}  # of published teachers; 16 where they are not named here

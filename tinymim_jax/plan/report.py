@@ -6,7 +6,7 @@ from typing import Any
 from tinymim_jax.plan.chips import GIB
 from tinymim_jax.plan.plan import IMAGES_PER_CORE, Plan
 from tinymim_jax.plan.roofline import COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, NETWORK_EFFICIENCY
-from tinymim_jax.progress import span
+from tinymim_jax.runtime.progress import span
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

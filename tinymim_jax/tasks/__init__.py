@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
-from tinymim_jax.tasks import classify, distill, mae, probe
+from tinymim_jax.tasks.classify import task as classify
+from tinymim_jax.tasks.distill import task as distill
+from tinymim_jax.tasks.mae import task as mae
+from tinymim_jax.tasks.probe import task as probe
 from tinymim_jax.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {

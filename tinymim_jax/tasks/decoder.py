@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from tinymim_jax.checkpoints.params import merge
 from tinymim_jax.models.mae_decoder import MaeDecoder
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import named
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import Masking, random_masking
 from tinymim_jax.ops.patches import patchify
-from tinymim_jax.params_io import merge
-from tinymim_jax.tasks.encoder import Loaded
+from tinymim_jax.tasks.pretrained import Loaded
 from tinymim_jax.tasks.task import Params
 
 

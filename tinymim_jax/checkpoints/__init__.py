@@ -1,0 +1,1 @@
+"""Checkpoints: saved with a digest, verified when restored."""

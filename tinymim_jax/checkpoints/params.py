@@ -1,0 +1,205 @@
+"""Parameters without a training state: exported, loaded from an export or from a run, merged into a model."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from tinymim_jax.checkpoints import format as stored
+from tinymim_jax.checkpoints.format import CheckpointError, Damaged, digest
+from tinymim_jax.checkpoints.probes import folded_head, frozen_parts
+
+_log = logging.getLogger(__name__)
+
+_CONVERT = "tinymim convert --from {{mae,tinymim,tinymim_star,vit}} --input {file} --output DIRECTORY"
+
+
+def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Writes an export: `directory/params/` and `directory/model.json`, the latter with a digest of the former.
+
+    It appears whole or not at all. One process calls this.
+
+    Args:
+      params: nested dicts of arrays that this process holds in full.
+      model: the architecture record, JSON values.
+      overwrite: replace an export that is already there; anything else is never replaced.
+
+    Raises:
+      CheckpointError: the directory is in use, or cannot be written.
+    """
+    directory = _resolved(directory)
+    check_free(directory, overwrite=overwrite)
+    temporary = directory.parent / f".{directory.name}.writing-{os.getpid()}"
+    old = directory.parent / f".{directory.name}.old-{os.getpid()}"
+    params, this = jax.device_get(params), jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"export{this}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with stored.writing(directory):
+        try:
+            temporary.mkdir(parents=True)
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+                checkpointer.save(temporary / "params", args=ocp.args.PyTreeSave(params))
+            record = {**model, "digest": digest(params)}
+            (temporary / "model.json").write_text(json.dumps(record, indent=2) + "\n")
+            if directory.exists():
+                directory.rename(old)
+            temporary.rename(directory)
+            if old.exists():
+                old.rmtree()
+        finally:
+            if temporary.exists():
+                temporary.rmtree()
+
+
+def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
+    """Raises CheckpointError where `save_params` would find `directory` in use."""
+    directory = _resolved(directory)
+    if not directory.exists():
+        return
+    is_export = (directory / "model.json").exists() and (directory / "params").is_dir()
+    if is_export and not overwrite:
+        raise CheckpointError(f"{directory} holds an export already. Delete it, or choose another directory.")
+    if not is_export and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists and is no export. Choose another directory.")
+
+
+def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(architecture record, parameters as nested dicts of numpy arrays) of an export or of a training run.
+
+    Of a run, the newest intact checkpoint is taken and only its parameters are read; where it keeps a moving
+    average of them, they are taken from there. Nothing is changed on disk, so the run may be going on. A linear
+    probe's run holds its head alone; the encoder is read from the checkpoint that was probed.
+
+    Args:
+      path: a directory written by `save_params` (or `tinymim convert`), or the workdir of a run.
+
+    Raises:
+      CheckpointError: it is neither, or none of it is intact.
+    """
+    path = _resolved(path)
+    if (path / "params").is_dir():
+        return _load_export(path)
+    if (path / "checkpoints").is_dir():
+        model, params = _read_model(path), _load_run(path / "checkpoints")
+        return model, _with_probed_encoder(path, model, params) if "probe" in model else params
+    raise CheckpointError(_not_a_checkpoint(path))
+
+
+def merge(
+    initial: Mapping[str, Any],
+    loaded: Mapping[str, Any],
+    *,
+    allow_missing: tuple[str, ...] = (),
+    allow_unused: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The tree of `initial` with the values of `loaded`.
+
+    Args:
+      allow_missing: names (`head`, `encoder/norm`) that may keep their initial value, with all below them.
+      allow_unused: names in `loaded` that the model has no place for.
+
+    Raises:
+      CheckpointError: other names are missing or unused, or any shape or dtype differs; all are listed.
+    """
+    found = stored.compare(stored.outline(loaded), stored.outline(initial))
+    difference = stored.Difference(
+        [name for name in found.missing if not _below(name, allow_missing)],
+        [name for name in found.unused if not _below(name, allow_unused)],
+        found.changed,
+    )
+    if difference:
+        raise CheckpointError(
+            f"The loaded parameters do not fit this model:\n{difference}\n"
+            f"Give the model the architecture in the checkpoint's model.json, or load another checkpoint."
+        )
+    values = stored.named(loaded)
+    return stored.nested({name: values.get(name, own) for name, own in stored.named(initial).items()})
+
+
+def _load_export(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    model = _read_model(path)
+    expected = model.pop("digest", None)
+    try:
+        params = stored.nested(stored.read_arrays(path / "params"))
+        if (got := digest(params)) != expected:
+            raise Damaged(f"the digest of its parameters is {got}, model.json says {expected}")
+    except Damaged as error:
+        raise CheckpointError(f"{path} is damaged: {error}\nConvert or export it again.") from error
+    return model, params
+
+
+def _load_run(directory: epath.Path) -> dict[str, Any]:
+    damaged = []
+    for step in sorted(ocp.utils.checkpoint_steps(directory), reverse=True):
+        try:
+            return _load_step(directory / str(step))
+        except Damaged as error:
+            damaged.append(f"\n  {step}: {error}")
+            _log.error("Checkpoint %d in %s is damaged, trying the one before it: %s", step, directory, error)
+    if damaged:
+        raise CheckpointError(f"No checkpoint in {directory} is intact:{''.join(damaged)}\nPut back a copy.")
+    raise CheckpointError(f"{directory} holds no checkpoint yet. Wait until the run has saved one.")
+
+
+def _with_probed_encoder(path: epath.Path, model: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    """A Classifier's parameters: those of the probed checkpoint, and the probe's head with its batch norm folded in."""
+    probed = model["probe"]["checkpoint"]
+    try:
+        their_model, theirs = load_params(probed)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is a linear probe of {probed}, which cannot be read: {error}") from error
+    if digest(theirs["encoder"]) != model["probe"]["digest"]:
+        raise CheckpointError(f"{path} is a linear probe of {probed}, which has changed since. Probe it again.")
+    frozen = frozen_parts(
+        their_model, theirs, image_size=tuple(model["encoder"]["image_size"]), pool=model["classifier"]["pool"]
+    )
+    return frozen | {"head": folded_head(params["head"], params["batch_norm"])}
+
+
+def _load_step(directory: epath.Path) -> dict[str, Any]:
+    leaves, _ = stored.read_manifest(directory / "manifest")
+    own = {name.removeprefix("params/"): name for name in leaves if name.startswith("params/")}
+    average = {name.removeprefix("extra/ema/"): name for name in leaves if name.startswith("extra/ema/")}
+    sources = own | average
+    arrays = stored.read_arrays(directory / "state", dict.fromkeys(sources.values()))
+    stored.verify(arrays, leaves)
+    return stored.nested({name: arrays[source] for name, source in sources.items()})
+
+
+def _read_model(path: epath.Path) -> dict[str, Any]:
+    file = path / "model.json"
+    try:
+        model = json.loads(file.read_text())
+        if not isinstance(model, dict):
+            raise ValueError(f"it holds a {type(model).__name__}")
+        return model
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing. Put it back, or convert or train again.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not an architecture record: {error}. Put back a copy.") from error
+
+
+def _not_a_checkpoint(path: epath.Path) -> str:
+    choices = "an export (a directory with model.json and params/) or the --workdir of a run"
+    if not path.exists():
+        return f"{path} does not exist. Give {choices}; an export is made by\n  {_CONVERT.format(file='FILE.pth')}"
+    if path.is_file():
+        return f"{path} is a file, not {choices}. If it comes from PyTorch, convert it:\n  {_CONVERT.format(file=path)}"
+    workdir = next((parent.parent for parent in (path, *path.parents) if parent.name == "checkpoints"), None)
+    hint = f" Did you mean {workdir}?" if workdir else ""
+    return f"{path} is not {choices}.{hint}"
+
+
+def _below(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}/") for prefix in prefixes)
+
+
+def _resolved(path: epath.PathLike) -> epath.Path:
+    return epath.Path(path).expanduser().resolve()

@@ -1,0 +1,1 @@
+"""The `tinymim` command, one file for each subcommand."""

@@ -1,0 +1,43 @@
+"""`tinymim chain`: several trainings in a row, each with the checkpoint of an earlier one."""
+
+import argparse
+
+from tinymim_jax.cli.options import add_training
+
+HELP = "train several stages in a row; run it again to go on"
+
+_EPILOG = """\
+A chain is a list in a config file. Each stage has a name, a config file (relative to this one) and overrides, in which
+"{b}" stands for the workdir of stage b:
+
+  def get_chain():
+      return [
+          ("b", "distill_b.py", {}),
+          ("s", "distill_s.py", {"distill.teacher.name": "", "distill.teacher.path": "{b}"}),
+          ("classifier", "finetune_s.py", {"init": "{s}"}),
+      ]
+
+Each stage is trained in DIR/NAME. A word KEY=VALUE holds for every stage that has the key, except where it takes the
+value from an earlier stage; STAGE.KEY=VALUE for one stage alone:
+
+  tinymim chain configs/chain.py --workdir runs/chain distill.teacher.path=teachers/mae_vit_large b.optim.base_lr=1e-4
+
+All stages are checked before the first starts. Run the same command again to go on at the right stage and step. Exit
+status: 0 done, 1 a stage failed, 75 stopped with all saved. A sweep over a chain: tinymim sweep --help.
+"""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Of the `chain` command."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = _EPILOG
+    command.add_argument("file", metavar="FILE[:ARGUMENT]", help="config file with get_chain(), as configs/chain.py")
+    command.add_argument("--workdir", required=True, metavar="DIR", help="each stage has a folder here")
+    add_training(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    from tinymim_jax.sweeps.chain import run_chain
+
+    return run_chain(options)

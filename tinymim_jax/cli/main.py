@@ -1,0 +1,92 @@
+"""The `tinymim` command: its subcommands, and what becomes of their errors."""
+
+import argparse
+import re
+import sys
+import traceback
+
+from tinymim_jax.cli import (
+    chain,
+    convert,
+    demo,
+    evaluate,
+    export,
+    knn,
+    plan,
+    predict,
+    prepare,
+    probe,
+    status,
+    sweep,
+    train,
+)
+from tinymim_jax.runtime import exits
+from tinymim_jax.runtime.startup import start_logging
+
+# In the order of `tinymim --help`. Each module has HELP, add_arguments(parser) and run(options) -> exit status.
+COMMANDS = (train, chain, sweep, status, plan, evaluate, knn, probe, predict, convert, export, prepare, demo)
+
+# What a user can mend: shown as one message without a traceback.
+_USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
+
+_DESCRIPTION = """\
+Distil a masked-image-modelling ViT into a small one by its token relations (TinyMIM, arXiv 2301.01296).
+
+  tinymim prepare imagenet2012
+  tinymim convert --from mae --input mae_pretrain_vit_large.pth --output teachers/mae_vit_large
+  tinymim train --config configs/distill_b.py --workdir runs/b distill.teacher.path=teachers/mae_vit_large
+  tinymim train --config configs/finetune_b.py --workdir runs/b_finetuned init=runs/b
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 86 stalled, 130 interrupted."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    start_logging()
+    why = ""
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code, why = exits.INTERRUPTED, "Ctrl-C, twice"
+    except _USER_ERRORS as error:
+        code, why = exits.ERROR, f"{type(error).__name__}: {error}"
+        if isinstance(error, BrokenPipeError) and exits.nobody_reads():
+            pass
+        # XLA's errors are RuntimeErrors too, but there the traceback is what helps.
+        elif options.debug or type(error).__name__ == "JaxRuntimeError":
+            traceback.print_exc()
+            if exits.who():
+                print(
+                    f"tinymim {options.command}{exits.who()}: see above; if a peer has ended, see its log",
+                    file=sys.stderr,
+                )
+        else:
+            print(f"tinymim {options.command}{exits.who()}: {error}", file=sys.stderr)
+    exits.leave(code, why)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """argparse takes positional words in one run only; people write key=value between flags as well."""
+    overrides = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
+    parser = _parser()
+    options = parser.parse_args([word for word in words if word not in overrides])
+    if overrides and not hasattr(options, "overrides"):
+        parser.error(f"{options.command} takes no KEY=VALUE: {' '.join(overrides)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinymim", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        name, about = module.__name__.rpartition(".")[2], module.HELP
+        command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
+    return parser

@@ -1,0 +1,94 @@
+"""Options that several commands share, and what they do with them."""
+
+import argparse
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tinymim_jax.runtime import exits
+from tinymim_jax.runtime.startup import quiet_unless_first, use_compile_cache
+
+
+def add_training(command: argparse.ArgumentParser) -> None:
+    """How a training runs: devices, data workers, the stall limit, and KEY=VALUE."""
+    command.add_argument(
+        "--fsdp", type=int, default=1, metavar="N", help="split large parameters over N devices (default 1)"
+    )
+    command.add_argument(
+        "--stall_minutes",
+        type=float,
+        default=exits.STALL_MINUTES,
+        metavar="N",
+        help="end with status 86 when nothing was finished for so long: no step, no batch of an evaluation "
+        f"(default {exits.STALL_MINUTES:g}; 0: wait for ever)",
+    )
+    add_runtime(command)
+    add_overrides(command)
+
+
+def add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """A checkpoint to evaluate, and the experiment that names its data."""
+    command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    command.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment (default: the run's own config.json)")
+    add_runtime(command)
+    add_overrides(command)
+
+
+def add_runtime(command: argparse.ArgumentParser) -> None:
+    """Where data lie, how many processes decode, and the compile cache."""
+    command.add_argument("--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+    command.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode images; 0: none extra"
+    )
+    add_compile_cache(command)
+
+
+def add_compile_cache(command: argparse.ArgumentParser) -> None:
+    """Where compiled programs are kept."""
+    cache = "~/.cache/tinymim_jax"
+    command.add_argument(
+        "--compile_cache", default=cache, metavar="DIR", help=f"compiled steps (default {cache}; '' for none)"
+    )
+
+
+def add_overrides(command: argparse.ArgumentParser) -> None:
+    """KEY=VALUE behind the command."""
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the config: optim.base_lr=1e-3")
+
+
+def config_of(options: argparse.Namespace) -> ConfigDict:
+    """The experiment of --config or, without it, that of the run whose checkpoint is given.
+
+    Raises FileNotFoundError where neither is there.
+    """
+    from etils import epath
+
+    from tinymim_jax.config import apply_overrides, from_json, load_config
+
+    if options.config:
+        return load_config(options.config, options.overrides)
+    path = epath.Path(options.checkpoint).expanduser() / "config.json"
+    if not path.exists():
+        suites = ", or test sets with --suite" if options.command == "evaluate" else ""
+        raise FileNotFoundError(
+            f"{path} does not exist: name the experiment with --config{suites}, or give the workdir of a run"
+        )
+    config = from_json(json.loads(path.read_text()))
+    apply_overrides(config, options.overrides)
+    return config
+
+
+def start_jax(options: argparse.Namespace) -> None:
+    """Joins the other processes of the job and turns on the compile cache, before anything touches a device."""
+    from tinymim_jax.runtime.distributed import initialize_distributed
+
+    initialize_distributed()
+    quiet_unless_first()
+    use_compile_cache(options.compile_cache)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One line of JSON on standard output, from the first process of a job."""
+    if exits.is_first():
+        print(json.dumps(result))

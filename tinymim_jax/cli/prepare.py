@@ -1,0 +1,147 @@
+"""`tinymim prepare`: downloads a TFDS set, or writes any source of images as one."""
+
+import argparse
+import contextlib
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+
+from tinymim_jax.runtime.heartbeat import is_remote
+from tinymim_jax.runtime.hosts import find_job
+from tinymim_jax.runtime.locks import locked
+from tinymim_jax.runtime.progress import span
+
+log = logging.getLogger(__name__)
+
+EXIT_TERMINATED, EXIT_INTERRUPTED = 75, 130
+
+HELP = "write a data set as ArrayRecord, once"
+
+_EPILOG = """\
+Without --output: downloads SOURCE, a classification set of TFDS, and writes it as ArrayRecord files, once:
+
+  tinymim prepare imagenet2012
+
+With --output: reads SOURCE, wherever its images lie, once; decodes every image, leaves damaged ones out and names
+them, and writes DIR/NAME/1.0.0, which is trained on by name. Run the same command again to go on after an interruption:
+
+  tinymim prepare folder:/data/pets --output /data/sets
+  tinymim prepare imagenet2012 --short_side 256 --output /data/sets
+  tinymim train --config configs/distill_b.py --workdir runs/b --data_dir /data/sets data.source=imagenet2012_256
+"""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Of the `prepare` command. Options of --output have None for a default, so that it shows when they are given."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = _EPILOG
+    command.add_argument("source", help="a TFDS set, such as imagenet2012 or cifar10; digits; folder:/data/pets")
+    command.add_argument(
+        "--data_dir", help="where data sets are looked for (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    )
+    command.add_argument("--output", metavar="DIR", help="where a set is written; the options below belong to it")
+    options = command.add_argument_group("options of --output")
+    options.add_argument("--name", help="of the set that is written (default: the source's, with _256 and the like)")
+    options.add_argument("--splits", nargs="+", metavar="SPLIT", help="such as train validation (default: all)")
+    options.add_argument(
+        "--short_side",
+        type=int,
+        metavar="PIXELS",
+        help="resize larger images to it, as JPEG (default: keep the files)",
+    )
+    options.add_argument("--quality", type=int, metavar="1-100", help="of JPEGs that are written anew (default 90)")
+    options.add_argument(
+        "--upright",
+        action="store_true",
+        default=None,
+        help="turn images as their EXIF orientation says; images written anew lose that entry",
+    )
+    options.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    options.add_argument("--shard_images", type=int, metavar="N", help="images in each file (default 2048)")
+    options.add_argument(
+        "--max_rejected", type=float, metavar="PART", help="of a split that may be damaged (default 0.01)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status. Raises ValueError for options without --output, and what preparing does."""
+    if options.output is None:
+        given = [key for key in _OUTPUT_OPTIONS if getattr(options, key) is not None]
+        if given:
+            raise ValueError(f"--{given[0]} needs --output DIR, the folder in which the new set is written")
+        from tinymim_jax.data.sources.sources import is_place, prepare
+
+        if is_place(options.source):
+            raise ValueError(
+                f"{options.source!r} can be trained on as it is (data.source={options.source}); to write it anew as a "
+                "TFDS set, say where: --output DIR"
+            )
+        with one_by_one(options.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"):
+            print(prepare(options.source, data_dir=options.data_dir))
+        return 0
+    with one_by_one(options.output):
+        return _write(options)
+
+
+@contextlib.contextmanager
+def one_by_one(folder: str) -> Iterator[None]:
+    """Lets the processes of a job (launch/local.sh, srun) do what is inside one after another.
+
+    The first on each file system prepares the set; the others then find it done.
+    """
+    if (find_job().processes or 1) == 1 or is_remote(folder):
+        yield
+        return
+    path = pathlib.Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path, wait=True):
+        yield
+
+
+_OUTPUT_OPTIONS = ("name", "splits", "short_side", "quality", "upright", "workers", "shard_images", "max_rejected")
+
+
+def _write(options: argparse.Namespace) -> int:
+    from tinymim_jax.data.prepare.prepare import prepare_images, read_report
+    from tinymim_jax.data.prepare.report import table
+    from tinymim_jax.data.prepare.shards import Conversion
+    from tinymim_jax.data.prepare.workers import GO_ON, Terminated, terminable
+
+    given = {key: getattr(options, key) for key in _OUTPUT_OPTIONS if getattr(options, key) is not None}
+    conversion = Conversion(**{key: given.pop(key) for key in ("short_side", "quality", "upright") if key in given})
+    given["set_name"] = given.pop("name", None)
+    try:
+        with terminable():
+            folder = prepare_images(
+                options.source,
+                output=options.output,
+                data_dir=options.data_dir,
+                conversion=conversion,
+                on_progress=_log_progress,
+                **given,
+            )
+    except Terminated:
+        log.warning("stopped by SIGTERM; %s", GO_ON)
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        log.warning("interrupted; %s", GO_ON)
+        return EXIT_INTERRUPTED
+    print(table(read_report(folder)))
+    print(folder)
+    return 0
+
+
+def _log_progress(progress) -> None:
+    from tinymim_jax.data.prepare.report import size
+
+    speed, left = progress.images_per_second, progress.total - progress.done
+    log.info(
+        "%s/%s images (%.0f %%) | %s images/s | ETA %s | %s read",
+        f"{progress.done:,}",
+        f"{progress.total:,}",
+        100 * progress.done / max(progress.total, 1),
+        f"{speed:,.0f}",
+        span(left / speed) if speed else "-",
+        size(progress.bytes_read),
+    )

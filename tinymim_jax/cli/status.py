@@ -1,0 +1,197 @@
+"""`tinymim status`: how far a run has come, while it runs or afterwards; of a sweep or chain, a line for each."""
+
+import argparse
+import json
+import os
+import re
+import time
+from typing import Any
+
+from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED, STALLED
+from tinymim_jax.runtime.progress import span
+
+EXIT_RUNNING = 3
+
+_CODES = {"finished": DONE, "failed": ERROR, "pruned": ERROR, "interrupted": PREEMPTED, "stalled": STALLED}
+_LIVE = ("starting", "compiling", "training", "evaluating")
+
+HELP = "how far a run, or each of a sweep or chain, has come"
+
+_EPILOG = """\
+Stages: starting, compiling, training, evaluating; finished; interrupted (the same command goes on), failed, stalled.
+A process that was killed is shown as interrupted. DIR may be the folder of a sweep or chain, and gs://BUCKET/PATH.
+
+Exit status: 0 finished, 3 running, 75 interrupted, 86 stalled, 1 failed; of several the worst, running before finished.
+"""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Of the `status` command."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = _EPILOG
+    command.add_argument("workdir", metavar="DIR", help="--workdir of a run, sweep or chain")
+    command.add_argument("--json", action="store_true", help="one JSON line for each run")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the status of a run, or of the runs below a folder; returns the exit status.
+
+    Raises FileNotFoundError where there are none.
+    """
+    from etils import epath
+
+    root = epath.Path(options.workdir).expanduser()
+    found = [read_run(path) for path in find_runs(root)]
+    if not found:
+        raise FileNotFoundError(f"no run has begun in {root}: give the --workdir of a run, a sweep or a chain")
+    names = [row["workdir"][len(os.fspath(root)) :].strip("/") for row in found]
+    if options.json:
+        for row in found:
+            print(json.dumps(row))
+    elif names == [""]:
+        print(in_full(found[0]))
+    else:
+        width = max(map(len, names))
+        for name, row in zip(names, found, strict=True):
+            print(f"{name:<{width}}  {in_a_line(row)}")
+        stages = [row["stage"] for row in found]
+        print(f"{len(found)} runs: " + ", ".join(f"{stages.count(s)} {s}" for s in dict.fromkeys(stages)))
+    codes = [_CODES.get(row["stage"], EXIT_RUNNING) for row in found]
+    order = (ERROR, STALLED, PREEMPTED, EXIT_RUNNING, DONE)
+    return min(codes, key=order.index)
+
+
+def find_runs(root: Any, depth: int = 2) -> list[Any]:
+    """The folders of runs: `root` itself, or those in it: points, stages, or points and their stages."""
+    if any((root / name).exists() for name in ("config.json", "failed.txt", "pruned.txt")):
+        return [root]
+    if depth == 0 or not root.is_dir():
+        return []
+    return [found for path in sorted(root.iterdir()) if path.is_dir() for found in find_runs(path, depth - 1)]
+
+
+def read_run(workdir: Any) -> dict[str, Any]:
+    """What is known of one run, as JSON values.
+
+    stage, step, total_steps; of a live one eta_seconds; images_per_second, data_wait, skipped, substituted, restarts;
+    checkpoint {step, seconds_ago}; goodput and what was lost to what, as shares of the time; train and eval, the last
+    figures; error. Keys are missing where nothing is known.
+    """
+    from tinymim_jax.runtime.goodput import shares
+    from tinymim_jax.runtime.heartbeat import read_status
+    from tinymim_jax.runtime.workdir import owner
+
+    status = read_status(workdir)
+    row: dict[str, Any] = {"workdir": os.fspath(workdir), "stage": status.get("stage", "interrupted")}
+    if status:
+        row["restarts"] = status.get("attempts", 1) - 1
+        row["seconds_since_sign_of_life"] = max(0.0, time.time() - status["time"])
+        row |= shares(status["seconds"]) if "seconds" in status else {}
+    copied = ("step", "total_steps", "processes", "host", "pid", "images_per_second", "data_wait", "skipped")
+    row |= {key: status[key] for key in (*copied, "substituted", "train", "eval", "error") if key in status}
+    row |= _ending(workdir, row, owner(workdir))
+    if row["stage"] in _LIVE and {"eta_seconds", "reported"} <= status.keys():
+        row["eta_seconds"] = max(0.0, status["eta_seconds"] - (time.time() - status["reported"]))
+    if (saved := _newest_checkpoint(workdir)) is not None:
+        row["checkpoint"] = saved
+        row.setdefault("step", saved["step"])
+    return row
+
+
+def in_full(row: dict[str, Any]) -> str:
+    """Several lines."""
+    lines = [("stage", _stage(row)), ("step", _step(row))]
+    if "eta_seconds" in row:
+        lines.append(("ETA", span(row["eta_seconds"])))
+    if "images_per_second" in row:
+        lines.append(("speed", f"{row['images_per_second']:,.0f} images/s, data wait {row.get('data_wait', 0):.0%}"))
+    lines.append(("checkpoint", _checkpoint(row)))
+    if "restarts" in row:
+        lines.append(("restarts", str(row["restarts"])))
+    if "skipped" in row:
+        lines.append(("skipped", f"{row['skipped']} steps, {row.get('substituted', 0)} images replaced by others"))
+    if "goodput" in row:
+        lost = {name.removeprefix("lost/"): share for name, share in row.items() if name.startswith("lost/")}
+        said = ", ".join(f"{name} {share:.1%}" for name, share in lost.items() if share >= 0.0005)
+        lines.append(("goodput", f"{row['goodput']:.1%} of the time in steps" + (f"; lost to {said}" if said else "")))
+    for name in ("train", "eval"):
+        if row.get(name):
+            lines.append((name, _figures(row[name])))
+    if "host" in row:
+        lines.append(("where", f"process {row.get('pid')} on {row['host']}, {row.get('processes')} in all"))
+    if row.get("error"):
+        lines.append(("said", row["error"]))
+    return "\n".join(f"{name:<10}  {text}" for name, text in lines)
+
+
+def in_a_line(row: dict[str, Any]) -> str:
+    """The same, shorter."""
+    parts = [row["stage"], _step(row)]
+    if "eta_seconds" in row:
+        parts.append(f"ETA {span(row['eta_seconds'])}")
+    if row["stage"] in _LIVE and "images_per_second" in row:
+        parts.append(f"{row['images_per_second']:,.0f} images/s")
+    if row.get("restarts"):
+        parts.append(f"{row['restarts']} restarts")
+    figures = row.get("eval") or row.get("train")
+    if figures:
+        parts.append(_figures(figures))
+    if row.get("error") and row["stage"] != "finished":
+        parts.append(row["error"].split("\n")[0][:100])
+    return " | ".join(parts)
+
+
+def _ending(workdir: Any, row: dict[str, Any], owner: str | None) -> dict[str, Any]:
+    """Stage, error and figures as the files tell that outlive a process, whatever it said last."""
+    if (workdir / "result.json").exists():
+        result = json.loads((workdir / "result.json").read_text())
+        return {"stage": "finished", "eval": {f"eval/{name}": value for name, value in result.items()}}
+    if owner is not None:
+        return {"stage": row["stage"] if row["stage"] in _LIVE else "starting", "error": ""}
+    for name, stage in (("failed.txt", "failed"), ("pruned.txt", "pruned")):
+        if (workdir / name).exists() and row["stage"] != "stalled":
+            return {"stage": stage, "error": (workdir / name).read_text().strip()}
+    if row["stage"] in _LIVE:
+        ago = span(row["seconds_since_sign_of_life"])
+        return {
+            "stage": "interrupted",
+            "error": f"it ended without a word {ago} ago, {row['stage']}: killed, most likely",
+        }
+    return {}
+
+
+def _newest_checkpoint(workdir: Any) -> dict[str, Any] | None:
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return None
+    steps = [int(path.name) for path in folder.iterdir() if re.fullmatch(r"\d+", path.name)]
+    if not steps:
+        return None
+    written = (folder / str(max(steps)) / "_CHECKPOINT_METADATA").stat().mtime
+    return {"step": max(steps), "seconds_ago": max(0.0, time.time() - written)}
+
+
+def _stage(row: dict[str, Any]) -> str:
+    silent = row.get("seconds_since_sign_of_life", 0.0)
+    if row["stage"] in _LIVE and silent > 60:
+        return f"{row['stage']}, but no sign of life for {span(silent)}"
+    return row["stage"]
+
+
+def _step(row: dict[str, Any]) -> str:
+    if "step" not in row:
+        return "step ?"
+    total = row.get("total_steps")
+    return f"step {row['step']}" + (f" of {total} ({row['step'] / max(total, 1):.0%})" if total else "")
+
+
+def _checkpoint(row: dict[str, Any]) -> str:
+    saved = row.get("checkpoint")
+    return f"step {saved['step']}, {span(saved['seconds_ago'])} ago" if saved else "none yet"
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    said = (
+        f"{n.split('/', 1)[-1]} {v:.4g}" for n, v in figures.items() if v is not None and not n.endswith("examples")
+    )
+    return ", ".join(said)

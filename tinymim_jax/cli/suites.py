@@ -1,0 +1,114 @@
+"""`tinymim evaluate CHECKPOINT --suite ...`: a classifier on ImageNet's test sets, or on one's own labelled images."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinymim_jax.evaluation.suites.registry import SUITES, parse_suites
+
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+
+_OPTIONS = ("output", "batch_size", "dtype")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Of the `evaluate` command; those that belong to --suite have None for a default, so that it shows when given."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = _epilog({name: suite.about for name, suite in SUITES.items()})
+    options = command.add_argument_group("suites")
+    options.add_argument(
+        "--suite", nargs="+", metavar="NAME", help="judge the checkpoint on these instead; no config is needed"
+    )
+    options.add_argument("--output", metavar="FILE.json", help="write all figures there, after each set")
+    options.add_argument(
+        "--batch_size", type=int, metavar="N", help="over all devices (default: 256 for each; CPUs: 64)"
+    )
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation (default float32)")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that mean nothing, with or without --suite; nothing has been computed by then."""
+    if options.suite is None:
+        given = [key for key in _OPTIONS if getattr(options, key) is not None]
+        if given:
+            raise ValueError(f"--{given[0]} needs --suite NAME; see tinymim evaluate --help")
+        return
+    if options.config or options.overrides:
+        what = "--config" if options.config else options.overrides[0]
+        raise ValueError(f"{what}: a --suite is evaluated without a config, as the checkpoint's own record says")
+    if options.output is not None:
+        folder = Path(options.output).expanduser().absolute().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"--output {options.output}: {folder} is not a folder that can be written to")
+        if Path(options.output).expanduser().is_dir():
+            raise ValueError(f"--output {options.output} is a folder: name a file in it, such as results.json")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the table and returns the exit status: 1 where a set failed or none was there to be evaluated."""
+    import jax
+
+    from tinymim_jax.evaluation.suites.classifier import Judge
+    from tinymim_jax.evaluation.suites.report import markdown
+    from tinymim_jax.evaluation.suites.run import evaluate_suites
+
+    suites = parse_suites(options.suite)
+    model = Judge(
+        options.checkpoint,
+        batch_size=options.batch_size,
+        dtype=options.dtype or "float32",
+        workers=options.workers,
+    )
+    results: dict[str, Any] = {}
+    keep = _keeper(options.output if jax.process_index() == 0 else None, results)
+    status = 0
+    try:
+        evaluate_suites(model, suites, data_dir=options.data_dir, on_result=keep)
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    if results and jax.process_index() == 0:
+        print(markdown(results, options.data_dir))
+    return status or _status(results)
+
+
+def _keeper(output: str | None, results: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """Keeps what there is so far in `results`, and in the file."""
+
+    def keep(found: dict[str, Any]) -> None:
+        results.update(found)
+        if output is None:
+            return
+        path = Path(output).expanduser()
+        scratch = path.with_name(f".{path.name}.writing-{os.getpid()}")
+        scratch.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        scratch.replace(path)
+
+    return keep
+
+
+def _status(results: dict[str, Any]) -> int:
+    found = results["suites"].values()
+    failed = any(each["status"] == "failed" for suite in found for each in (suite, *suite.get("sets", {}).values()))
+    return EXIT_ERROR if failed or not any("top1" in suite for suite in found) else 0
+
+
+def _epilog(about: dict[str, str]) -> str:
+    names = "\n".join(f"  {name:10}{line}" for name, line in about.items())
+    return f"""\
+Without --suite: the losses and accuracies of the experiment's evaluation split, as one line of JSON.
+
+With it: one forward pass of each image; top-1 and top-5, accuracy by class, calibration (ECE of 15 bins), the classes
+that are confused most, images/s, parameters and FLOPs, in a table beside the paper's figures and in full in --output.
+A set that is missing is named, with what to do, and does not stop the others.
+
+{names}
+  {"all":10}all of these
+  NAME@SPLIT a labelled set of your own with the checkpoint's classes: cifar10@test, folder:/data/pets@test
+
+  tinymim evaluate runs/b_finetuned --suite all --workers 8 --output results.json
+  tinymim evaluate converted/deit_s --suite imagenet a r
+  tinymim evaluate runs/pets --suite folder:/data/pets@test
+"""

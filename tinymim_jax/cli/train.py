@@ -1,0 +1,36 @@
+"""`tinymim train`: runs an experiment, or resumes it."""
+
+import argparse
+import logging
+
+from tinymim_jax.cli.options import add_training, start_jax
+from tinymim_jax.runtime import exits
+
+HELP = "run an experiment; run the same command again to resume it"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Of the `train` command."""
+    command.add_argument(
+        "--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, such as configs/distill_b.py"
+    )
+    command.add_argument("--workdir", required=True, help="where everything about this run is kept")
+    add_training(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status: 0 finished, 75 stopped with everything saved."""
+    from tinymim_jax.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    start_jax(options)
+    from tinymim_jax.train import train
+
+    where = {"data_dir": options.data_dir, "workers": options.workers, "fsdp": options.fsdp}
+    try:
+        train(config, options.workdir, stall_minutes=options.stall_minutes, **where)
+    except exits.Interrupted as stop:
+        if exits.is_first():
+            logging.getLogger("tinymim_jax").warning("%s", stop)
+        return exits.PREEMPTED
+    return exits.DONE

@@ -1,0 +1,289 @@
+"""One shard of a prepared set: its images checked, made smaller where wished, and written with an account of them."""
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import simplejpeg
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from PIL import Image, UnidentifiedImageError
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.views.decoding import Picture
+from tinymim_jax.data.views.transforms import resize_exact, short_side_size
+
+# A group of one record is read without its neighbours; image files do not compress, so time is not spent on it.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+# Of the machine, not of the picture: to leave the record out would leave out good ones.
+_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+_ORIENTATION = 0x0112  # the EXIF tag
+_FORMATS = {b"\xff\xd8": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What becomes of an image that can be decoded; by default its bytes are kept.
+
+    short_side: images whose short side is larger are resized to it (antialiased bicubic) and written as JPEG.
+        Smaller ones keep their bytes if they are PNG, or JPEG as TurboJPEG decodes it without a complaint; others
+        (CMYK, WebP, slightly damaged files) are written as JPEG in their own size.
+    quality: of those JPEGs, 1 to 100, with 4:2:0 chroma as ImageNet's own files.
+    upright: images are turned as their EXIF orientation says, and then written as JPEG.
+    """
+
+    short_side: int | None = None
+    quality: int = 90
+    upright: bool = False
+
+    def __post_init__(self):
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side={self.short_side}: needs a positive number of pixels")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality={self.quality}: JPEG knows 1 to 100")
+
+
+class Converted(NamedTuple):
+    """An image file, what was done to get it, the size (height, width) before, and what the decoder complained of."""
+
+    data: bytes
+    action: Literal["kept", "resized", "reencoded"]
+    size: tuple[int, int]
+    warning: str
+
+
+class Shard(NamedTuple):
+    """Records `first` up to but without `last` of `split`, and the files they go to."""
+
+    split: str
+    first: int
+    last: int
+    path: Path
+    sidecar: Path
+
+
+class Stopped(Exception):
+    """Raised in place of a shard that was given up on request."""
+
+
+def set_features(class_names: tuple[str, ...], encoding: Literal["jpeg", "png"] = "jpeg") -> tfds.features.FeaturesDict:
+    """TFDS's features of a prepared set; no `label` where there are no classes.
+
+    The encoding is a note for whoever adds images: those stored are read as they are, whatever it says.
+    """
+    label = {"label": tfds.features.ClassLabel(names=list(class_names))} if class_names else {}
+    image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding)
+    return tfds.features.FeaturesDict({"image": image, "file_name": tfds.features.Text(), **label})
+
+
+def convert(data: bytes, conversion: Conversion) -> Converted:
+    """Decodes an image file in full and does with it what `conversion` says.
+
+    Raises whatever the decoder does on a damaged file, also one that is merely cut short.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    turned = conversion.upright and _orientation(data) != 1
+    picture = Picture(data, upright=conversion.upright)
+    fast, warning, pixels = picture.reducible, "", None
+    if fast and not turned:
+        try:
+            pixels = simplejpeg.decode_jpeg(data, "RGB")
+        except ValueError as error:
+            fast, warning = False, str(error)
+    if pixels is None:
+        pixels = picture.pixels()
+    size, short = pixels.shape[:2], conversion.short_side
+    if short is not None and min(size) > short:
+        smaller = resize_exact(pixels, short_side_size(size, short))
+        return Converted(_jpeg(smaller, conversion.quality), "resized", size, warning)
+    if turned or (short is not None and not fast and image_format(data) != "png"):
+        return Converted(_jpeg(pixels, conversion.quality), "reencoded", size, warning)
+    return Converted(data, "kept", size, warning)
+
+
+def image_format(data: bytes) -> str:
+    """Such as "jpeg", by the first bytes; "other" where they say nothing."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((name for start, name in _FORMATS.items() if data.startswith(start)), "other")
+
+
+def write_shard(source: Source, shard: Shard, conversion: Conversion, on_image: Callable[[int], None]) -> None:
+    """Writes one shard and, once it lies there whole and synced, its sidecar: a JSON account of its images.
+
+    Both are a function of the records alone. A record that cannot be read or decoded is left out and listed.
+    `on_image` is called after each record with the bytes read; what it raises ends the shard without a trace.
+
+    Raises OSError where the shard cannot be written.
+    """
+    temporary = shard.path.with_name(f"{shard.path.name}.{os.getpid()}.tmp")
+    features = set_features(source.class_names)
+    layout: Any = features.get_serialized_info()
+    serializer = ExampleSerializer(layout)
+    account = _Account(shard)
+    try:
+        with _writing(shard.path):
+            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        try:
+            for index in range(shard.first, shard.last):
+                example, read = _example(source, index, conversion, account)
+                if example is not None:
+                    record = serializer.get_tf_example(features.encode_example(example))
+                    with _writing(shard.path):
+                        # The order of a map's entries differs from one process to the next, unless asked not to.
+                        writer.write(record.SerializeToString(deterministic=True))
+                on_image(read)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+                writer.close()
+            raise
+        with _writing(shard.path):
+            writer.close()
+            _check_records(temporary, account.records)
+            sync(temporary)
+            account.file_bytes = temporary.stat().st_size
+            os.replace(temporary, shard.path)
+            sync(shard.path.parent)
+            write_json(shard.sidecar, account.as_dict())
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finished(shard: Shard) -> bool:
+    """Whether the shard lies there whole, as its sidecar says it should."""
+    try:
+        account = json.loads(shard.sidecar.read_text())
+        if shard.path.stat().st_size != account["file_bytes"]:
+            return False
+        _check_records(shard.path, account["records"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return False
+    return True
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that is there whole, on the disk itself, or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns once a file, or the names in a folder, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def raise_if_of_the_machine(error: Exception) -> None:
+    """Raises what says nothing about a record: that memory or open files ran out, or a file server went away."""
+    for each in (error, error.__cause__):
+        if isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno in _MACHINE_ERRORS):
+            raise error
+
+
+class _Account:
+    """What a sidecar tells of a shard."""
+
+    def __init__(self, shard: Shard):
+        self._shard = shard
+        self.file_bytes = 0
+        self.records = 0
+        self._bytes = {"bytes_before": 0, "bytes_after": 0}
+        self._counts = {key: collections.Counter() for key in ("classes", "formats", "actions", "widths", "heights")}
+        self._counts["short_sides"] = collections.Counter()
+        self._listed: dict[str, list[dict[str, Any]]] = {"rejected": [], "warnings": []}
+
+    def add(self, label: int, before: bytes, converted: Converted) -> None:
+        height, width = converted.size
+        self.records += 1
+        self._bytes["bytes_before"] += len(before)
+        self._bytes["bytes_after"] += len(converted.data)
+        values = (label, image_format(converted.data), converted.action, width, height, min(height, width))
+        for counter, value in zip(self._counts.values(), values):
+            counter[value] += 1
+
+    def list(self, kind: Literal["rejected", "warnings"], index: int, description: str, reason: str) -> None:
+        self._listed[kind].append({"index": index, "description": description, "reason": reason})
+
+    def as_dict(self) -> dict[str, Any]:
+        counts = {key: {str(value): counter[value] for value in counter} for key, counter in self._counts.items()}
+        where = {"split": self._shard.split, "first": self._shard.first, "last": self._shard.last}
+        sizes = {"records": self.records, "file_bytes": self.file_bytes}
+        return where | sizes | self._bytes | counts | self._listed
+
+
+def _example(
+    source: Source, index: int, conversion: Conversion, account: _Account
+) -> tuple[dict[str, Any] | None, int]:
+    """What TFDS is to write of a record, None for a rejected one; and the bytes read."""
+    data, description = b"", _printable(source.describe(index))
+    try:
+        record = source[index]
+        data, label = record["image"], int(record["label"])
+        if not -1 <= label < max(source.classes, 1):
+            raise ValueError(f"label {label} is none of the {source.classes} classes")
+        converted = convert(data, conversion)
+    except Exception as error:
+        raise_if_of_the_machine(error)
+        account.list("rejected", index, description, _reason(error, data))
+        return None, len(data)
+    if converted.warning:
+        account.list("warnings", index, description, _printable(converted.warning))
+    account.add(label, data, converted)
+    example = {"image": io.BytesIO(converted.data), "file_name": description}
+    return example | ({"label": label} if source.classes else {}), len(data)
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    if isinstance(error.__cause__, UnidentifiedImageError):
+        return f"not an image (it begins with {data[:8]!r})"
+    # An address would be another each time.
+    return _printable(re.sub(r" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
+
+
+def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420")
+
+
+def _orientation(data: bytes) -> int:
+    with Image.open(io.BytesIO(data)) as image:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _check_records(path: Path, records: int) -> None:
+    reader = ArrayRecordReader(str(path))
+    try:
+        found = reader.num_records()
+    finally:
+        reader.close()
+    if found != records:
+        raise OSError(f"{path} holds {found} records, not {records}")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord's own are RuntimeErrors
+        raise OSError(f"cannot write {path}: {error}; mend that (is the disk full?)") from error

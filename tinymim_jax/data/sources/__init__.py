@@ -1,0 +1,1 @@
+"""Where images lie: TFDS, folders, tar, Parquet, ArrayRecord."""

@@ -1,0 +1,160 @@
+"""`folder:LOCATION`: image files, in a folder for each class or without classes."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+
+from tinymim_jax.data.sources import files
+from tinymim_jax.data.sources.examples import Example, Source
+from tinymim_jax.data.sources.index import Index, Records, cache_folder, cached, writable
+from tinymim_jax.data.sources.splits import ALL, Parts
+
+# torchvision.datasets.folder.IMG_EXTENSIONS, and AVIF.
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif")
+# A folder all of whose folders are called such is one of splits, any other one of classes.
+_SPLIT_FOLDER = re.compile(r"(train|trn|val|valid|validation|dev|test|eval|extra|mini|unlabel+ed)(ing)?([-_.\d].*)?")
+# A folder may change once more within the tick of its clock, unseen: what is younger is not trusted.
+_SETTLED_SECONDS = 2.0
+
+
+def open_split(name: str, location: str, split: str) -> Source:
+    """A whole split of the images at `location`, in mixed order; rules and errors as `sources.open_source`."""
+    names = split_names(location)
+    if split == ALL and names != [ALL]:
+        wholes = [open_split(name, location, each) for each in names]
+        return Parts(name, split, [(whole, 0, len(whole)) for whole in wholes])
+    root = _root(location, split)
+    if not files.is_folder(root):
+        raise ValueError(
+            f"split={split!r} of {name!r} is unknown: there is no folder {root}; choices: {_choices(location, names)}, "
+            "or a part such as 'train[:90%]'"
+        )
+    return FolderSource(name, split, root, _index(root))
+
+
+def split_names(location: str) -> list[str]:
+    """The whole splits at `location`: its folders where they are called as splits are, otherwise `all`."""
+    before, marker, after = files.absolute(location).partition("{split}")
+    if marker:
+        found = files.matches(f"{before}*{after}")
+        pattern = re.compile(re.escape(files.bare(before)) + r"([\w-]+)" + re.escape(after))
+        names = [match[1] for path in found if (match := pattern.fullmatch(files.bare(path)))]
+        if not names:
+            raise FileNotFoundError(f"there is no folder {before}*{after}")
+        return names
+    if not files.is_folder(before):
+        raise FileNotFoundError(f"there is no folder {before}")
+    folders, _ = files.list_folder(before)
+    return folders if folders and all(map(_SPLIT_FOLDER.fullmatch, folders)) else [ALL]
+
+
+class FolderSource(Source):
+    """The image files under `root`, read when they are asked for."""
+
+    def __init__(self, name: str, split: str, root: str, index: Index):
+        self.name = name
+        self.split = split
+        self.class_names = tuple(index.meta["class_names"])
+        self._root = root
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": files.read(self._path(index)), "label": int(self._index.labels[index])}
+
+    def describe(self, index: int) -> str:
+        return self._path(index) if 0 <= index < len(self) else super().describe(index)
+
+    def _path(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}/{self.split} has records 0 to {len(self) - 1}, got {index}")
+        return files.join(self._root, self._index.name(index))
+
+    def __reduce__(self):
+        return FolderSource, (self.name, self.split, self._root, self._index)
+
+
+def _root(location: str, split: str) -> str:
+    location = files.absolute(location)
+    if "{split}" in location:
+        return location.replace("{split}", split)
+    return location if split == ALL else files.join(location, split)
+
+
+def _choices(location: str, names: list[str]) -> str:
+    if names == [ALL]:  # any folder may be asked for
+        names = names + files.list_folder(files.absolute(location))[0]
+    return ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+
+
+def _index(root: str) -> Index:
+    """Listed once: found again as long as no folder under `root` has been changed."""
+    note = cache_folder() / f"folders-{hashlib.sha256(os.fsencode(root)).hexdigest()}.json"
+    if not files.is_remote(root) and note.is_file():
+        known: dict[str, str] = json.loads(note.read_text())
+        if known == _versions(root, list(known)):
+            return _cached(root, known)
+    return _listed_anew(root, note)
+
+
+def _listed_anew(root: str, note) -> Index:
+    started = time.time()
+    found = dict(files.walk(root))
+    if files.is_remote(root):  # a bucket's folders have no date: the listing itself is what to know it by
+        listing = hashlib.sha256()
+        for folder in sorted(found):
+            listing.update("\0".join([folder, *found[folder], ""]).encode())
+        return _cached(root, listing.hexdigest(), found)
+    versions = _versions(root, list(found))
+    if any(int(version) / 1e9 > started - _SETTLED_SECONDS for version in versions.values()):
+        return _cached(root, [versions, time.time_ns()], found)
+    index = _cached(root, versions, found)
+    with writable(note.parent), tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as scratch:
+        json.dump(versions, scratch)
+    os.replace(scratch.name, note)
+    return index
+
+
+def _versions(root: str, folders: list[str]) -> dict[str, str]:
+    try:
+        statuses = files.in_threads(files.status, [files.join(root, folder) for folder in folders])
+    except OSError:
+        return {}  # one is gone
+    return {folder: status.version for folder, status in zip(folders, statuses)}
+
+
+def _cached(root: str, versions, found: dict[str, list[str]] | None = None) -> Index:
+    def build() -> Records:
+        return _records(root, dict(files.walk(root)) if found is None else found)
+
+    return cached(root, ["folder", root, versions], build)
+
+
+def _records(root: str, found: dict[str, list[str]]) -> Records:
+    images = {folder: [name for name in names if is_image(name)] for folder, names in found.items()}
+    classes = sorted(folder for folder in images if folder and "/" not in folder)
+    in_folders = [folder for folder in images if folder and images[folder]]
+    records = Records()
+    if images[""] and in_folders:
+        raise ValueError(
+            f"{root} holds images itself ({images[''][0]}, ...) and in folders ({in_folders[0]}, ...): "
+            "either give each class its folder, or keep all images in one"
+        )
+    if not images[""] and not in_folders:
+        raise ValueError(f"{root} holds no image; looked for {', '.join(IMAGE_EXTENSIONS)}, in all folders under it")
+    records.meta["class_names"] = classes if in_folders else []
+    labels = {name: label for label, name in enumerate(classes)}
+    for folder in sorted(images, key=lambda folder: (folder.split("/")[0], folder)):
+        label = labels[folder.split("/")[0]] if in_folders and folder else -1
+        for name in images[folder]:
+            records.add(files.join(folder, name), label)
+    return records.mixed()
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_EXTENSIONS)

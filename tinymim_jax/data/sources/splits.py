@@ -1,0 +1,98 @@
+"""Splits and parts of them, `train[:90%]+test`, in TFDS's syntax and with its meaning, for any whole splits."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from tinymim_jax.data.sources.examples import Example, Source
+
+ALL = "all"  # the split that is everything there is
+# TFDS gives "all" a meaning of its own, the sum of all splits, and will not slice it: it sees another name.
+_TFDS_ALL = "everything"
+
+
+def open_parts(name: str, split: str, open_whole: Callable[[str], Source]) -> Source:
+    """The source of `split`, put together from the whole splits it mentions; see `sources.open_source`.
+
+    `open_whole` opens one whole split by its name. Raises ValueError for bad syntax, and what it raises.
+    """
+    mentioned = [re.split(r"\[", term.strip())[0] for term in split.split("+")]
+    wholes = {each: open_whole(each) for each in dict.fromkeys(mentioned)}
+    if split in wholes:
+        return wholes[split]
+    names = {ALL: _TFDS_ALL}
+    spec = "+".join(
+        names.get(each, each) + term.strip()[len(each) :] for each, term in zip(mentioned, split.split("+"))
+    )
+    infos = {
+        names.get(each, each): tfds.core.SplitInfo(name=names.get(each, each), shard_lengths=[len(whole)], num_bytes=0)
+        for each, whole in wholes.items()
+    }
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    except (ValueError, AssertionError) as error:
+        sizes = ", ".join(f"{each} ({len(whole):,})" for each, whole in wholes.items())
+        raise ValueError(
+            f"split={split!r} of {name!r} cannot be understood, as parts of {sizes}; "
+            "choices: a part such as 'train[:90%]', 'train[1000:]', and sums of parts, 'train+test[:50%]'"
+        ) from error
+    ranges = []
+    for part in parts:
+        whole = wholes[ALL if part.splitname == _TFDS_ALL else part.splitname]
+        begin, end = part.from_ or 0, len(whole) if part.to is None else part.to
+        if begin < end:
+            ranges.append((whole, begin, end))
+    if not ranges:
+        raise ValueError(f"split={split!r} of {name!r} holds no image")
+    return Parts(name, split, ranges)
+
+
+class Parts(Source):
+    """Ranges `[begin, end)` of sources, one after another.
+
+    Where some of them have no classes, labels are left out of all. Raises ValueError where their classes differ.
+    """
+
+    def __init__(self, name: str, split: str, ranges: list[tuple[Source, int, int]]):
+        self.name = name
+        self.split = split
+        self._ranges = ranges
+        self._ends = np.cumsum([end - begin for _, begin, end in ranges])
+        self.class_names = ranges[0][0].class_names
+        for source, _, _ in ranges[1:]:
+            self._agree(ranges[0][0], source)
+
+    def _agree(self, first: Source, other: Source) -> None:
+        if not (self.class_names and other.class_names):
+            self.class_names = ()
+        elif first.class_names != other.class_names:
+            only = sorted(set(first.class_names) ^ set(other.class_names))[:5]
+            raise ValueError(
+                f"{self.name!r}: the classes of split {first.split!r} ({first.classes}) and {other.split!r} "
+                f"({other.classes}) differ, in {only}; name the same ones in each, or open them one by one"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        source, inner = self._place(index)
+        example = source[inner]
+        if not self.class_names:
+            example["label"] = -1
+        return example
+
+    def describe(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            return super().describe(index)
+        source, inner = self._place(index)
+        return source.describe(inner)
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}/{self.split} has records 0 to {len(self) - 1}, got {index}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        source, _, end = self._ranges[number]
+        return source, index - int(self._ends[number]) + end

@@ -1,0 +1,250 @@
+"""Data sets of TFDS, kept as ArrayRecord: opening and preparing them; `digits` is made on first use.
+
+TensorFlow is never imported for reading; some sets need it once, to be prepared.
+"""
+
+import contextlib
+import difflib
+import functools
+import io
+import json
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from tinymim_jax.data.sources.examples import Example, Source
+from tinymim_jax.data.sources.files import raise_open_file_limit
+
+log = logging.getLogger(__name__)
+
+_INFO_FILE = "dataset_info.json"  # lies in every directory that TFDS has finished
+_MASK = "segmentation_mask"  # what TFDS calls it
+_LABELS = ("label", "original_label")  # the latter in ImageNet ReaL, which has `real_label`, several, beside it
+_SEVERAL = "real_label"
+
+
+def open_tfds(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Source:
+    """Opens a prepared set; `digits` is prepared first if it has to be. Errors as `sources.open_source`."""
+    return TfdsSource(name, _prepared(name, data_dir), split)
+
+
+def tfds_splits(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, int]:
+    """The splits of a prepared set and their sizes, by name; `digits` is prepared first if it has to be."""
+    builder: Any = tfds.builder_from_directory(_prepared(name, data_dir))
+    return {key: builder.info.splits[key].num_examples for key in sorted(builder.info.splits)}
+
+
+def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> Path:
+    """Downloads a set where TFDS can, writes it as ArrayRecord and returns its directory; once is enough.
+
+    Raises:
+        ValueError: unknown set, one without images, or already there in a format without random access.
+        ImportError: a package is missing that only preparing needs; the message says which.
+    """
+    root = _data_root(data_dir)
+    raise_open_file_limit()
+    if name == "digits":
+        return _prepare_digits(root)
+    try:
+        builder = tfds.builder(name, data_dir=root, file_format="array_record")
+        _check_images(name, builder)
+        builder.download_and_prepare()
+    except tfds.core.DatasetNotFoundError as error:
+        raise _unknown(name, root) from error
+    except ImportError as error:
+        if "tensorflow" not in str(error).lower():
+            raise
+        raise ImportError(
+            f"TFDS needs TensorFlow to prepare {name!r} (reading it will not); "
+            "run: pip install tensorflow-cpu, then the same command again"
+        ) from error
+    directory = Path(builder.data_dir)
+    _check_random_access(name, tfds.builder_from_directory(directory), directory)
+    return directory
+
+
+class TfdsSource(Source):
+    """One split of a set that TFDS has prepared in `directory`, read without the code that prepared it.
+
+    Records of a segmentation set have their `mask`, those of ImageNet ReaL their `labels`; labels are served where they
+    are TFDS's ClassLabels.
+    """
+
+    def __init__(self, name: str, directory: str | os.PathLike, split: str):
+        builder: Any = tfds.builder_from_directory(directory)
+        _check_images(name, builder)
+        _check_random_access(name, builder, Path(directory))
+        _check_split(name, builder, split)
+        _check_shards(name, builder, split)
+        features = builder.info.features
+        self.name = name
+        self.split = split
+        self._label = next((key for key in _LABELS if _has(features, key, tfds.features.ClassLabel)), None)
+        self.class_names = tuple(features[self._label].names) if self._label else ()
+        self._directory = Path(directory)
+        self._has_file_names = "file_name" in features
+        self._has_masks = _has(features, _MASK, tfds.features.Image)
+        self._has_several = _has(features, _SEVERAL, tfds.features.Sequence)
+        # Nothing else is decoded: other features may need TensorFlow for that.
+        served = ["image"] + [self._label] * (self._label is not None) + [_MASK] * self._has_masks
+        served += ["file_name"] * self._has_file_names + [_SEVERAL] * self._has_several
+        self._features = tfds.features.FeaturesDict({key: features[key] for key in served})
+        self._decoders = {key: tfds.decode.SkipDecoding() for key in ("image", _MASK) if key in served}
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        self._records = builder.as_data_source(split, deserialize_method=raw)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}/{self.split} has records 0 to {len(self) - 1}, got {index}")
+        record = self._record(index)
+        example: Example = {"image": record["image"], "label": int(record[self._label]) if self._label else -1}
+        if self._has_masks:
+            example["mask"] = record[_MASK]
+        if self._has_several:
+            example["labels"] = tuple(map(int, record[_SEVERAL]))
+        return example
+
+    def describe(self, index: int) -> str:
+        described = super().describe(index)
+        if self._has_file_names:
+            with contextlib.suppress(Exception):  # asked for damaged records above all
+                described += f" ({self._record(index)['file_name'].decode()})"
+        return described
+
+    def _record(self, index: int) -> Any:
+        return self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
+
+    def __reduce__(self):
+        # Opened anew in each worker process, which is cheaper than sending TFDS's builder there.
+        return TfdsSource, (self.name, self._directory, self.split)
+
+
+def _prepared(name: str, data_dir: str | os.PathLike | None) -> Path:
+    root = _data_root(data_dir)
+    directory = _find(name, root)
+    if directory is None and name == "digits":
+        directory = prepare(name, data_dir=root)
+    if directory is None:
+        raise _missing(name, root)
+    return directory
+
+
+def _data_root(data_dir: str | os.PathLike | None) -> Path:
+    chosen = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if "://" in chosen:
+        raise ValueError(f"data_dir={chosen!r} is not a local path; mount the bucket and give that path")
+    return Path(chosen).expanduser().absolute()
+
+
+def _find(name: str, root: Path) -> Path | None:
+    """The newest version prepared. TFDS's own search consults the set's code, which some sets need TensorFlow for."""
+    path, _, version = name.partition(":")
+    directory = root / path
+    default = directory / ".config" / "metadata.json"
+    if default.is_file():  # TFDS notes there which of a set's configs is meant where none is named
+        directory /= json.loads(default.read_text())["default_config_name"]
+    prepared = [file.parent for file in directory.glob(f"{version or '*'}/{_INFO_FILE}")]
+    numbered = [found for found in prepared if re.fullmatch(r"\d+\.\d+\.\d+", found.name)]
+    return max(numbered, key=lambda found: [int(part) for part in found.name.split(".")], default=None)
+
+
+def _prepare_digits(root: Path) -> Path:
+    if (directory := _find("digits", root)) is not None:
+        return directory
+    from tinymim_jax.data.builders.digits import Digits
+
+    log.info("preparing 'digits' under %s", root)
+    root.mkdir(parents=True, exist_ok=True)
+    # Written aside, then renamed in one go: of several processes that start at once one places the set, the
+    # others drop theirs, and none ever sees half of it.
+    with tempfile.TemporaryDirectory(prefix=".digits-", dir=root) as scratch:
+        builder = Digits(data_dir=scratch, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            builder.download_and_prepare()  # a second's work: its progress bars would only be noise
+        directory = root / "digits" / str(builder.version)
+        directory.parent.mkdir(exist_ok=True)
+        try:
+            os.rename(builder.data_dir, directory)
+        except OSError:
+            if _find("digits", root) is None:
+                raise
+    return directory
+
+
+def _check_images(name: str, builder: tfds.core.DatasetBuilder) -> None:
+    features: Any = builder.info.features
+    if not (isinstance(features, dict | tfds.features.FeaturesDict) and _has(features, "image", tfds.features.Image)):
+        raise ValueError(
+            f"{name!r} cannot be used: it has {sorted(features)}; needed is 'image' (Image), of use are 'label' "
+            "(ClassLabel) and 'segmentation_mask' (Image)"
+        )
+
+
+def _has(features: Any, key: str, kind: type) -> bool:
+    return key in features and isinstance(features[key], kind)
+
+
+def _check_random_access(name: str, builder: tfds.core.DatasetBuilder, directory: Path) -> None:
+    formats = builder.info.available_file_formats()
+    if not formats & tfds.core.FileFormat.with_random_access():
+        found = ", ".join(sorted(stored.value for stored in formats))
+        raise ValueError(
+            f"{name!r} in {directory} is stored as {found}, which cannot be read by index; "
+            f"remove it or choose another DIR, then run: tinymim prepare {name} --data_dir DIR"
+        )
+
+
+def _check_split(name: str, builder: tfds.core.DatasetBuilder, split: str) -> None:
+    splits = builder.info.splits
+    choices = ", ".join(f"{key} ({splits[key].num_examples:,})" for key in sorted(splits))
+    try:
+        count = splits[split].num_examples
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"split={split!r} is not one of {name!r}; choices: {choices}, or a part such as 'train[:90%]'"
+        ) from error
+    if count == 0:
+        raise ValueError(f"split={split!r} of {name!r} holds no example; choices: {choices}")
+
+
+def _check_shards(name: str, builder: tfds.core.DatasetBuilder, split: str) -> None:
+    """Files are opened when a record is first read: of one that is missing we want to hear before the run starts."""
+    paths = [Path(part.filename) for part in builder.info.splits[split].file_instructions]
+    lost = [path for path in paths if not path.is_file() or not os.access(path, os.R_OK)]
+    if lost:
+        raise FileNotFoundError(
+            f"{name!r} lacks {len(lost)} of the {len(paths)} files of split {split!r}, or they cannot be read: "
+            f"{lost[0]}{' and others' if len(lost) > 1 else ''}; copy them again, or remove the set and prepare it anew"
+        )
+
+
+def _missing(name: str, root: Path) -> Exception:
+    if _base(name) not in _known_sets() and not (root / _base(name)).is_dir():
+        return _unknown(name, root)
+    return FileNotFoundError(f"{name!r} is not prepared under {root}; run: tinymim prepare {name} --data_dir {root}")
+
+
+def _unknown(name: str, root: Path) -> ValueError:
+    near = difflib.get_close_matches(_base(name), sorted(_known_sets()))
+    guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return ValueError(
+        f"{name!r} is unknown: {guess}choices: 'digits', a set of TFDS, one prepared under {root}, "
+        "or files of your own: 'folder:', 'tar:', 'parquet:' or 'array_record:' and their place"
+    )
+
+
+def _base(name: str) -> str:
+    return name.split(":")[0].split("/")[0]
+
+
+@functools.cache
+def _known_sets() -> set[str]:
+    return {"digits", *tfds.list_builders(with_community_datasets=False)}

@@ -1,0 +1,1 @@
+"""Figures of a checkpoint: evaluation, k-NN, linear probe, prediction."""

@@ -1,0 +1,215 @@
+"""Linear probe on features that are extracted once: minutes for any checkpoint, without augmentation.
+
+The published probe, which crops and flips anew in each epoch, is configs/linprobe.py through the loop.
+"""
+
+import functools
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from tinymim_jax import optim
+from tinymim_jax.checkpoints.params import check_free, save_params
+from tinymim_jax.checkpoints.probes import folded_head, frozen_parts
+from tinymim_jax.evaluation.features import labelled_splits, split_features
+from tinymim_jax.experiment import preprocessing
+from tinymim_jax.ops.batch_norm import EPS
+from tinymim_jax.ops.layer_norm import layer_norm
+from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
+from tinymim_jax.ops.top_k import in_top
+from tinymim_jax.runtime.progress import span
+from tinymim_jax.sharding import AXES, make_mesh, replicated
+from tinymim_jax.state import place_frozen
+from tinymim_jax.tasks.pretrained import load
+from tinymim_jax.tasks.probe.task import probe_record, probed_network
+
+log = logging.getLogger(__name__)
+
+BASE_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+EPOCHS, BATCH_SIZE = 90, 1024  # with the momentum, the SGD recipe of MoCo v3 (main_lincls.py)
+HELD_OUT = 0.1  # of the training split, where there are several rates to choose from
+_MOMENTUM, _HEAD_STD = 0.9, 0.01
+_ROWS = 4096  # judged at a time
+
+Head = dict[str, Any]  # kernel [dim, classes], bias [classes]; of several heads with a leading dimension
+
+
+def evaluate_probe(
+    config: ConfigDict,
+    checkpoint: str | pathlib.Path,
+    *,
+    pool: str = "cls",
+    base_lrs: Sequence[float] = BASE_LRS,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH_SIZE,
+    output: str | pathlib.Path | None = None,
+    data_dir: str | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Loss, top-1 and top-5 on `config.data`'s evaluation split of a linear head trained on its training split.
+
+    Args:
+      config: any experiment; its data, image size, dtype and seed are used.
+      checkpoint: a run, or a converted file; its encoder and pooling norm are used.
+      pool: 'cls' token after the final norm (as MAE publishes it), or 'mean' of the patch tokens, with a norm after it.
+      base_lrs: of SGD, for 256 examples. Of several, the one with the best top-1 on a held-out tenth of the training
+        split is taken, and its head trained anew on the whole of it.
+      epochs, batch_size: of the head's training.
+      output: folder for the classifier, as other commands read it, and for result.json.
+
+    Raises ValueError for splits without labels and numbers that mean nothing; CheckpointError where `output` is taken.
+    """
+    if not base_lrs or min(base_lrs) <= 0 or epochs < 1 or batch_size < 1:
+        raise ValueError(
+            f"base_lr={list(base_lrs)}, epochs={epochs}, batch_size={batch_size}: choose rates above 0, the others "
+            "from 1"
+        )
+    if output is not None:
+        check_free(output)
+    sources = labelled_splits(config, data_dir=data_dir, purpose="a head is trained and judged by them")
+    classes, mesh = sources[0].classes, make_mesh()
+    loaded = load(str(checkpoint))
+    network = probed_network(loaded, config.model, pool, classes)
+    frozen = frozen_parts(loaded.model, loaded.params, image_size=network.encoder.image_size, pool=pool)
+    placed = place_frozen(frozen["encoder"], mesh)
+    (x, y), (judged_x, judged_y) = (
+        split_features(config, source, network.encoder, placed, mesh, pool=pool, workers=workers) for source in sources
+    )
+    if pool == "mean":
+        norm = jax.jit(lambda x: layer_norm(x, frozen["fc_norm"]["scale"], frozen["fc_norm"]["bias"]))
+        x, judged_x = np.asarray(norm(x)), np.asarray(norm(judged_x))
+    fit = functools.partial(
+        fit_heads, classes=classes, epochs=epochs, batch_size=batch_size, seed=config.seed, mesh=mesh
+    )
+    tried: dict[str, float] = {}
+    if len(base_lrs) > 1:
+        held, kept = _held_out(len(x), config.seed)
+        tops = judge(fit(x[kept], y[kept], base_lrs=base_lrs), x[held], y[held])["top1"]
+        tried = {f"{rate:g}": float(top) for rate, top in zip(base_lrs, tops)}
+        log.info("top-1 on %d held-out images by base_lr: %s", len(held), tried)
+    best = base_lrs[int(np.argmax(list(tried.values())))] if tried else base_lrs[0]
+    if tried and best in (min(base_lrs), max(base_lrs)):
+        log.warning("base_lr %g is the best and at the end of those tried: try others beyond it (--base_lr)", best)
+    heads = fit(x, y, base_lrs=(best,))
+    figures = {name: float(values[0]) for name, values in judge(heads, judged_x, judged_y).items()}
+    result = figures | {"examples": len(judged_y), "base_lr": best, "held_out_top1": tried}
+    if output is not None and jax.process_index() == 0:
+        model = {
+            "encoder": network.encoder.record(),
+            "classifier": {"classes": classes, "pool": pool},
+            "probe": probe_record(loaded),
+            "preprocessing": preprocessing(config, sources[0].class_names),
+        }
+        save_params(output, frozen | {"head": jax.tree.map(lambda leaf: leaf[0], heads)}, model)
+        (pathlib.Path(output) / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def fit_heads(
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    classes: int,
+    base_lrs: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    mesh: Mesh,
+) -> Head:
+    """A linear head for each rate, all trained side by side on the same batches: kernel `[rates, dim, classes]`, bias.
+
+    Features are brought to mean 0 and variance 1 over all of `features`, once: what a batch norm's running statistics
+    approach. The heads that are returned take features as they are. Each device holds all of `features` and trains
+    some of the heads.
+    """
+    statistics = _moments(features)
+    scale = 1 / np.sqrt(statistics["variance"] + EPS)
+    normed = (features - statistics["mean"].astype(np.float32)) * scale.astype(np.float32)
+    batch_size = min(batch_size, len(features))
+    steps = len(features) // batch_size  # of an epoch; what is left over is another part of the data in each
+    heads_sharding, everywhere = NamedSharding(mesh, PartitionSpec(AXES)), replicated(mesh)
+    count = -(-len(base_lrs) // mesh.size) * mesh.size
+    padded = [*base_lrs, *[base_lrs[-1]] * (count - len(base_lrs))]  # every device gets as many
+    rates = jax.device_put(np.asarray(padded, np.float32) * batch_size / 256, heads_sharding)
+    data = jax.device_put((normed, labels.astype(np.int32)), everywhere)
+    root = jax.random.key(seed)
+    head = {
+        "kernel": _HEAD_STD * jax.random.normal(jax.random.fold_in(root, epochs), (features.shape[1], classes)),
+        "bias": jnp.zeros(classes),
+    }
+    schedule = optim.warmup_cosine(1.0, 0, epochs * steps)
+    optimizer = optim.make_optimizer("sgd", schedule, head, momentum=_MOMENTUM, weight_decay=0.0)
+
+    def loss(head: Head, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = x @ head["kernel"] + head["bias"]
+        return soft_cross_entropy(logits, soft_targets(y, classes, smoothing=0.0)).mean()
+
+    def update(head: Head, state: Any, rate: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Head, Any]:
+        updates, state = optimizer.update(jax.grad(loss)(head, x, y), state, head)
+        return optax.apply_updates(head, jax.tree.map(lambda leaf: rate * leaf, updates)), state
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=heads_sharding)
+    def epoch(heads: tuple[Head, Any], rates: jax.Array, data: tuple[jax.Array, jax.Array], key: jax.Array):
+        order = jax.random.permutation(key, len(features))[: steps * batch_size].reshape(steps, batch_size)
+
+        def step(heads: tuple[Head, Any], rows: jax.Array) -> tuple[tuple[Head, Any], None]:
+            x, y = data[0][rows], data[1][rows]
+            return jax.vmap(update, in_axes=(0, 0, 0, None, None))(*heads, rates, x, y), None
+
+        return jax.lax.scan(step, heads, order)[0]
+
+    start = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), (head, optimizer.init(head)))
+    heads, began = jax.device_put(start, heads_sharding), time.perf_counter()
+    for i in range(epochs):
+        heads = epoch(heads, rates, data, jax.random.fold_in(root, i))
+    trained = jax.device_get(jax.jit(lambda trained: trained, out_shardings=everywhere)(heads[0]))
+    seconds = span(time.perf_counter() - began)
+    log.info("%d heads trained for %d epochs on %d features in %s", len(base_lrs), epochs, len(features), seconds)
+    folded = [folded_head({name: leaf[i] for name, leaf in trained.items()}, statistics) for i in range(len(base_lrs))]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *folded)
+
+
+def judge(heads: Head, features: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Means over all examples, each counted once, of every head: {"loss", "top1", "top5"}, float64 `[heads]`."""
+
+    @jax.jit
+    def sums(heads: Head, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+        def of_one(head: Head) -> dict[str, jax.Array]:
+            logits = x @ head["kernel"] + head["bias"]
+            losses = soft_cross_entropy(logits, soft_targets(y, logits.shape[1], smoothing=0.0))
+            return {"loss": losses.sum(), "top1": in_top(logits, y, 1).sum(), "top5": in_top(logits, y, 5).sum()}
+
+        return jax.lax.map(of_one, heads)
+
+    total = {name: np.zeros(len(heads["bias"])) for name in ("loss", "top1", "top5")}
+    for start in range(0, len(features), _ROWS):
+        part = sums(heads, features[start : start + _ROWS], labels[start : start + _ROWS])
+        for name, values in part.items():
+            total[name] += np.asarray(values, np.float64)
+    return {name: values / len(features) for name, values in total.items()}
+
+
+def _moments(features: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and variance over all rows, float64; no copy of them all is made."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    squares = np.zeros_like(mean)
+    for start in range(0, len(features), _ROWS):
+        squares += np.square(features[start : start + _ROWS] - mean).sum(axis=0)
+    return {"mean": mean, "variance": squares / len(features)}
+
+
+def _held_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(held-out rows, the others), drawn once for the seed."""
+    order = np.random.default_rng(seed).permutation(count)
+    held = max(1, round(HELD_OUT * count))
+    return np.sort(order[:held]), np.sort(order[held:])

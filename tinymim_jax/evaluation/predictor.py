@@ -1,0 +1,166 @@
+"""A checkpoint that can be used: pictures in; classes, logits or features out."""
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.data.views.decoding import Picture, Undecodable
+from tinymim_jax.data.views.transforms import EvalView
+from tinymim_jax.errors import unknown
+from tinymim_jax.models.heads import POOLS, Classifier, pool_tokens
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.color import normalize
+from tinymim_jax.tasks.pretrained import Loaded, fit_positions
+
+# A path, a Pillow image, or pixels uint8 [height, width, 3], RGB, of any size.
+AnyImage = str | os.PathLike | Image.Image | np.ndarray
+
+# What converted PyTorch files do not tell: the published evaluation on ImageNet.
+_PUBLISHED = {
+    "interpolation": "bicubic",
+    "upright": False,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "class_names": [],
+}
+_LARGEST_BATCH = 64
+
+
+class Prediction(NamedTuple):
+    """A class and its probability. A checkpoint that names no classes calls them by their numbers."""
+
+    name: str
+    index: int
+    probability: float
+
+
+def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> "Model":
+    """The model in `path`: the workdir of a run, or what `tinymim convert` wrote.
+
+    Raises CheckpointError where there is none, or it is damaged.
+    """
+    record, params = load_params(path)
+    return Model(str(path), record, params, dtype)
+
+
+class Model:
+    """A trained encoder, with a classifier where the checkpoint has one.
+
+    preprocessing: what is done to an image first, as the checkpoint has it: `image_size` (height, width), `resize`
+        (short side before the centre crop), `interpolation`, `upright`, `mean`, `std`, and `class_names`.
+    """
+
+    def __init__(self, path: str, record: dict[str, Any], params: dict[str, Any], dtype: Any = jnp.float32):
+        self._path, self._record = path, record
+        encoder = ViT.from_record(record["encoder"], dtype=dtype)
+        # 224 -> 256, as published, and in proportion at other sizes.
+        sizes = {"image_size": list(encoder.image_size), "resize": round(max(encoder.image_size) * 256 / 224)}
+        self.preprocessing: dict[str, Any] = sizes | _PUBLISHED | record.get("preprocessing", {})
+        self._encoder = encoder
+        params = params | {"encoder": fit_positions(Loaded(path, record, params), encoder)}
+        self._params = jax.device_put(params)
+        self._programs: dict[str, Any] = {}
+        self._classifier = None
+        if record.get("classifier", {}).get("classes") and "head" in params:
+            self._classifier = Classifier(encoder, **record["classifier"])
+        self._view = EvalView(tuple(self.preprocessing["image_size"]), self.preprocessing["resize"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called; empty where there is no classifier, or no names came with it."""
+        return tuple(self.preprocessing["class_names"]) if self._classifier else ()
+
+    def classify(self, images: AnyImage | Sequence[AnyImage], *, top: int = 5) -> Any:
+        """The `top` most probable classes, best first, as Predictions; for several images a list of such lists."""
+        logits = self.logits(images)
+        probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
+        rows = [self._predictions(row, top) for row in np.atleast_2d(probabilities)]
+        return rows if logits.ndim == 2 else rows[0]
+
+    def logits(self, images: AnyImage | Sequence[AnyImage]) -> np.ndarray:
+        """float32 `[classes]`; for several images `[images, classes]`."""
+        return self._run("logits", images, self.classifier())
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record of the architecture: plain JSON."""
+        return self._record
+
+    @property
+    def params(self) -> Any:
+        """The parameters that `classifier()` takes."""
+        return self._params
+
+    def classifier(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """(params, normalised pixels `[batch, height, width, 3]`) -> logits `[batch, classes]`: a function to jit.
+
+        Raises ValueError where the checkpoint has no classifier.
+        """
+        if self._classifier is None:
+            raise ValueError(
+                f"{self._path} has no classifier: fine-tune it first (tinymim train --config configs/finetune_s.py "
+                f"init={self._path}), or use embed()"
+            )
+        network: Any = self._classifier
+        return lambda params, pixels: network.apply({"params": params}, pixels)
+
+    def embed(self, images: AnyImage | Sequence[AnyImage], *, pool: str = "mean") -> np.ndarray:
+        """Features float32 `[dim]`, of several images `[images, dim]`: mean of the patch tokens, or the 'cls' token."""
+        if pool not in POOLS:
+            raise unknown("pool", pool, POOLS)
+
+        def pooled(params: Any, pixels: jax.Array) -> jax.Array:
+            tokens: Any = self._encoder.apply({"params": params["encoder"]}, pixels)
+            return pool_tokens(tokens, pool, self._encoder.prefix)
+
+        return self._run(pool, images, pooled)
+
+    def _run(self, name: str, images: Any, function: Any) -> np.ndarray:
+        several = isinstance(images, Sequence) and not isinstance(images, str)
+        several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
+        given: Any = images if several else [images]
+        views = [self._view(self._picture(image)) for image in given]
+        step, found = self._compiled(name, function), []
+        for start in range(0, len(views), _LARGEST_BATCH):
+            some = views[start : start + _LARGEST_BATCH]
+            # Powers of two: seven programs at most, whatever numbers of images come.
+            padding = (1 << (len(some) - 1).bit_length()) - len(some)
+            batch = np.stack(some + [np.zeros_like(some[0])] * padding)
+            found.append(np.asarray(step(self._params, batch))[: len(some)])
+        if not found:
+            raise ValueError("no images were given")
+        result = np.concatenate(found)
+        return result if several else result[0]
+
+    def _compiled(self, name: str, function: Any) -> Any:
+        if name not in self._programs:
+            mean, std = tuple(self.preprocessing["mean"]), tuple(self.preprocessing["std"])
+            self._programs[name] = jax.jit(lambda params, pixels: function(params, normalize(pixels, mean, std)))
+        return self._programs[name]
+
+    def _picture(self, image: AnyImage) -> Picture:
+        if isinstance(image, (str, os.PathLike)):
+            try:
+                picture = Picture(pathlib.Path(image).read_bytes(), upright=self.preprocessing["upright"])
+                return Picture.of(picture.pixels())
+            except Undecodable as error:
+                raise ValueError(f"{image} cannot be decoded: {error}") from error
+        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+            raise ValueError(
+                f"an image is uint8 [height, width, 3], RGB; got {pixels.dtype} {list(pixels.shape)}. Of floats in "
+                "0..1 give (255 * x).round().astype('uint8')"
+            )
+        return Picture.of(pixels)
+
+    def _predictions(self, probabilities: np.ndarray, top: int) -> list[Prediction]:
+        names = self.class_names
+        order = np.argsort(-probabilities, kind="stable")[:top]
+        return [Prediction(names[i] if names else str(i), int(i), float(probabilities[i])) for i in order]

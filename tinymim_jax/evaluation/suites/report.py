@@ -1,0 +1,94 @@
+"""Results of suites as people read them: a Markdown table against the paper's figures, and what is missing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinymim_jax.evaluation.suites.registry import PAPER, SUITES
+
+_NAMED = 5
+_HEAD = ("suite", "images", "classes", "top-1", "top-5", "ECE", "mCE")
+
+
+def markdown(results: Mapping[str, Any], data_dir: str | None = None) -> str:
+    """What `suite_run.evaluate_suites` gave, in per cent. `data_dir` is where sets were looked for."""
+    suites = results["suites"]
+    name, figures = PAPER.get(results["model"]["embed_dim"], ("", {}))
+    head, rows = [*_HEAD], [_row(suite, found) for suite, found in suites.items()]
+    if name:
+        head.append(f"{name}, paper")
+        for suite, row in zip(suites, rows):
+            row.append(f"{figures[suite]:.1f}" if suite in figures else "-")
+    lines = [" | ".join(cell.replace("|", "/") for cell in row) for row in [head, ["---"] * len(head), *rows]]
+    parts = [_description(results), "\n".join(f"| {line} |" for line in lines)]
+    if "top1" in suites.get("c", {}):
+        parts.append("Of c: top-1, top-5 and ECE are means over its sets; the paper's figure is the mCE.")
+    parts += _listed("Weakest classes (top-1, images):", {suite: _weakest(found) for suite, found in suites.items()})
+    parts += _listed(
+        "Most confused (of a class's images):", {suite: _confused(found) for suite, found in suites.items()}
+    )
+    absent = [line for suite, found in suites.items() for line in _absent(suite, found)]
+    place = data_dir or "$TFDS_DATA_DIR or ~/tensorflow_datasets"
+    parts += ["\n".join([f"Not evaluated (DATA_DIR: {place}):", *absent])] if absent else []
+    return "\n\n".join(parts)
+
+
+def _description(results: Mapping[str, Any]) -> str:
+    model, speed = results["model"], results["throughput"]
+    return (
+        f"{results['checkpoint']}: width {model['embed_dim']}, {model['depth']} blocks, {model['classes']} classes; "
+        f"{model['parameters'] / 1e6:.4g} M parameters, {model['forward_flops'] / 2e9:.4g} G multiply-adds an image\n"
+        f"{speed['images_per_second']:,.1f} images/s, forward alone, {speed['dtype']}, batches of "
+        f"{speed['batch_size']} on {speed['devices']} x {speed['device']}"
+    )
+
+
+def _row(suite: str, found: Mapping[str, Any]) -> list[str]:
+    if "top1" not in found:
+        return [suite, found["status"], *["-"] * (len(_HEAD) - 2)]
+    status = "" if found["status"] == "evaluated" else f" ({found['status']})"
+    mce = found.get("mce")
+    return [
+        suite,
+        f"{found['examples']:,}{status}",
+        str(found["classes"]),
+        *(_percent(found[key]) for key in ("top1", "top5", "ece")),
+        "-" if mce is None else _percent(mce),
+    ]
+
+
+def _listed(title: str, found: Mapping[str, list[str]]) -> list[str]:
+    lines = [f"- {suite}: {', '.join(some)}" for suite, some in found.items() if some]
+    return ["\n".join([title, *lines])] if lines else []
+
+
+def _weakest(found: Mapping[str, Any]) -> list[str]:
+    ordered = sorted(found.get("per_class", []), key=lambda each: each["top1"])
+    return [f"{each['name']} {each['top1']:.0%} ({each['examples']})" for each in ordered[:_NAMED]]
+
+
+def _confused(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{pair['true']} taken for {pair['predicted']} {pair['count']} ({pair['share']:.0%})"
+        for pair in found.get("confusions", [])[:_NAMED]
+    ]
+
+
+def _absent(suite: str, found: Mapping[str, Any]) -> list[str]:
+    if "sets" not in found:
+        if found["status"] == "missing" and suite in SUITES:
+            return [f"- {suite}, missing: {SUITES[suite].remedy}"]
+        return [] if found["status"] == "evaluated" else [f"- {suite}, {found['status']}: {found['reason']}"]
+    lines = [f"- {suite}/{part}, failed: {each['reason']}" for part, each in found["sets"].items() if _failed(each)]
+    missing = [part for part, each in found["sets"].items() if each["status"] == "missing"]
+    if missing:
+        some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        lines.append(f"- {suite}, {len(missing)} sets missing ({some}): {SUITES[suite].remedy}")
+    return lines
+
+
+def _failed(found: Mapping[str, Any]) -> bool:
+    return found["status"] == "failed"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"

@@ -1,0 +1,198 @@
+"""Suites of test sets, one after another: one forward pass of each image, all figures from its answers."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.sources.imagenet import WORDNET_ID, imagenet_classes
+from tinymim_jax.data.sources.sources import open_source, splits
+from tinymim_jax.evaluation.suites.classifier import Judge
+from tinymim_jax.evaluation.suites.registry import Suite, class_indices, corruption_errors
+from tinymim_jax.evaluation.suites.scores import score
+from tinymim_jax.runtime.progress import span
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_suites(
+    model: Judge,
+    suites: Mapping[str, Suite],
+    *,
+    data_dir: str | None = None,
+    on_result: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """The figures of `model` on `suites`, as plain JSON: what `Judge.describe` gives, and `suites` by name.
+
+    Each has a `status`: 'evaluated', with the figures of `scores.score`; 'missing' or 'failed', with a `reason`; or, of
+    several sets, 'incomplete'. One that is missing or fails does not stop the others.
+    `on_result` is called with what there is so far, after each set.
+
+    Raises ValueError where a suite's classes are not the model's in number.
+    """
+    imagenet = [name for name, suite in suites.items() if suite.imagenet]
+    if imagenet and model.classes != len(imagenet_classes()):
+        raise ValueError(
+            f"{model.checkpoint} tells {model.classes} classes apart, but --suite {' '.join(imagenet)} has ImageNet's "
+            f"{len(imagenet_classes()):,}: give a checkpoint that was fine-tuned on ImageNet, or a set of your own, "
+            "such as --suite folder:/data/pets@test"
+        )
+    if imagenet and model.class_names and not _has_wordnet_ids(model):
+        named = ", ".join(model.class_names[:2])
+        log.warning("%s calls its classes %s, ...: they are taken to be in ImageNet's order", model.checkpoint, named)
+    results = model.describe() | {"suites": {}}
+    for name, suite in suites.items():
+        parts: dict[str, dict[str, Any]] = {}
+        for part in suite.sets:
+            parts[part] = _part(model, suite, part, data_dir)
+            results["suites"][name] = parts[""] if "" in parts else _together(suite, parts)
+            on_result(results)
+    return results
+
+
+def _part(model: Judge, suite: Suite, part: str, data_dir: str | None) -> dict[str, Any]:
+    began = time.perf_counter()
+    try:
+        source = _open(suite, part, data_dir)
+    except FileNotFoundError as error:
+        return {"status": "missing", "reason": str(error)}
+    except (ValueError, OSError) as error:
+        return _failed(error)
+    try:
+        figures = _figures(model, suite, source)
+    except (ValueError, OSError, RuntimeError) as error:
+        # The device's trouble is not the set's; and other hosts may be in the middle of a step that waits for this one.
+        if type(error).__name__ == "JaxRuntimeError" or jax.process_count() > 1:
+            raise
+        return _failed(error)
+    seconds = time.perf_counter() - began
+    log.info(
+        "%s, split %s: top-1 %.2f %% of %d images, in %s",
+        source.name,
+        source.split,
+        100 * figures["top1"],
+        figures["examples"],
+        span(seconds),
+    )
+    return {"status": "evaluated", "set": source.name, "split": source.split, "seconds": round(seconds, 2)} | figures
+
+
+def _find(suite: Suite, part: str, data_dir: str | None) -> tuple[str, str]:
+    """(name, split) of a set that is there. Raises FileNotFoundError where none is."""
+    missing = None
+    for name in suite.sets[part]:
+        if not suite.imagenet and suite.split:
+            return name, suite.split  # may be a part of a split: whether there is one shows when it is opened
+        try:
+            return name, _split(name, suite.split, splits(name, data_dir))
+        except FileNotFoundError as error:
+            missing = missing or error
+    raise missing or FileNotFoundError(f"no set called {suite.sets[part]}")
+
+
+def _split(name: str, wanted: str | None, offered: Mapping[str, int]) -> str:
+    """`wanted` where it is offered, or a test or validation split, or the only one. Raises ValueError otherwise."""
+    usual = (wanted, "test", "validation", "val")
+    split = next((each for each in usual if each in offered), None)
+    if split is None and len(offered) == 1:
+        split = next(iter(offered))
+    if split is None:
+        raise ValueError(f"{name!r} has the splits {', '.join(map(repr, offered))}: name one, {name}@SPLIT")
+    return split
+
+
+def _open(suite: Suite, part: str, data_dir: str | None) -> Source:
+    """The part's source; with several processes, on all hosts or on none."""
+    source, error = None, None
+    try:
+        name, split = _find(suite, part, data_dir)
+        source = open_source(name, split=split, data_dir=data_dir)
+    except (ValueError, OSError) as caught:
+        error = caught
+    if jax.process_count() > 1:
+        length = np.int32(len(source) if source else -1)
+        multihost_utils.assert_equal(length, f"the hosts do not find the same set: {suite.sets[part]}")
+    if source is None:
+        assert error is not None
+        raise error
+    return source
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    log.error("%s", error)
+    return {"status": "failed", "reason": str(error)}
+
+
+def _figures(model: Judge, suite: Suite, source: Source) -> dict[str, Any]:
+    if source.classes == 0:
+        raise ValueError(f"{source.name!r}, split {source.split!r}, has no labels to judge by")
+    known = _class_names(model, suite)
+    indices = class_indices(known, model.classes, source.class_names)
+    allowed = _subset(suite, source, indices, model.classes) if suite.subset else None
+    answers = model.answers(source, allowed=allowed, whole=suite.whole)
+    if answers.label.min() < 0 or answers.label.max() >= len(indices):
+        raise ValueError(f"{source.name!r}, split {source.split!r}, has images without a label")
+    names = list(known) or [str(index) for index in range(model.classes)]
+    if not known:
+        for index, name in zip(indices, source.class_names):
+            names[index] = name
+    several = None
+    if "labels" in source[0]:
+        several = [[int(indices[label]) for label in source[i].get("labels", ())] for i in range(len(source))]
+    return score(answers._replace(label=indices[answers.label]), names, several=several)
+
+
+def _class_names(model: Judge, suite: Suite) -> tuple[str, ...]:
+    """By class; of a model that does not call them by WordNet ids they are taken to be in ImageNet's order."""
+    return imagenet_classes() if suite.imagenet and not _has_wordnet_ids(model) else model.class_names
+
+
+def _has_wordnet_ids(model: Judge) -> bool:
+    return bool(model.class_names) and all(WORDNET_ID.fullmatch(name) for name in model.class_names)
+
+
+def _subset(suite: Suite, source: Source, indices: np.ndarray, classes: int) -> np.ndarray:
+    """bool `[classes]`: those that the set has images of, found in its labels, which are read for it."""
+    if source.classes == suite.subset:
+        present = indices
+    else:
+        present = indices[np.unique([source[i]["label"] for i in range(len(source))])]
+    if len(present) != suite.subset:
+        raise ValueError(
+            f"{source.name!r}, split {source.split!r}, has images of {len(present)} classes, but the benchmark of "
+            f"{suite.subset}: is it whole?"
+        )
+    return np.isin(np.arange(classes), present)
+
+
+def _together(suite: Suite, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of ImageNet-C's sets: figures by set, without their classes; corruption errors of whole corruptions; means."""
+    done = {part: found for part, found in parts.items() if found["status"] == "evaluated"}
+    left = {"per_class", "confusions"}
+    statuses = [found["status"] for found in parts.values()]
+    nothing = "failed" if "failed" in statuses else "missing"
+    whole: dict[str, Any] = {
+        "status": "evaluated" if len(done) == len(suite.sets) else "incomplete" if done else nothing,
+        "sets": {part: {key: v for key, v in found.items() if key not in left} for part, found in parts.items()},
+        "mce": None,
+    }
+    if not done:
+        return whole | {"reason": next(iter(parts.values()))["reason"]}
+    errors: dict[str, list[float]] = {}
+    for part, found in done.items():
+        errors.setdefault(part.split("/")[0], []).append(1 - found["top1"])
+    severities = [part.split("/")[0] for part in suite.sets]
+    complete = {name: each for name, each in errors.items() if len(each) == severities.count(name)}
+    whole["corruption_errors"] = corruption_errors(complete)
+    for key in ("top1", "top5", "ece"):
+        whole[key] = float(np.mean([found[key] for found in done.values()]))
+    whole["examples"] = sum(found["examples"] for found in done.values())
+    whole["classes"] = max(found["classes"] for found in done.values())
+    if len(done) == len(suite.sets):
+        whole["mce"] = float(np.mean(list(whole["corruption_errors"].values())))
+    return whole

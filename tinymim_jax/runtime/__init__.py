@@ -1,0 +1,1 @@
+"""What surrounds a training: processes of a job, exit status, locks, heartbeat, progress."""

@@ -1,0 +1,226 @@
+"""What sweeps and chains run: the stages of a file, their words and folders, and how far each has come."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tinymim_jax.config import flat_names, load_config, load_file, parse
+from tinymim_jax.errors import unknown
+from tinymim_jax.runtime.workdir import owner
+
+FAILED, PRUNED = "failed.txt", "pruned.txt"  # why a run has no result
+LOG = "log.txt"
+
+_NAME_LENGTH = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training of a file: `name` is "" where the file is a single experiment.
+
+    config: FILE.py[:ARGUMENT].
+    overrides: by dotted key; the value "{b}" is the workdir of the earlier stage b.
+    """
+
+    name: str
+    config: str
+    overrides: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One `tinymim train`: its config, the KEY=VALUE words behind it, and its workdir."""
+
+    name: str
+    config: str
+    words: tuple[str, ...]
+    workdir: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One set of overrides, and the trainings that it takes, in order.
+
+    number: position in the sweep; the points of one number differ in their seed alone.
+    notes: columns of the table that are no overrides, such as a published figure.
+    """
+
+    name: str
+    number: int
+    seed: int | None
+    overrides: Mapping[str, Any]
+    notes: Mapping[str, Any]
+    runs: tuple[Run, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """name: finished | running | interrupted | failed | pruned | not started.
+
+    result: figures of the last evaluation, of what is finished.
+    """
+
+    name: str
+    detail: str = ""
+    result: Mapping[str, float] | None = None
+
+
+def read_stages(spec: str) -> list[Stage]:
+    """The stages of FILE.py[:ARGUMENT]: what get_chain() lists, or the single experiment of get_config()."""
+    module, argument = load_file(spec)
+    if not hasattr(module, "get_chain"):
+        return [Stage("", spec, {})]
+    folder = pathlib.Path(spec.partition(":")[0]).parent
+    stages = []
+    for name, config, overrides in module.get_chain(argument) if argument else module.get_chain():
+        config = str(folder / config)
+        sections = {key.split(".")[0] for key in flat_names(load_config(config))}
+        if not re.fullmatch(r"\w+", name) or name in sections or any(name == stage.name for stage in stages):
+            raise ValueError(
+                f"{spec}: a stage cannot be called {name!r}: choose letters and digits that no other stage and no key "
+                f"of a config begins with ({', '.join(sorted(sections))})"
+            )
+        stages.append(Stage(name, config, overrides))
+    return stages
+
+
+def plan(stages: Iterable[Stage], workdir: pathlib.Path, *changes: Mapping[str, Any]) -> tuple[Run, ...]:
+    """One run for each stage, in workdir/NAME, with `changes` applied one after another.
+
+    A key (`optim.base_lr`) goes to every stage that has it, except where the stage takes it from an earlier stage;
+    with a stage's name before it (`b.optim.base_lr`) to that one alone.
+
+    Raises ValueError for a key that no stage has, naming the nearest one.
+    """
+    stages = list(stages)
+    keys = {stage.name: flat_names(load_config(stage.config)) for stage in stages}
+    values = {stage.name: dict(stage.overrides) for stage in stages}
+    links = {(stage.name, key) for stage in stages for key, value in stage.overrides.items() if _link(value)}
+    for change in changes:
+        for key, value in change.items():
+            for name, own in _addressed(key, keys):
+                if own != key or (name, own) not in links:
+                    values[name][own] = value
+    runs, folders = [], {}
+    for stage in stages:
+        words = [word(key, _resolved(key, value, folders)) for key, value in values[stage.name].items()]
+        folders[stage.name] = workdir / stage.name
+        runs.append(Run(stage.name, stage.config, tuple(words), folders[stage.name]))
+    return tuple(runs)
+
+
+def word(key: str, value: Any) -> str:
+    """KEY=VALUE, as the command line reads it back."""
+    value = value.item() if hasattr(value, "item") else value  # numpy's numbers
+    if isinstance(value, str) and parse(value) == value:
+        return f"{key}={value}"
+    return f"{key}={value!r}"
+
+
+def from_words(words: Iterable[str]) -> dict[str, Any]:
+    """The inverse: {key: value}."""
+    values = {}
+    for text in words:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} is not an override: write key=value, for example optim.base_lr=1e-3")
+        values[key] = parse(value)
+    return values
+
+
+def folder_name(number: int, overrides: Mapping[str, Any], seed: int | None = None) -> str:
+    """Such as 003_base_lr=0.001_drop_path=0.1_seed=0: readable, and safe on every file system.
+
+    It depends on this point alone, so that points and seeds may be added to a sweep that has run.
+    """
+    labels = short_names(overrides)
+    parts = [f"{labels[key]}={_safe(value)}" for key, value in overrides.items()]
+    parts += [] if seed is None else [f"seed={seed}"]
+    name = "_".join([f"{number:03d}", *parts])
+    if len(name) > _NAME_LENGTH:
+        name = f"{name[: _NAME_LENGTH - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each dotted key by its last part, or by as many as tell it from the others."""
+    keys = list(keys)
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        endings = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+        others = [other for other in keys if other != key]
+        short[key] = next((e for e in endings if not any(f".{other}".endswith(f".{e}") for other in others)), key)
+    return short
+
+
+def state_of(point: Point) -> State:
+    """How far a point has come: finished with its last training."""
+    for run in point.runs:
+        state = run_state(run)
+        if state.name != "finished":
+            begun = run.name if state.name == "not started" and run is not point.runs[0] else ""
+            detail = " ".join(filter(None, (run.name, state.detail)))
+            return State("interrupted", f"before {begun}") if begun else State(state.name, detail)
+    return state
+
+
+def run_state(run: Run) -> State:
+    """How far a run has come, from what lies in its workdir."""
+    finished, failed = run.workdir / "result.json", run.workdir / FAILED
+    if finished.exists():
+        return State("finished", result=json.loads(finished.read_text()))
+    if (process := owner(run.workdir)) is not None:
+        return State("running", process)
+    if failed.exists():
+        return State("failed", failed.read_text().strip())
+    if (run.workdir / PRUNED).exists():
+        return State("pruned", (run.workdir / PRUNED).read_text().strip())
+    if not (run.workdir / "config.json").exists():
+        return State("not started")
+    from tinymim_jax.metrics import read  # jax, which whoever only reads --help need not wait for
+
+    metrics = run.workdir / "metrics.jsonl"
+    rows = read(metrics) if metrics.exists() else []
+    return State("interrupted", f"step {rows[-1]['step']}" if rows else "")
+
+
+def _addressed(key: str, keys: Mapping[str, list[str]]) -> list[tuple[str, str]]:
+    """(stage, its key) that an override is meant for."""
+    stage, _, rest = key.partition(".")
+    if stage in keys and rest:
+        if rest not in keys[stage]:
+            raise unknown(f"override of stage {stage!r}", rest, keys[stage])
+        return [(stage, rest)]
+    found = [(name, key) for name, own in keys.items() if key in own]
+    if not found:
+        everywhere = dict.fromkeys(k for own in keys.values() for k in own)
+        raise unknown("override", key, [*everywhere, *(f"{name}.KEY" for name in keys if name)])
+    return found
+
+
+def _link(value: Any) -> str:
+    match = re.fullmatch(r"\{(\w+)\}", value) if isinstance(value, str) else None
+    return match[1] if match else ""
+
+
+def _resolved(key: str, value: Any, folders: Mapping[str, pathlib.Path]) -> Any:
+    name = _link(value)
+    if not name:
+        return value
+    if name not in folders:
+        raise unknown(f"{key}={value!r}: stage", name, folders)
+    return str(folders[name])
+
+
+def _safe(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        text = ",".join(map(str, value))
+    else:
+        text = str(value.item() if hasattr(value, "item") else value)
+    text = re.sub(r"[][(){}'\"]", "", text).replace("\\", "/").rstrip("/").split("/")[-1]
+    return re.sub(r"[^\w.,+-]+", "-", text) or "empty"

@@ -1,0 +1,79 @@
+"""What sweeps, chains and studies share: points from overrides, the table, exit status, options of the children."""
+
+import argparse
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tinymim_jax.config import load_file
+from tinymim_jax.errors import unknown
+from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED
+from tinymim_jax.runtime.heartbeat import is_remote
+from tinymim_jax.runtime.hosts import find_job
+from tinymim_jax.sweeps.points import Point, State, folder_name, plan, state_of
+
+ONE_BY_ONE = "train the stages one after another with `tinymim train`, each of them over all processes"
+
+_NOTE = "note."
+
+
+def make_point(
+    stages: Sequence, workdir: pathlib.Path, number: int, given: Any, words: Mapping[str, Any], seed: int | None
+) -> Point:
+    """One point from what a sweep yields or a study returns. Raises ValueError for keys that no config has."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"yielded {given!r}; a point is a dict of overrides, such as {{'optim.base_lr': 1e-3}}")
+    overrides = {key: value for key, value in given.items() if not key.startswith(_NOTE)}
+    notes = {key.removeprefix(_NOTE): value for key, value in given.items() if key.startswith(_NOTE)}
+    if seed is not None and "seed" in overrides:
+        raise ValueError("it sets the seed itself: leave --seeds out")
+    name = folder_name(number, overrides, seed)
+    seeded = {} if seed is None else {"seed": seed}
+    return Point(name, number, seed, overrides, notes, plan(stages, workdir / name, overrides, words, seeded))
+
+
+def find_function(spec: str, kind: str, name: str) -> tuple[Callable, str]:
+    """The function KIND, or KIND_NAME, of FILE[:ARGUMENT], and the argument."""
+    module, argument = load_file(spec)
+    functions = [f for f in dir(module) if (f == kind or f.startswith(f"{kind}_")) and callable(getattr(module, f))]
+    for function in (name, f"{kind}_{name}"):
+        if function in functions:
+            return getattr(module, function), argument
+    if not functions:
+        raise ValueError(f"{spec} has no function {kind}(); `tinymim sweep --help` shows one")
+    raise unknown(f"--{kind}", name, functions)
+
+
+def report(points: Sequence[Point], workdir: pathlib.Path, metric: str | None, direction: str | None) -> None:
+    """Writes the table of what is finished, and prints it with the reasons of what failed."""
+    from tinymim_jax.sweeps.tables import write_table
+
+    states = {point.name: state_of(point) for point in points}
+    print(write_table(points, states, workdir, metric=metric, direction=direction))
+    for point in points:
+        if states[point.name].name == "failed":
+            print(f"\n{point.name} failed: {states[point.name].detail}")
+
+
+def exit_status(states: Sequence[State]) -> int:
+    """Of a command that ran them all."""
+    names = {state.name for state in states}
+    if names & {"interrupted", "not started", "running"}:
+        return PREEMPTED
+    return ERROR if "failed" in names else DONE
+
+
+def require_one_process(what: str, workdir: str, remedy: str) -> None:
+    """Raises ValueError for a job of several processes, or a bucket."""
+    job = find_job()
+    if (job.processes or 1) > 1:
+        raise ValueError(f"{what} is for one process, but {job.said_by} says {job.processes}: {remedy}")
+    if is_remote(workdir):
+        raise ValueError(f"--workdir {workdir}: {what} needs a folder; `tinymim train` takes gs:// as well")
+
+
+def child_options(options: argparse.Namespace) -> list[str]:
+    """The words with which options that say where a run happens are handed to `tinymim train`."""
+    words = ["--workers", str(options.workers), "--fsdp", str(options.fsdp), "--compile_cache", options.compile_cache]
+    words += ["--stall_minutes", str(options.stall_minutes)]
+    return words + (["--data_dir", options.data_dir] if options.data_dir else [])

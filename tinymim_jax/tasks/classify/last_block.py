@@ -1,0 +1,66 @@
+"""What fine-tuning does with a last block of which distillation trained q, k and v only."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from tinymim_jax.errors import unknown
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.tasks.pretrained import Loaded
+from tinymim_jax.tasks.task import Params
+
+
+def _zero_init(block: Params, previous: Params) -> Params:
+    """Both branches end in zeros, so the block is the identity until it learns otherwise."""
+    del previous
+    proj = jax.tree.map(np.zeros_like, block["attn"]["proj"])
+    fc2 = jax.tree.map(np.zeros_like, block["mlp"]["fc2"])
+    return block | {"attn": block["attn"] | {"proj": proj}, "mlp": block["mlp"] | {"fc2": fc2}}
+
+
+def _copy_previous(block: Params, previous: Params) -> Params:
+    attn = block["attn"] | {"proj": previous["attn"]["proj"]}
+    return block | {"attn": attn, "norm2": previous["norm2"], "mlp": previous["mlp"]}
+
+
+# (last block, the one before) -> what takes the place of the last one.
+_REMEDIES: dict[str, Callable[[Params, Params], Params]] = {"zero_init": _zero_init, "copy_previous": _copy_previous}
+LAST_BLOCK = ("keep", *_REMEDIES, "drop")
+
+
+def check_last_block(choice: str, *, pretrained: bool) -> None:
+    """Raises ValueError for a choice that there is not, or that has no checkpoint to act on."""
+    if choice not in LAST_BLOCK:
+        raise unknown("classify.last_block", choice, LAST_BLOCK)
+    if choice != "keep" and not pretrained:
+        raise ValueError(
+            f"classify.last_block={choice!r} says what becomes of a pre-trained block, but init is empty: name a "
+            "checkpoint, or set classify.last_block='keep'"
+        )
+
+
+def with_last_block(loaded: Loaded, choice: str) -> Loaded:
+    """The checkpoint with its last block treated as `choice` of LAST_BLOCK says.
+
+    A checkpoint that has been a classifier is returned as it is: its last block has learnt.
+    """
+    if choice == "keep" or "classifier" in loaded.model:
+        return loaded
+    record, params = loaded.model["encoder"], dict(loaded.params["encoder"])
+    if record["depth"] < 2:
+        raise ValueError(f"classify.last_block={choice!r} needs two blocks, {loaded.path} has {record['depth']}")
+    last = f"blocks_{record['depth'] - 1}"
+    if choice == "drop":
+        del params[last]
+        record = record | {"depth": record["depth"] - 1, "heads": list(record["heads"])[:-1]}
+    else:
+        params[last] = _REMEDIES[choice](params[last], params[f"blocks_{record['depth'] - 2}"])
+    model, params = loaded.model | {"encoder": record}, loaded.params | {"encoder": params}
+    return dataclasses.replace(loaded, model=model, params=params)
+
+
+def without_last_block(encoder: ViT) -> ViT:
+    """The network that `drop` fine-tunes."""
+    return encoder.clone(depth=encoder.depth - 1, heads=encoder.block_heads[:-1])

@@ -1,0 +1,166 @@
+"""Fine-tuning: an encoder and a new head learn the labels."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tinymim_jax.errors import unknown
+from tinymim_jax.models.heads import Classifier, needs_final_norm
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.erasing import random_erasing
+from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.losses import binary_cross_entropy, soft_cross_entropy, soft_targets
+from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
+from tinymim_jax.ops.top_k import in_top
+from tinymim_jax.tasks.classify.last_block import check_last_block, with_last_block, without_last_block
+from tinymim_jax.tasks.classify.teacher import supervised_teacher
+from tinymim_jax.tasks.pretrained import Loaded, build_encoder, fill_encoder, load
+from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, nothing_frozen
+
+log = logging.getLogger(__name__)
+
+LOSSES = ("softmax", "bce")
+# Heads of every block in the authors' fine-tuning code, by width (models_vit.py), whatever pre-training had.
+OFFICIAL_HEADS = {192: 3, 384: 6, 768: 12}
+
+
+def build(config: ConfigDict, classes: int) -> Task:
+    """The task of `config` for a data set of so many classes. Raises ValueError where it has none.
+
+    With a supervised teacher the loss is (1 - alpha) times that of the labels, on the first head, and alpha times that
+    of the teacher's answers, on the DIST token's head; where there is no such token, one head learns both.
+    """
+    if classes == 0:
+        raise ValueError(
+            f"data.source={config.data.source!r} has no labels to classify by: choose a labelled set, or a task that "
+            "needs none: mae, distill"
+        )
+    classify = config.classify
+    loaded = load(config.init) if config.init else None
+    encoder = _encoder(config, loaded)
+    network = Classifier(
+        encoder, classes, classify.pool, classify.hidden_dim, classify.norm_first, head_std=classify.head_std
+    )
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    smoothing = classify.label_smoothing
+    criterion, augment = _criterion(classify, classes), _augmentation(classify)
+    teacher = supervised_teacher(config, classes)
+
+    def init(key: jax.Array) -> Params:
+        return network.init(key, jnp.zeros((1, *encoder.image_size, 3)))["params"]
+
+    def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
+        images, labels = normalize(batch["image"], mean, std), batch["label"]
+        targets = soft_targets(labels, classes, smoothing=smoothing if train else 0.0)
+        if train and augment:
+            images, targets = augment(key, images, targets)
+            labels = jnp.argmax(targets, axis=1)  # of a mixed image the label that weighs more
+        drop_key = named(key, "drop_path") if train else None
+        both: Any = network.apply({"params": params}, images, drop_key=drop_key, method="logits")
+        first, second = both
+        logits = first if second is None else (first + second) / 2
+        values = {"top1": in_top(logits, labels, 1), "top5": in_top(logits, labels, 5)}
+        if teacher is None:
+            return {"loss": criterion(logits, targets), **values}
+        answers = teacher.logits(frozen, images)
+        label_loss = criterion(first, targets)
+        teacher_loss = teacher.distance(first if second is None else second, answers)
+        values |= {"label_loss": label_loss, "teacher_loss": teacher_loss, "teacher_top1": in_top(answers, labels, 1)}
+        return {"loss": (1 - teacher.alpha) * label_loss + teacher.alpha * teacher_loss, **values}
+
+    def start(params: Params) -> Params:
+        assert loaded is not None
+        source = with_last_block(loaded, classify.last_block)
+        filled = fill_encoder(params, source, encoder, same_heads=classify.heads == "keep")
+        return filled | _same_head(params, loaded, network)
+
+    return Task(
+        model={"encoder": encoder.record(), "classifier": network.record()},
+        init=init,
+        losses=losses,
+        names=("loss", "top1", "top5", *(("label_loss", "teacher_loss", "teacher_top1") if teacher else ())),
+        load_frozen=teacher.weights if teacher else nothing_frozen,
+        start=start if loaded else None,
+    )
+
+
+def _criterion(classify: ConfigDict, classes: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(logits, soft targets) -> float32 [batch]."""
+    kind, threshold = classify.loss, classify.bce_threshold
+    if kind not in LOSSES:
+        raise unknown("classify.loss", kind, LOSSES)
+    if kind == "softmax":
+        return soft_cross_entropy
+    lowest = classify.label_smoothing / classes  # the target of every class that an image does not show
+    if threshold is not None and not lowest <= threshold < 1:
+        raise ValueError(
+            f"classify.bce_threshold={threshold} would count all classes as shown, or none: choose one from "
+            f"{lowest:.3g} (classify.label_smoothing over the classes) to below 1, or None for soft targets"
+        )
+    return functools.partial(binary_cross_entropy, threshold=threshold)
+
+
+def _augmentation(classify: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
+    """(key, normalised images, soft targets) -> images and targets, erased and then mixed; None where both are off.
+
+    timm's order: its loader erases, and whole batches are mixed.
+    """
+    mixup, cutmix, erase = classify.mixup, classify.cutmix, classify.erase
+    prob, switch_prob = classify.mixup_prob, classify.switch_prob
+    for name, value in (("mixup", mixup), ("cutmix", cutmix)):
+        if value < 0:
+            raise ValueError(f"classify.{name}={value}: choose the parameter of a Beta law, or 0 for none")
+    for name, value in (("mixup_prob", prob), ("switch_prob", switch_prob), ("erase", erase)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"classify.{name}={value} is a probability: choose 0 to 1")
+    if not (mixup or cutmix or erase):
+        return None
+
+    def augment(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if erase:
+            images = random_erasing(named(key, "erase"), images, prob=erase)
+        if mixup or cutmix:
+            size = (images.shape[1], images.shape[2])
+            draw_key = named(key, "mixup")
+            mix = draw_mix(draw_key, size, mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch_prob)
+            images, targets = mix_images(images, mix), mix_targets(targets, mix.lam)
+        return images, targets
+
+    return augment
+
+
+def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
+    """The encoder to fine-tune; its attention heads are a choice when they were pre-trained."""
+    choice, last_block = config.classify.heads, config.classify.last_block
+    check_last_block(last_block, pretrained=loaded is not None)
+    final_norm = needs_final_norm(config.classify.pool, config.classify.hidden_dim)
+    encoder = build_encoder(config.model, final_norm=final_norm)
+    if last_block == "drop":
+        encoder = without_last_block(encoder)
+    if choice == "official":
+        if encoder.embed_dim not in OFFICIAL_HEADS:
+            raise ValueError(f"classify.heads='official' is published for widths {tuple(OFFICIAL_HEADS)} only")
+        return encoder.clone(heads=OFFICIAL_HEADS[encoder.embed_dim])
+    if choice not in ("keep", "uniform"):
+        raise unknown("classify.heads", choice, ("keep", "official", "uniform"))
+    heads = with_last_block(loaded, last_block).model["encoder"]["heads"] if loaded else encoder.block_heads
+    return encoder.clone(heads=heads[0] if choice == "uniform" else tuple(heads))
+
+
+def _same_head(params: Params, loaded: Loaded, network: Classifier) -> Params:
+    """The loaded checkpoint's heads and norms where they fit; a head for other classes is left behind."""
+    record = loaded.model.get("classifier")
+    if record is None:
+        return {}
+    same_tokens = bool(loaded.model["encoder"].get("dist_token")) == network.encoder.dist_token
+    if record != network.record() or not same_tokens:
+        log.warning("the head of %s (%s) does not fit and starts afresh", loaded.path, record)
+        return {}
+    return {name: jax.tree.map(np.asarray, loaded.params[name]) for name in params if name != "encoder"}

@@ -1,0 +1,117 @@
+"""A supervised teacher: a frozen classifier whose answers to a batch a student learns (DeiT, arXiv 2012.12877)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.errors import unknown
+from tinymim_jax.models.heads import Classifier
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.color import IMAGENET_MEAN, IMAGENET_STD, normalize
+from tinymim_jax.ops.losses import hard_distillation, soft_distillation
+from tinymim_jax.ops.token_grid import resize_images
+from tinymim_jax.tasks.pretrained import Loaded, compute_dtype, fit_positions, load
+from tinymim_jax.tasks.task import Params
+
+DISTILLATION = ("none", "soft", "hard")
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedTeacher:
+    """A classifier, its weights on the host, and how a student learns from it.
+
+    alpha: share of the distillation in the loss; the labels have the rest.
+    distance: (student's logits, teacher's logits) -> float32 [batch].
+    shown, own: mean and deviation of the pixels that the student is shown, and of those that the teacher expects.
+    """
+
+    loaded: Loaded
+    network: Classifier
+    alpha: float
+    distance: Callable[[jax.Array, jax.Array], jax.Array]
+    shown: tuple[tuple[float, ...], tuple[float, ...]]
+    own: tuple[tuple[float, ...], tuple[float, ...]]
+
+    def weights(self) -> Params:
+        """What the step is given as its frozen weights; the encoder's in the dtype of the computation."""
+        encoder, dtype = fit_positions(self.loaded, self.network.encoder), self.network.encoder.dtype
+        return self.loaded.params | {"encoder": jax.tree.map(lambda leaf: np.asarray(leaf, dtype), encoder)}
+
+    def logits(self, frozen: Params, images: jax.Array) -> jax.Array:
+        """float32 [batch, classes], without a gradient, of the student's images: augmented, normalised."""
+        encoder = self.network.encoder
+        if self.shown != self.own or images.shape[1:3] != encoder.image_size:
+            mean, std = (np.asarray(values, np.float32) for values in self.shown)
+            pixels = 255 * (images * std + mean)
+            # The noise of random erasing lies outside 0..255: only where the size differs is it clipped.
+            images = normalize(resize_images(pixels, encoder.image_size), *self.own)
+        logits: Any = self.network.apply({"params": frozen}, images)
+        return jax.lax.stop_gradient(logits)
+
+
+def supervised_teacher(config: ConfigDict, classes: int) -> SupervisedTeacher | None:
+    """What `config.classify.distillation` asks for; None for 'none'. Raises ValueError where it does not fit."""
+    classify = config.classify
+    kind, alpha, tau, path = classify.distillation, classify.alpha, classify.tau, classify.teacher.path
+    size = classify.teacher.image_size
+    if kind not in DISTILLATION:
+        raise unknown("classify.distillation", kind, DISTILLATION)
+    if not 0 <= alpha <= 1 or tau <= 0:
+        raise ValueError(f"classify.alpha={alpha}, classify.tau={tau}: choose a share from 0 to 1, and a tau above 0")
+    if kind == "none":
+        if path:
+            raise ValueError(
+                f"classify.teacher.path={path!r} is given, but classify.distillation='none' asks no teacher: set it "
+                "to 'hard' or 'soft', or clear the path"
+            )
+        return None
+    loaded = _load(kind, path)
+    record = loaded.model.get("classifier") or {}
+    if record.get("classes", 0) != classes or "head" not in loaded.params:
+        has = f"{record['classes']} classes" if record.get("classes") else "no classifier"
+        raise ValueError(
+            f"classify.teacher.path: {path} has {has}, but {config.data.source!r} has {classes} classes: name a "
+            "classifier that was fine-tuned on them"
+        )
+    encoder = ViT.from_record(
+        loaded.model["encoder"],
+        image_size=tuple(size or config.model.image_size),
+        dtype=compute_dtype(config.model),
+        scan=config.model.scan,
+    )
+    if any(side % encoder.patch_size for side in encoder.image_size):
+        raise ValueError(
+            f"classify.teacher.image_size: images of {encoder.image_size[0]}x{encoder.image_size[1]} cannot be cut "
+            f"into the teacher's patches of {encoder.patch_size}: choose multiples of it; it is shown the student's "
+            "images at that size"
+        )
+    seen = loaded.model.get("preprocessing", {})
+    return SupervisedTeacher(
+        loaded=loaded,
+        network=Classifier(encoder, **record),
+        alpha=alpha,
+        distance=hard_distillation if kind == "hard" else lambda mine, wanted: soft_distillation(mine, wanted, tau=tau),
+        shown=_numbers(config.data.mean, config.data.std),
+        own=_numbers(seen.get("mean", IMAGENET_MEAN), seen.get("std", IMAGENET_STD)),
+    )
+
+
+def _load(kind: str, path: str) -> Loaded:
+    if not path:
+        raise ValueError(
+            f"classify.distillation={kind!r} needs a teacher, but classify.teacher.path is empty: name a classifier, "
+            "a run of ours or a converted file, for example classify.teacher.path=runs/b_finetuned"
+        )
+    try:
+        return load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"classify.teacher.path: {error}") from error
+
+
+def _numbers(mean, std) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(map(float, mean)), tuple(map(float, std))

@@ -1,0 +1,1 @@
+"""Distillation of token relations or features."""

@@ -1,0 +1,52 @@
+"""Pre-training by masked image modelling (MAE, arXiv 2111.06377): pixels of hidden patches from the visible ones."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from tinymim_jax.models.mae_decoder import MaskedAutoencoder
+from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.losses import masked_pixel_loss
+from tinymim_jax.ops.masking import random_masking
+from tinymim_jax.ops.patches import patchify
+from tinymim_jax.tasks.decoder import build_decoder, check_no_dist_token, decoder_record, fill_decoder
+from tinymim_jax.tasks.pretrained import build_encoder, fill_encoder, load
+from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
+
+
+def build(config: ConfigDict, classes: int) -> Task:
+    """The task of `config`; labels are not used."""
+    del classes
+    encoder = build_encoder(config.model)
+    check_no_dist_token(encoder)
+    decoder = build_decoder(config.mae, encoder)
+    network = MaskedAutoencoder(encoder, decoder)
+    mask_ratio, normalize_pixels = config.mae.mask_ratio, config.mae.normalize_pixels
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    patches = encoder.grid[0] * encoder.grid[1]
+
+    def init(key: jax.Array) -> Params:
+        masking = random_masking(key, 1, patches, mask_ratio)
+        return network.init(key, jax.numpy.zeros((1, *encoder.image_size, 3)), masking)["params"]
+
+    def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
+        images = normalize(batch["image"], mean, std)
+        masking = random_masking(named(key, "masking"), images.shape[0], patches, mask_ratio)
+        drop_key = named(key, "drop_path") if train else None
+        prediction: Any = network.apply({"params": params}, images, masking, drop_key=drop_key)
+        target = patchify(images, encoder.patch_size)
+        return {"loss": masked_pixel_loss(prediction, target, masking.hidden, normalize=normalize_pixels)}
+
+    def start(params: Params) -> Params:
+        loaded = load(config.init)
+        return fill_decoder(fill_encoder(params, loaded, encoder), loaded, decoder)
+
+    return Task(
+        model={"encoder": encoder.record(), "decoder": decoder_record(decoder)},
+        init=init,
+        losses=losses,
+        names=("loss",),
+        start=start if config.init else None,
+    )

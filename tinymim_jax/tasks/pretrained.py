@@ -1,0 +1,130 @@
+"""What all tasks do with encoders: build one from the config, and fill it from a checkpoint."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tinymim_jax.checkpoints.params import load_params, merge
+from tinymim_jax.errors import unknown
+from tinymim_jax.models.vit import PRESETS, ViT
+from tinymim_jax.ops.posembed import resize_table
+
+log = logging.getLogger(__name__)
+
+Params = Any  # nested dicts of arrays
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build_encoder(model: ConfigDict, **overrides: Any) -> ViT:
+    """The encoder of `config.model`: a preset, with every number that is set in the config in its place."""
+    if model.variant not in PRESETS:
+        raise unknown("model.variant", model.variant, PRESETS)
+    fields: dict[str, Any] = dict(PRESETS[model.variant])
+    for name in ("embed_dim", "depth", "heads"):
+        if model[name] is not None:
+            fields[name] = model[name]
+    if not isinstance(fields["heads"], int):
+        fields["heads"] = tuple(fields["heads"])
+    fields |= {
+        "patch_size": model.patch_size,
+        "image_size": tuple(model.image_size),
+        "mlp_ratio": model.mlp_ratio,
+        "dist_token": model.dist_token,
+        "pos_embed": model.pos_embed,
+        "drop_path": model.drop_path,
+        "drop_path_schedule": model.drop_path_schedule,
+        "scan": model.scan,
+        "remat": model.remat,
+        "dtype": compute_dtype(model),
+    }
+    return ViT(**(fields | overrides))
+
+
+def compute_dtype(model: ConfigDict) -> Any:
+    """`config.model.dtype` as a jax dtype."""
+    if model.dtype not in DTYPES:
+        raise unknown("model.dtype", model.dtype, DTYPES)
+    return DTYPES[model.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint on the host: its architecture record and its parameters."""
+
+    path: str
+    model: dict[str, Any]
+    params: Params
+
+
+_KEPT: dict[str, Loaded] | None = None
+
+
+@contextlib.contextmanager
+def keeping_checkpoints() -> Iterator[dict[str, Loaded]]:
+    """Inside the block every checkpoint is read once. What is put into the dict stands for one yet to be made."""
+    global _KEPT
+    _KEPT = kept = {}
+    try:
+        yield kept
+    finally:
+        _KEPT = None
+
+
+def load(path: str) -> Loaded:
+    """Reads an export, a converted file or a run of ours."""
+    if _KEPT is not None and path in _KEPT:
+        return _KEPT[path]
+    model, params = load_params(path)
+    loaded = Loaded(path, model, params)
+    if _KEPT is not None:
+        _KEPT[path] = loaded
+    return loaded
+
+
+def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
+    """The loaded encoder's parameters with a position table as `encoder` wants it.
+
+    A learned table is resized to the encoder's grid as torch's bicubic would; a DIST token that is new to it gets the
+    CLS token's fixed position, zeros. An encoder with a fixed sin-cos table takes none, so one that comes with the
+    file must be that table: anything else would be lost without a word.
+    """
+    params = dict(loaded.params["encoder"])
+    record = ViT.from_record(loaded.model["encoder"])
+    if record.dist_token and not encoder.dist_token:
+        raise ValueError(f"{loaded.path} has a distillation token: set model.dist_token=True")
+    table = params.pop("pos_embed", None)
+    if encoder.pos_embed == "learned":
+        table = np.asarray(record.fixed_table if table is None else table)
+        if encoder.prefix > record.prefix:
+            table = np.insert(table, record.prefix, 0.0, axis=1)
+        params["pos_embed"] = np.asarray(resize_table(table, record.grid, encoder.grid))
+    elif table is not None and not np.allclose(table, record.fixed_table, atol=1e-4):
+        raise ValueError(
+            f"{loaded.path} holds a position table that is not the fixed sin-cos one: set model.pos_embed='learned'"
+        )
+    return params
+
+
+def fill_encoder(params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bool = True) -> Params:
+    """`params` with the encoder taken from `loaded`; a difference in architecture is an error that lists it.
+
+    Head counts leave no trace in the shapes, so they are compared too, unless `same_heads` is False. A DIST token
+    that the checkpoint does not have keeps its initial value.
+    """
+    if same_heads and tuple(loaded.model["encoder"]["heads"]) != encoder.block_heads:
+        raise ValueError(
+            f"{loaded.path} was trained with {loaded.model['encoder']['heads']} attention heads, block by block, and "
+            f"the config asks for {list(encoder.block_heads)}: shapes agree but q, k and v would be cut differently. "
+            "Set model.heads to the former"
+        )
+    unused = () if encoder.final_norm else ("norm",)
+    new = () if loaded.model["encoder"].get("dist_token") else ("dist_token",)
+    filled = merge(params["encoder"], fit_positions(loaded, encoder), allow_missing=new, allow_unused=unused)
+    return params | {"encoder": filled}

@@ -1,0 +1,104 @@
+"""Linear probe: a linear head, behind a batch norm, learns the labels from a frozen encoder's features."""
+
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tinymim_jax.checkpoints.format import digest
+from tinymim_jax.checkpoints.probes import frozen_parts, unfolded
+from tinymim_jax.errors import unknown
+from tinymim_jax.models.heads import POOLS, Classifier
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, moved_on
+from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
+from tinymim_jax.ops.top_k import in_top
+from tinymim_jax.tasks.pretrained import Loaded, compute_dtype, load
+from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
+
+
+def build(config: ConfigDict, classes: int) -> Task:
+    """The task of `config` for a data set of so many classes (MAE release, main_linprobe.py).
+
+    The encoder is that of `init`. Its features are what a Classifier's head sees: the CLS token after the final norm,
+    or the mean of the patch tokens and a norm after that.
+
+    Raises ValueError where there are no classes, or no checkpoint.
+    """
+    probe = config.probe
+    if classes == 0:
+        raise ValueError(f"data.source={config.data.source!r} has no labels to probe by: choose a labelled set")
+    if not config.init:
+        raise ValueError("init is empty: a probe judges a pre-trained encoder. Name its checkpoint, init=runs/b")
+    loaded = load(config.init)
+    network = probed_network(loaded, config.model, probe.pool, classes)
+    head = nn.Dense(classes, kernel_init=nn.initializers.normal(probe.head_std))
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    dim = network.encoder.embed_dim
+
+    def init(key: jax.Array) -> Params:
+        statistics = {"mean": jnp.zeros(dim), "variance": jnp.ones(dim)}
+        return {"head": head.init(key, jnp.zeros((1, dim)))["params"], "batch_norm": statistics}
+
+    def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> dict[str, Any]:
+        del key
+        images, labels = normalize(batch["image"], mean, std), batch["label"]
+        features: Any = network.apply({"params": frozen}, images, method="features")
+        running, moved = params["batch_norm"], {}
+        if train:
+            moments = batch_moments(features)
+            moved = {RUNNING: {"batch_norm": moved_on(running, *moments, count=len(features))}}
+        else:
+            moments = running["mean"], running["variance"]
+        logits: Any = head.apply({"params": params["head"]}, batch_norm(features, *moments))
+        loss = soft_cross_entropy(logits, soft_targets(labels, classes, smoothing=0.0))
+        return {"loss": loss, "top1": in_top(logits, labels, 1), "top5": in_top(logits, labels, 5)} | moved
+
+    def start(params: Params) -> Params:
+        if "probe" not in loaded.model or loaded.model["classifier"] != classifier:
+            return params
+        own, statistics = unfolded(jax.tree.map(np.asarray, loaded.params["head"]))
+        return {"head": own, "batch_norm": statistics}
+
+    classifier = {"classes": classes, "pool": probe.pool}
+    image_size = network.encoder.image_size
+    return Task(
+        model={"encoder": network.encoder.record(), "classifier": classifier, "probe": probe_record(loaded)},
+        init=init,
+        losses=losses,
+        names=("loss", "top1", "top5"),
+        load_frozen=lambda: frozen_parts(loaded.model, loaded.params, image_size=image_size, pool=probe.pool),
+        start=start,
+    )
+
+
+def probed_network(loaded: Loaded, model: ConfigDict, pool: str, classes: int) -> Classifier:
+    """The checkpoint's own encoder at the config's image size and dtype, in a Classifier without its head's weights."""
+    if pool not in POOLS:
+        raise unknown("pool", pool, POOLS)
+    if loaded.model["encoder"].get("dist_token"):
+        raise ValueError(
+            f"{loaded.path} has a DIST token, and so its classifiers have two heads: a linear probe has one. Judge it "
+            "by tinymim knn, or fine-tune it"
+        )
+    encoder = ViT.from_record(
+        loaded.model["encoder"],
+        image_size=tuple(model.image_size),
+        final_norm=pool == "cls",
+        scan=model.scan,
+        dtype=compute_dtype(model),
+    )
+    return Classifier(encoder, classes=classes, pool=pool)
+
+
+def probe_record(loaded: Loaded) -> dict[str, str]:
+    """Whose encoder it is: a run of a probe saves its head alone, see params_io.load_params."""
+    if "probe" in loaded.model:
+        return loaded.model["probe"]
+    path = loaded.path if "://" in loaded.path else os.path.abspath(os.path.expanduser(loaded.path))
+    return {"checkpoint": path, "digest": digest(loaded.params["encoder"])}
