@@ -127,7 +127,7 @@ def test_gradients_reach_what_they_should_and_nothing_else(folder, target):
     def loss(params, frozen):
         return jnp.mean(task.losses(params, frozen, BATCH, KEY, True)["loss"])
 
-    paths = optim.reached(loss, params, frozen)
+    paths = optim.params_with_gradient(loss, params, frozen)
     trained = {"/".join(path) for path in paths}
     behind = {name for name, targets in BEHIND.items() if target in (*targets, *WHOLE_BLOCK)}
     never = {"encoder/norm"} | {f"encoder/blocks_1/{name}" for name in BEHIND if name not in behind}
@@ -244,7 +244,7 @@ def test_the_mim_loss_is_maes(folder):
     want = masked_pixel_loss(prediction, patchify(images, 4), masking.hidden, normalize=True)
     np.testing.assert_allclose(got["mae"], want, rtol=1e-5)
     # Its gradient needs the whole encoder: nothing stays as it was.
-    paths = optim.reached(lambda p: task.losses(p, frozen, BATCH, KEY, True)["loss"].mean(), params)
+    paths = optim.params_with_gradient(lambda p: task.losses(p, frozen, BATCH, KEY, True)["loss"].mean(), params)
     assert paths == set(flatten_dict(params))
 
 

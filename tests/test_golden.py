@@ -119,7 +119,7 @@ def loss_and_grad(golden, tinymim):
         return sum(parts.values()), parts
 
     images = jnp.zeros((1, *teacher.image_size, 3))
-    paths = optim.reached(lambda *args: losses(*args)[0], params, images, images)
+    paths = optim.params_with_gradient(lambda *args: losses(*args)[0], params, images, images)
     return paths, jax.jit(jax.value_and_grad(losses, has_aux=True))
 
 

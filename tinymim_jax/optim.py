@@ -95,7 +95,7 @@ def layer_scales(params: Params, decay: float, depth: int) -> Params:
     return _map_paths(lambda path, leaf: decay ** (depth + 1 - _layer(path, depth)), params)
 
 
-def reached(function: Callable, params: Params, *args) -> frozenset[Path]:
+def params_with_gradient(function: Callable, params: Params, *args) -> frozenset[Path]:
     """Paths of the parameters on which the value of `function(params, *args)` depends.
 
     The others get no gradient. A plain optimizer would still decay them towards zero (a tapped block's MLP shrinks

@@ -42,7 +42,7 @@ def trained_paths(task: Task, frozen: Params, batch: Batch) -> frozenset[optim.P
     def loss(params: Params, frozen: Params, batch: Batch) -> jax.Array:
         return task.losses(params, frozen, batch, jax.random.key(0), True)["loss"]
 
-    return optim.reached(loss, params, frozen, batch)
+    return optim.params_with_gradient(loss, params, frozen, batch)
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation, paths: frozenset, *, ema: float) -> TrainState:
