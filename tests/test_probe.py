@@ -15,7 +15,7 @@ from tinymim_jax.evaluation.predictor import load as load_model
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer, training_batches
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, moved_on
+from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, update_running_stats
 from tinymim_jax.sharding import batch_sharding, make_mesh
 from tinymim_jax.state import init_state, trained_paths
 from tinymim_jax.tasks.pretrained import Loaded, load
@@ -45,7 +45,7 @@ def test_running_statistics_are_torchs(devices):
     @jax.jit
     def step(running, x):
         moments = batch_moments(x)
-        return batch_norm(x, *moments), moved_on(running, *moments, count=len(x))
+        return batch_norm(x, *moments), update_running_stats(running, *moments, count=len(x))
 
     for _ in range(3):
         x = rng.normal(3.0, 2.0, size=(16, 5)).astype(np.float32)

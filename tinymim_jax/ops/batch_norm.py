@@ -26,7 +26,7 @@ def batch_moments(x: Features) -> tuple[Vector, Vector]:
     return mean, jnp.square(x - mean).mean(axis=0)
 
 
-def moved_on(running: dict[str, Vector], mean: Vector, variance: Vector, count: int) -> dict[str, Vector]:
+def update_running_stats(running: dict[str, Vector], mean: Vector, variance: Vector, count: int) -> dict[str, Vector]:
     """The running {"mean", "variance"} after a batch of `count` rows, whose variance goes in unbiased."""
     unbiased = variance * (count / max(count - 1, 1))
     return {

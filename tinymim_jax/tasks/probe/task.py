@@ -14,7 +14,7 @@ from tinymim_jax.checkpoints.probes import frozen_parts, unfolded
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.heads import POOLS, Classifier
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, moved_on
+from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, update_running_stats
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
 from tinymim_jax.ops.top_k import in_top
@@ -52,7 +52,7 @@ def build(config: ConfigDict, classes: int) -> Task:
         running, moved = params["batch_norm"], {}
         if train:
             moments = batch_moments(features)
-            moved = {RUNNING: {"batch_norm": moved_on(running, *moments, count=len(features))}}
+            moved = {RUNNING: {"batch_norm": update_running_stats(running, *moments, count=len(features))}}
         else:
             moments = running["mean"], running["variance"]
         logits: Any = head.apply({"params": params["head"]}, batch_norm(features, *moments))
