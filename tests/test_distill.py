@@ -14,7 +14,7 @@ from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.mae_decoder import MaskedAutoencoder
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import color_jitter, normalize
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import random_masking
 from tinymim_jax.ops.patches import patchify
@@ -98,7 +98,7 @@ def test_the_published_path_costs_what_it_did(folder):
 
     def by_hand(params, frozen, image, key):
         seen = TEACHER.apply({"params": frozen}, normalize(image, MEAN, STD), tap=2, method="encode")
-        view = normalize(color_jitter(named(key, "jitter"), image, **jitter), MEAN, STD)
+        view = normalize(color_jitter(fold_in_name(key, "jitter"), image, **jitter), MEAN, STD)
         own = student.apply({"params": params["encoder"]}, view, tap=2, method="encode")
         return jnp.mean(sum(target.loss(target.extract(own), target.extract(seen)).values()))
 
@@ -239,7 +239,7 @@ def test_the_mim_loss_is_maes(folder):
     np.testing.assert_allclose(got["loss"], alone["loss"] + 0.3 * got["mae"], rtol=1e-5)
     encoder = ViT.from_record(task.model["encoder"])
     network = MaskedAutoencoder(encoder, build_decoder(config.distill.mim, encoder))
-    images, masking = normalize(BATCH["image"], MEAN, STD), random_masking(named(KEY, "masking"), 4, 16, 0.5)
+    images, masking = normalize(BATCH["image"], MEAN, STD), random_masking(fold_in_name(KEY, "masking"), 4, 16, 0.5)
     prediction = network.apply({"params": params}, images, masking)
     want = masked_pixel_loss(prediction, patchify(images, 4), masking.hidden, normalize=True)
     np.testing.assert_allclose(got["mae"], want, rtol=1e-5)

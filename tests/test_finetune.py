@@ -16,7 +16,7 @@ from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import binary_cross_entropy, hard_distillation, soft_distillation
 from tinymim_jax.ops.mixup import draw_mix, mix_images
 from tinymim_jax.ops.posembed import resize_table
@@ -190,7 +190,7 @@ def test_the_teacher_sees_the_students_augmented_images(monkeypatch):
 
     @jax.jit
     def everything(params):
-        mix = draw_mix(named(KEY, "mixup"), (16, 16), mixup=0.8, cutmix=0.0, prob=1.0, switch_prob=0.5)
+        mix = draw_mix(fold_in_name(KEY, "mixup"), (16, 16), mixup=0.8, cutmix=0.0, prob=1.0, switch_prob=0.5)
         mixed = mix_images(images, mix).mean(axis=(1, 2, 3))
         return task.losses(params, {}, BATCH, KEY, True)["loss"], mixed, mix.lam
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from tinymim_jax.ops import color, drop_path, losses, masking, patches, posembed, relations
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.products import scaled_products
 
 
@@ -162,5 +162,5 @@ def test_drop_path_scales_keep_the_mean():
 
 def test_keys_are_addressed_by_name():
     root = jax.random.key(0)
-    draws = [float(jax.random.uniform(named(root, name))) for name in ("jitter", "masking", "jitter")]
+    draws = [float(jax.random.uniform(fold_in_name(root, name))) for name in ("jitter", "masking", "jitter")]
     assert draws[0] == draws[2] != draws[1]

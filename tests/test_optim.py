@@ -156,7 +156,10 @@ def test_reached_parameters():
         y, _ = jax.lax.scan(lambda c, _: (c * params["used"]["a"], None), x, length=3)
         return jnp.sum(y * jax.checkpoint(jnp.sin)(params["used"]["b"]))
 
-    assert optim.params_with_gradient(function, params, jax.ShapeDtypeStruct((2,), jnp.float32)) == {("used", "a"), ("used", "b")}
+    assert optim.params_with_gradient(function, params, jax.ShapeDtypeStruct((2,), jnp.float32)) == {
+        ("used", "a"),
+        ("used", "b"),
+    }
 
 
 def test_split_and_join():

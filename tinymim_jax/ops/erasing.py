@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 
 _ATTEMPTS = 10
 
@@ -24,8 +24,8 @@ def random_erasing(
     Args: as for `draw_boxes`.
     """
     batch, height, width, _ = images.shape
-    boxes = draw_boxes(named(key, "box"), (batch, height, width), prob=prob, area=area, aspect=aspect)
-    noise = jax.random.normal(named(key, "noise"), images.shape, images.dtype)
+    boxes = draw_boxes(fold_in_name(key, "box"), (batch, height, width), prob=prob, area=area, aspect=aspect)
+    noise = jax.random.normal(fold_in_name(key, "noise"), images.shape, images.dtype)
     return erase(images, boxes, noise)
 
 
@@ -51,9 +51,9 @@ def draw_boxes(
         raise ValueError(f"prob={prob} is a probability: choose 0 to 1")
     batch, height, width = shape
     draws = (batch, _ATTEMPTS)
-    pixels = jax.random.uniform(named(key, "area"), draws, minval=area[0], maxval=area[1]) * (height * width)
+    pixels = jax.random.uniform(fold_in_name(key, "area"), draws, minval=area[0], maxval=area[1]) * (height * width)
     low, high = (math.log(bound) for bound in aspect)
-    ratio = jnp.exp(jax.random.uniform(named(key, "aspect"), draws, minval=low, maxval=high))
+    ratio = jnp.exp(jax.random.uniform(fold_in_name(key, "aspect"), draws, minval=low, maxval=high))
     sides = jnp.stack([jnp.sqrt(pixels * ratio), jnp.sqrt(pixels / ratio)], axis=-1)
     sides = jnp.round(sides).astype(jnp.int32)  # [batch, attempts, 2]
     limit = jnp.array([height, width], jnp.int32)
@@ -61,9 +61,9 @@ def draw_boxes(
     first = jnp.argmax(fits, axis=1)
     side = jnp.take_along_axis(sides, first[:, None, None], axis=1)[:, 0]  # [batch, 2]
     # Where none fits the bound would be no bound; the box is dropped below.
-    start = jax.random.randint(named(key, "place"), (batch, 2), 0, jnp.maximum(limit - side + 1, 1))
+    start = jax.random.randint(fold_in_name(key, "place"), (batch, 2), 0, jnp.maximum(limit - side + 1, 1))
     box = jnp.stack([start[:, 0], start[:, 0] + side[:, 0], start[:, 1], start[:, 1] + side[:, 1]], axis=1)
-    erased = (jax.random.uniform(named(key, "erased"), (batch,)) < prob) & jnp.any(fits, axis=1)
+    erased = (jax.random.uniform(fold_in_name(key, "erased"), (batch,)) < prob) & jnp.any(fits, axis=1)
     return jnp.where(erased[:, None], box, 0)
 
 

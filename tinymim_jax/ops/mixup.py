@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 
 
 class Mix(NamedTuple):
@@ -39,14 +39,14 @@ def draw_mix(
     """
     if mixup < 0 or cutmix < 0 or not mixup + cutmix > 0:
         raise ValueError(f"mixup={mixup}, cutmix={cutmix}: both must be at least 0 and one of them positive")
-    mixed = jax.random.uniform(named(key, "mixed")) < prob
+    mixed = jax.random.uniform(fold_in_name(key, "mixed")) < prob
     if mixup and cutmix:
-        cut = mixed & (jax.random.uniform(named(key, "switch")) < switch_prob)
+        cut = mixed & (jax.random.uniform(fold_in_name(key, "switch")) < switch_prob)
     else:
         cut = mixed & (cutmix > 0)
-    blended = jax.random.beta(named(key, "mixup"), mixup, mixup) if mixup else jnp.float32(1)
-    left_over = jax.random.beta(named(key, "cutmix"), cutmix, cutmix) if cutmix else jnp.float32(1)
-    box = jnp.where(cut, draw_box(named(key, "box"), left_over, size), 0)
+    blended = jax.random.beta(fold_in_name(key, "mixup"), mixup, mixup) if mixup else jnp.float32(1)
+    left_over = jax.random.beta(fold_in_name(key, "cutmix"), cutmix, cutmix) if cutmix else jnp.float32(1)
+    box = jnp.where(cut, draw_box(fold_in_name(key, "box"), left_over, size), 0)
     area = (box[1] - box[0]) * (box[3] - box[2])
     lam = jnp.where(cut, 1 - area / (size[0] * size[1]), jnp.where(mixed, blended, 1.0))
     return Mix(cut, lam.astype(jnp.float32), box)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.checkpoints.params import merge
 from tinymim_jax.models.mae_decoder import MaeDecoder
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import Masking, random_masking
 from tinymim_jax.ops.patches import patchify
@@ -68,7 +68,7 @@ class PixelPrediction:
         """Parameters of the decoder, as in an MAE run."""
         masking = random_masking(key, 1, self.student.grid[0] * self.student.grid[1], self.mask_ratio)
         latent = jnp.zeros((1, 1 + masking.keep.shape[1], self.student.embed_dim))
-        return {"decoder": self.decoder.init(named(key, "decoder"), latent, masking.restore)["params"]}
+        return {"decoder": self.decoder.init(fold_in_name(key, "decoder"), latent, masking.restore)["params"]}
 
     def losses(self, params: Params, tokens: jax.Array, images: jax.Array, masking: Masking) -> jax.Array:
         """float32 [batch] from the student's last block output and the pixels that it was shown a part of."""

@@ -15,7 +15,7 @@ from tinymim_jax.models.heads import Classifier, needs_final_norm
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.erasing import random_erasing
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import binary_cross_entropy, soft_cross_entropy, soft_targets
 from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
 from tinymim_jax.ops.top_k import in_top
@@ -62,7 +62,7 @@ def build(config: ConfigDict, classes: int) -> Task:
         if train and augment:
             images, targets = augment(key, images, targets)
             labels = jnp.argmax(targets, axis=1)  # of a mixed image the label that weighs more
-        drop_key = named(key, "drop_path") if train else None
+        drop_key = fold_in_name(key, "drop_path") if train else None
         both: Any = network.apply({"params": params}, images, drop_key=drop_key, method="logits")
         first, second = both
         logits = first if second is None else (first + second) / 2
@@ -125,10 +125,10 @@ def _augmentation(classify: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Ar
 
     def augment(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         if erase:
-            images = random_erasing(named(key, "erase"), images, prob=erase)
+            images = random_erasing(fold_in_name(key, "erase"), images, prob=erase)
         if mixup or cutmix:
             size = (images.shape[1], images.shape[2])
-            draw_key = named(key, "mixup")
+            draw_key = fold_in_name(key, "mixup")
             mix = draw_mix(draw_key, size, mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch_prob)
             images, targets = mix_images(images, mix), mix_targets(targets, mix.lam)
         return images, targets

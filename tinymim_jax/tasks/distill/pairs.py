@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.blocks import Dense, Tap
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.distill.targets import Target, find_target
 from tinymim_jax.tasks.task import Params, PerExample
 
@@ -152,7 +152,7 @@ def init_adapters(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher: 
     linear = Dense(teacher.embed_dim)
     return {
         f"taps_{i}": {
-            name: linear.init(named(key, f"adapter {i} {name}"), feature)["params"] for name in pair.target.names
+            name: linear.init(fold_in_name(key, f"adapter {i} {name}"), feature)["params"] for name in pair.target.names
         }
         for i, pair in enumerate(pairs)
         if pair.target.adapted

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.checkpoints.params import merge
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.decoder import PixelPrediction, decoder_record, fill_decoder, pixel_prediction
 from tinymim_jax.tasks.distill.pairs import adapter_record, align_heads, compare, find_blocks, init_adapters, make_pairs
 from tinymim_jax.tasks.distill.targets import find_target
@@ -51,7 +51,7 @@ def build(config: ConfigDict, classes: int) -> Task:
             teacher_view,
             tap=teacher_taps,
             keep=keep if inputs.teacher_masked else None,
-            drop_key=named(key, "teacher_drop_path") if train else None,
+            drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
             method="encode",
         )
         seen_by_student: Any = student.apply(
@@ -59,7 +59,7 @@ def build(config: ConfigDict, classes: int) -> Task:
             student_view,
             tap=student_taps,
             keep=keep,
-            drop_key=named(key, "drop_path") if train else None,
+            drop_key=fold_in_name(key, "drop_path") if train else None,
             method="encode",
         )
         wanted = [inputs.aligned(compared(tap, teacher), masking) for tap in seen_by_teacher]

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.models.blocks import Tap
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import color_jitter, normalize
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.masking import Masking, kept_patches, random_masking
 from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens, without_dist_token
 
@@ -40,8 +40,8 @@ class Inputs:
         """Normalised pixels for student and teacher from uint8 [batch, height, width, 3]."""
         student, teacher = images, images
         if train:
-            student = _jittered(named(key, "jitter"), images, self.jitter)
-            teacher = _jittered(named(key, "teacher_jitter"), images, self.teacher_jitter)
+            student = _jittered(fold_in_name(key, "jitter"), images, self.jitter)
+            teacher = _jittered(fold_in_name(key, "teacher_jitter"), images, self.teacher_jitter)
         if teacher.shape[1:3] != self.teacher_size:
             teacher = resize_images(teacher.astype(jnp.float32), self.teacher_size)
         return normalize(student, self.mean, self.std), normalize(teacher, self.mean, self.std)
@@ -50,7 +50,7 @@ class Inputs:
         """Patches hidden from the student, other ones in each image; None where all are visible."""
         if not self.mask_ratio:
             return None
-        return random_masking(named(key, "masking"), batch, self.grid[0] * self.grid[1], self.mask_ratio)
+        return random_masking(fold_in_name(key, "masking"), batch, self.grid[0] * self.grid[1], self.mask_ratio)
 
     def aligned(self, tap: Tap, masking: Masking | None) -> Tap:
         """The teacher's tap token by token as the student's: on its grid, and the visible patches only."""

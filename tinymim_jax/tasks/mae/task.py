@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.models.mae_decoder import MaskedAutoencoder
 from tinymim_jax.ops.color import normalize
-from tinymim_jax.ops.keys import named
+from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import random_masking
 from tinymim_jax.ops.patches import patchify
@@ -33,8 +33,8 @@ def build(config: ConfigDict, classes: int) -> Task:
 
     def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
         images = normalize(batch["image"], mean, std)
-        masking = random_masking(named(key, "masking"), images.shape[0], patches, mask_ratio)
-        drop_key = named(key, "drop_path") if train else None
+        masking = random_masking(fold_in_name(key, "masking"), images.shape[0], patches, mask_ratio)
+        drop_key = fold_in_name(key, "drop_path") if train else None
         prediction: Any = network.apply({"params": params}, images, masking, drop_key=drop_key)
         target = patchify(images, encoder.patch_size)
         return {"loss": masked_pixel_loss(prediction, target, masking.hidden, normalize=normalize_pixels)}
