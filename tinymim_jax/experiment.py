@@ -65,8 +65,8 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
     batch_size = config.train.batch_size
     if batch_size % config.train.accumulate:
         raise ValueError(
-            f"train.batch_size={batch_size} cannot be worked off in train.accumulate={config.train.accumulate} equal "
-            "parts: choose a divisor"
+            f"train.batch_size={batch_size} cannot be split into train.accumulate={config.train.accumulate} equal "
+            "micro-batches: choose a divisor"
         )
     if config.data.crops < 1 or batch_size % config.data.crops:
         raise ValueError(
@@ -166,7 +166,7 @@ def training_batches(experiment: Experiment, *, start_step: int, workers: int) -
 
 
 def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
-    """This process's rows of the evaluation split, padded to whole batches of what training works off at a time."""
+    """This process's rows of the evaluation split, padded to whole batches of the size of a training micro-batch."""
     config = experiment.config
     view = EvalView(image_size=tuple(config.model.image_size), resize=config.data.eval_resize)
     return eval_batches(

@@ -105,7 +105,8 @@ def make_train_step(
     The first two arguments are donated. The third result is a copy that the host may read while the next step runs.
 
     Args:
-      accumulate: the batch is worked off in this many equal parts, to save memory; the update is that of the whole.
+      accumulate: the batch is split into this many micro-batches, run one after another to save memory; the update is
+        that of the whole batch.
       ema: decay of the moving average; 0 keeps none.
     """
 
@@ -127,14 +128,14 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(jnp.mean(values["loss"])) & jnp.isfinite(norm)
-        new_trained = _keep_unless(finite, optax.apply_updates(trained, updates), trained)
+        new_trained = _where(finite, optax.apply_updates(trained, updates), trained)
         extra = {}
         if ema:
             extra["ema"] = jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.extra["ema"], new_trained)
         state = TrainState(
             step=state.step + 1,
-            params=optim.join(new_trained, _keep_unless(finite, new_fixed, fixed)),
-            opt_state=_keep_unless(finite, opt_state, state.opt_state),
+            params=optim.join(new_trained, _where(finite, new_fixed, fixed)),
+            opt_state=_where(finite, opt_state, state.opt_state),
             extra=extra,
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
@@ -164,7 +165,7 @@ def place_frozen(frozen: Params, mesh: Mesh) -> Params:
     return jax.device_put(frozen, state_sharding(mesh, frozen))
 
 
-def _keep_unless(condition: jax.Array, new: Any, old: Any) -> Any:
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 

@@ -22,7 +22,7 @@ from tinymim_jax.runtime.progress import span
 
 log = logging.getLogger(__name__)
 
-_BATCH = 256  # images of each device at a time, at most: a config's batch may be worked off in parts, or be huge
+_BATCH = 256  # images of each device at a time, at most: a config's batch may be split into micro-batches, or be huge
 
 
 def extract_features(
