@@ -19,8 +19,8 @@ from tinymim_jax.config import load_config
 from tinymim_jax.plan.build import Planned, changed, plan_experiment
 from tinymim_jax.plan.chips import GIB
 from tinymim_jax.plan.compiled import CACHE, compile_step, kept_result
+from tinymim_jax.plan.extrapolate import extrapolate, same_program
 from tinymim_jax.plan.plan import Plan, read_plan
-from tinymim_jax.plan.scaled import same_program, scaled
 from tinymim_jax.plan.topology import parse_topology
 
 DOCS = Path(__file__).parents[1] / "docs" / "plan.md"
@@ -96,7 +96,7 @@ class Table:
             if plan is not None and plan.fits
             if same_program(plan.topology.kind, place.kind) or (guess and plan.topology.chip.platform == "tpu")
         ]
-        return scaled(min(sources, key=unlike), place, other_program=guess) if sources else None
+        return extrapolate(min(sources, key=unlike), place, other_program=guess) if sources else None
 
 
 def main() -> None:
@@ -158,7 +158,7 @@ def _in_parts(plan: Plan) -> tuple[Plan, str]:
     """The same batch in the smallest number of parts that is estimated to fit."""
     images = plan.batch // plan.topology.chips
     for parts in (n for n in range(2, images + 1) if images % n == 0):
-        if (smaller := scaled(plan, plan.topology, accumulate=parts)).fits:
+        if (smaller := extrapolate(plan, plan.topology, accumulate=parts)).fits:
             return smaller, f"no: ~`train.accumulate={parts}`"
     return plan, "no"
 
@@ -176,7 +176,7 @@ def scaling_table(table: Table) -> str:
         assert first is not None
         assert first.time is not None
         assert plan.time is not None
-        fixed = scaled(plan, plan.topology, batch=table.planned(SCALING).experiment.batch_size)
+        fixed = extrapolate(plan, plan.topology, batch=table.planned(SCALING).experiment.batch_size)
         assert fixed.time is not None
         sent = sum(row.bytes for row in plan.collectives) / 1e6
         ratio = chips / SCALING_CHIPS[0] * first.time.seconds / plan.time.seconds
@@ -198,7 +198,7 @@ def _scaling_plans(table: Table) -> dict[int, Plan]:
         return {}
     return {
         chips: found.get(chips)
-        or scaled(
+        or extrapolate(
             min(found.values(), key=lambda plan: abs(plan.topology.chips - chips)),
             parse_topology(f"v5e-{chips}"),
             batch=SCALING_IMAGES * chips,

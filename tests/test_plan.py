@@ -17,6 +17,7 @@ from tinymim_jax.plan.build import plan_experiment
 from tinymim_jax.plan.chips import CHIPS, GIB, peak_of
 from tinymim_jax.plan.compiled import _refused_for, compile_step
 from tinymim_jax.plan.devices import gpu_description
+from tinymim_jax.plan.extrapolate import extrapolate
 from tinymim_jax.plan.hlo import Work
 from tinymim_jax.plan.plan import check_layout, make_plan
 from tinymim_jax.plan.report import as_json, as_text
@@ -31,7 +32,6 @@ from tinymim_jax.plan.roofline import (
     collective_seconds,
     step_time,
 )
-from tinymim_jax.plan.scaled import scaled
 from tinymim_jax.plan.search import largest_batch, remedies
 from tinymim_jax.plan.topology import parse_topology
 
@@ -330,7 +330,7 @@ def compiled_plan(data_dir):
 
 
 def test_a_plan_scaled_to_itself(compiled_plan):
-    same = scaled(compiled_plan, compiled_plan.topology)
+    same = extrapolate(compiled_plan, compiled_plan.topology)
     network = 2 * collective_seconds("all-reduce", 5e8, 8, compiled_plan.topology)
     assert dataclasses.replace(same.time, network=0.5) == compiled_plan.time
     assert same.time.network == pytest.approx(network)
@@ -340,7 +340,7 @@ def test_a_plan_scaled_to_itself(compiled_plan):
 
 def test_a_scaled_plan_by_hand(compiled_plan):
     """Half the chips and twice the batch: four times the images on each."""
-    plan = scaled(compiled_plan, parse_topology("cpux4"), batch=64)
+    plan = extrapolate(compiled_plan, parse_topology("cpux4"), batch=64)
     update = 28 * plan.parameters["trained"] / (CHIPS["cpu"].bandwidth * MEMORY_EFFICIENCY)
     assert plan.time.compute == 8.0
     assert plan.time.memory == pytest.approx(4 * (1.0 - update) + update)
@@ -348,20 +348,20 @@ def test_a_scaled_plan_by_hand(compiled_plan):
     assert plan.parts["parameters"] == compiled_plan.parts["parameters"]
     assert (plan.flops, plan.steps) == (2 * compiled_plan.flops, compiled_plan.steps / 2)
     assert plan.collectives == (Collective("all-reduce", 4, 2, 1e9),)
-    parts = scaled(compiled_plan, parse_topology("cpux8"), accumulate=2)
+    parts = extrapolate(compiled_plan, parse_topology("cpux8"), accumulate=2)
     assert parts.parts["temporaries"] == compiled_plan.parts["temporaries"] / 2
     assert parts.time.compute == compiled_plan.time.compute
 
 
 def test_an_h200_is_an_h100_with_faster_memory(compiled_plan):
-    plan = scaled(dataclasses.replace(compiled_plan, topology=parse_topology("h100x8")), parse_topology("h200x8"))
+    plan = extrapolate(dataclasses.replace(compiled_plan, topology=parse_topology("h100x8")), parse_topology("h200x8"))
     assert plan.time.memory == pytest.approx(3352 / 4800)
     assert plan.time.compute == 2.0
 
 
 def test_another_chips_program_is_a_guess_by_the_ratios_of_their_speeds(compiled_plan):
     of_v5e = dataclasses.replace(compiled_plan, topology=parse_topology("v5e-8"))
-    plan = scaled(of_v5e, parse_topology("v6e-8"), other_program=True)
+    plan = extrapolate(of_v5e, parse_topology("v6e-8"), other_program=True)
     assert plan.compiler == "guessed from 4 images on each v5e (a stand-in)"
     assert plan.time.compute == pytest.approx(2.0 * 197 / 918)
     assert plan.time.memory == pytest.approx(819 / 1638)
@@ -370,11 +370,11 @@ def test_another_chips_program_is_a_guess_by_the_ratios_of_their_speeds(compiled
 
 def test_what_cannot_be_scaled(compiled_plan):
     with pytest.raises(ValueError, match="a program for cpu says nothing about v5e"):
-        scaled(compiled_plan, parse_topology("v5e-8"))
+        extrapolate(compiled_plan, parse_topology("v5e-8"))
     with pytest.raises(ValueError, match="without --fsdp"):
-        scaled(dataclasses.replace(compiled_plan, fsdp=2), parse_topology("cpux4"))
+        extrapolate(dataclasses.replace(compiled_plan, fsdp=2), parse_topology("cpux4"))
     with pytest.raises(ValueError, match="only a plan that was compiled"):
-        scaled(dataclasses.replace(compiled_plan, time=None), parse_topology("cpux4"))
+        extrapolate(dataclasses.replace(compiled_plan, time=None), parse_topology("cpux4"))
 
 
 def test_rows_of_the_documented_table(compiled_plan, monkeypatch):

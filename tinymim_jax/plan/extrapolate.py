@@ -11,7 +11,7 @@ from tinymim_jax.plan.topology import Topology
 _UPDATE_BYTES = 7 * 4
 
 
-def scaled(
+def extrapolate(
     plan: Plan,
     topology: Topology,
     *,
