@@ -17,7 +17,7 @@ from test_cli import readme_words, run
 from tinymim_jax.metrics import read
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.sweeps.checks import check_points
-from tinymim_jax.sweeps.points import Point, plan, read_stages
+from tinymim_jax.sweeps.points import Point, make_runs, read_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("teacher", "large", "small", "classifier")
@@ -141,7 +141,7 @@ def test_the_published_chains_build_at_full_size(sizes, heads, monkeypatch, tmp_
         "model.scan": True,
         "model.dtype": "float32",
     }
-    runs = plan(read_stages(f"configs/chain.py{sizes}"), tmp_path, words)
+    runs = make_runs(read_stages(f"configs/chain.py{sizes}"), tmp_path, words)
     check_points([Point("", 0, None, {}, {}, runs)], data_dir=str(tmp_path), need_data=False)
     assert loads == ["teachers/mae"]
     assert [run.name for run in runs] == [*(sizes[1:] or "b,s,t").split(","), "classifier"]

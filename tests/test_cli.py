@@ -11,7 +11,7 @@ from runs import SMALL
 
 from tinymim_jax.checkpoints.params import load_params
 from tinymim_jax.cli import main as cli
-from tinymim_jax.sweeps.points import from_words, plan, read_stages
+from tinymim_jax.sweeps.points import make_runs, parse_overrides, read_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text() + (ROOT / "docs" / "replication.md").read_text()
@@ -64,7 +64,7 @@ def test_every_command_of_the_readme_parses(readme_commands, tmp_path):
 
                 load_config(options.config, options.overrides)
             if options.command in ("chain", "sweep"):
-                assert plan(read_stages(options.file), tmp_path, from_words(options.overrides))
+                assert make_runs(read_stages(options.file), tmp_path, parse_overrides(options.overrides))
     assert {"prepare", "convert", "train", "chain", "sweep", "evaluate", "export"} <= seen
 
 

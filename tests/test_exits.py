@@ -20,13 +20,13 @@ from tinymim_jax.config import load_config
 from tinymim_jax.resume import as_json
 from tinymim_jax.runtime import distributed, heartbeat, hosts, workdir
 from tinymim_jax.runtime.exits import STALLED
-from tinymim_jax.runtime.goodput import LOSSES, Goodput, shares, words
+from tinymim_jax.runtime.goodput import LOSSES, Goodput, describe, shares
 from tinymim_jax.runtime.heartbeat import Heartbeat, read_status
 from tinymim_jax.runtime.hosts import Job, find_job, find_slice
 from tinymim_jax.runtime.locks import Busy, holder, locked
 from tinymim_jax.runtime.workdir import owner
 from tinymim_jax.sweeps.children import Children
-from tinymim_jax.sweeps.points import Point, Stage, plan
+from tinymim_jax.sweeps.points import Point, Stage, make_runs
 from tinymim_jax.sweeps.sweep import exit_status
 
 # ------------------------------------------------------------------------------------------------- watchdog
@@ -57,7 +57,7 @@ def test_a_stuck_process_shows_its_stacks_and_exits_with_86(tmp_path):
 
 def test_a_heart_that_beats_is_not_stopped_nor_one_that_compiles(tmp_path, monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr(heartbeat, "leave_at_once", lambda *_: ended.set())
+    monkeypatch.setattr(heartbeat, "exit_at_once", lambda *_: ended.set())
     now = [0.0]
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda **_: None)
@@ -86,7 +86,7 @@ def test_a_heart_that_beats_is_not_stopped_nor_one_that_compiles(tmp_path, monke
 
 def test_a_pause_of_the_whole_process_is_no_stall(monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr(heartbeat, "leave_at_once", lambda *_: ended.set())
+    monkeypatch.setattr(heartbeat, "exit_at_once", lambda *_: ended.set())
     now, steps = [0.0], iter([40.0, 3600.0, 10.0])  # seconds until the thread runs again
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda **_: None)
@@ -259,7 +259,7 @@ def test_missing_processes_are_spoken_of(monkeypatch, caplog):
 
     logging.getLogger("tinymim_jax.runtime.distributed").addHandler(listener := Listener())
     try:
-        with caplog.at_level("INFO"), distributed._saying_who_is_missing(Job(2, 1, "JAX_NUM_PROCESSES")):
+        with caplog.at_level("INFO"), distributed._remind_while_waiting(Job(2, 1, "JAX_NUM_PROCESSES")):
             assert spoken.wait(60)
     finally:
         logging.getLogger("tinymim_jax.runtime.distributed").removeHandler(listener)
@@ -320,7 +320,7 @@ def test_earlier_attempts_count_with_what_was_lost_between():
     assert shares(seconds)["goodput"] == 0.5
     assert sum(shares(seconds).values()) == pytest.approx(1)
     text = "50.0% of 3m20s went into steps; lost to downtime 25.0% (50s), redone 15.0% (30s), compile 10.0% (20s)"
-    assert words(seconds) == text
+    assert describe(seconds) == text
     goodput.charge("redone", 1e9)
     assert goodput.seconds()["steps"] == 30.0  # no more than there were
     goodput.close()
@@ -333,7 +333,7 @@ def test_earlier_attempts_count_with_what_was_lost_between():
 def point(tmp_path):
     """A chain of one stage, which nothing needs to be trained for."""
     stages = [Stage("a", "configs/digits.py:finetune", {})]
-    return Point("", 0, None, {}, {}, plan(stages, tmp_path))
+    return Point("", 0, None, {}, {}, make_runs(stages, tmp_path))
 
 
 def test_a_second_run_in_a_workdir_refuses(tmp_path):

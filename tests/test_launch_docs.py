@@ -11,7 +11,7 @@ from scripts import LAUNCH, ROOT, bash
 
 from tinymim_jax.cli import main as cli
 from tinymim_jax.config import load_config
-from tinymim_jax.sweeps.points import from_words, plan, read_stages
+from tinymim_jax.sweeps.points import make_runs, parse_overrides, read_stages
 
 TEXT = (ROOT / "docs" / "launch.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -24,7 +24,7 @@ def check_tinymim(words: list[str], workdir: pathlib.Path, *, alone: bool = True
     if getattr(options, "config", None):
         load_config(options.config, options.overrides)
     if options.command == "sweep":
-        assert plan(read_stages(options.file), workdir, from_words(options.overrides))
+        assert make_runs(read_stages(options.file), workdir, parse_overrides(options.overrides))
     assert alone or options.workdir.startswith("/")
 
 

@@ -15,7 +15,15 @@ from runs import SMALL
 from test_cli import readme_words, run
 
 from tinymim_jax.metrics import read
-from tinymim_jax.sweeps.points import State, folder_name, from_words, plan, read_stages, short_names, word
+from tinymim_jax.sweeps.points import (
+    State,
+    folder_name,
+    format_override,
+    make_runs,
+    parse_overrides,
+    read_stages,
+    short_names,
+)
 from tinymim_jax.sweeps.sweep import read_points
 from tinymim_jax.sweeps.tables import summarize, write_table
 
@@ -278,21 +286,21 @@ def test_names_are_stable_unique_and_safe(tmp_path):
     "value", [1, 1e-3, True, None, "qk_vv", "18", "None", "", "300 epochs", (1, 2), np.float64(0.1)]
 )
 def test_words_come_back_as_they_were(value):
-    assert from_words([word("a.b", value)]) == {"a.b": value}
+    assert parse_overrides([format_override("a.b", value)]) == {"a.b": value}
 
 
 def test_keys_find_their_stages(tmp_path):
     stages = read_stages("configs/chain.py:digits")
     changes = {"seed": 3, "distill.teacher.path": "x", "small.optim.base_lr": 1.0}
-    teacher, large, small, classifier = plan(stages, tmp_path, changes)
-    assert all("seed=3" in run.words for run in (teacher, large, small, classifier))
-    assert f"distill.teacher.path={tmp_path / 'large'}" in small.words  # a link is not undone by a word for all
-    assert "optim.base_lr=1.0" in small.words
-    assert not any(word.startswith("optim") for word in large.words)
+    teacher, large, small, classifier = make_runs(stages, tmp_path, changes)
+    assert all("seed=3" in run.overrides for run in (teacher, large, small, classifier))
+    assert f"distill.teacher.path={tmp_path / 'large'}" in small.overrides  # a link is not undone by a word for all
+    assert "optim.base_lr=1.0" in small.overrides
+    assert not any(word.startswith("optim") for word in large.overrides)
     with pytest.raises(ValueError, match=r"stage 'small'.*did you mean 'optim.base_lr'"):
-        plan(stages, tmp_path, {"small.optim.base_rl": 1})
+        make_runs(stages, tmp_path, {"small.optim.base_rl": 1})
     with pytest.raises(ValueError, match=r"did you mean 'mae.mask_ratio'"):
-        plan(stages, tmp_path, {"mae.mask_ration": 1})
+        make_runs(stages, tmp_path, {"mae.mask_ration": 1})
 
 
 def test_the_table_counts_as_numpy_does(tmp_path):

@@ -17,9 +17,9 @@ from tinymim_jax import optim
 from tinymim_jax.experiment import Experiment
 from tinymim_jax.metrics import Averages, Writer, compute
 from tinymim_jax.runtime.exits import Interrupted, is_first, joined_processes
-from tinymim_jax.runtime.goodput import Goodput, shares, words
+from tinymim_jax.runtime.goodput import Goodput, describe, shares
 from tinymim_jax.runtime.heartbeat import Heartbeat, read_status
-from tinymim_jax.runtime.progress import DATA_WAIT_LIMIT, Progress, input_advice, span
+from tinymim_jax.runtime.progress import DATA_WAIT_LIMIT, Progress, format_seconds, input_advice
 from tinymim_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Report:
 
     def first_step(self, step: int, recorded: Averages) -> None:
         jax.block_until_ready(recorded)
-        log.info("first step after %s, most of it compiling", span(time.perf_counter() - self._began))
+        log.info("first step after %s, most of it compiling", format_seconds(time.perf_counter() - self._began))
         self._goodput.lose("compile", time.perf_counter() - self._waited_until)
         self._progress.restart(step)
         self._heart.note(stage="training")
@@ -157,7 +157,7 @@ class Report:
 
     def account(self) -> None:
         """Says where the time went."""
-        log.info("%s", words(self._goodput.seconds()))
+        log.info("%s", describe(self._goodput.seconds()))
         if restarts := self._before.get("attempts", 0):
             log.info("restarts: %d", restarts)
 

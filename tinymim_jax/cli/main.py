@@ -51,19 +51,19 @@ def main(arguments: list[str] | None = None) -> None:
         code, why = exits.INTERRUPTED, "Ctrl-C, twice"
     except _USER_ERRORS as error:
         code, why = exits.ERROR, f"{type(error).__name__}: {error}"
-        if isinstance(error, BrokenPipeError) and exits.nobody_reads():
+        if isinstance(error, BrokenPipeError) and exits.stdout_closed():
             pass
         # XLA's errors are RuntimeErrors too, but there the traceback is what helps.
         elif options.debug or type(error).__name__ == "JaxRuntimeError":
             traceback.print_exc()
-            if exits.who():
+            if exits.process_label():
                 print(
-                    f"tinymim {options.command}{exits.who()}: see above; if a peer has ended, see its log",
+                    f"tinymim {options.command}{exits.process_label()}: see above; if a peer has ended, see its log",
                     file=sys.stderr,
                 )
         else:
-            print(f"tinymim {options.command}{exits.who()}: {error}", file=sys.stderr)
-    exits.leave(code, why)
+            print(f"tinymim {options.command}{exits.process_label()}: {error}", file=sys.stderr)
+    exits.exit_process(code, why)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

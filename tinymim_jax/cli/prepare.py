@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from tinymim_jax.runtime.heartbeat import is_remote
 from tinymim_jax.runtime.hosts import find_job
 from tinymim_jax.runtime.locks import locked
-from tinymim_jax.runtime.progress import span
+from tinymim_jax.runtime.progress import format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,6 @@ def _log_progress(progress) -> None:
         f"{progress.total:,}",
         100 * progress.done / max(progress.total, 1),
         f"{speed:,.0f}",
-        span(left / speed) if speed else "-",
+        format_seconds(left / speed) if speed else "-",
         size(progress.bytes_read),
     )

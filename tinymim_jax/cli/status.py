@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED, STALLED
-from tinymim_jax.runtime.progress import span
+from tinymim_jax.runtime.progress import format_seconds
 
 EXIT_RUNNING = 3
 
@@ -102,7 +102,7 @@ def in_full(row: dict[str, Any]) -> str:
     """Several lines."""
     lines = [("stage", _stage(row)), ("step", _step(row))]
     if "eta_seconds" in row:
-        lines.append(("ETA", span(row["eta_seconds"])))
+        lines.append(("ETA", format_seconds(row["eta_seconds"])))
     if "images_per_second" in row:
         lines.append(("speed", f"{row['images_per_second']:,.0f} images/s, data wait {row.get('data_wait', 0):.0%}"))
     lines.append(("checkpoint", _checkpoint(row)))
@@ -128,7 +128,7 @@ def in_a_line(row: dict[str, Any]) -> str:
     """The same, shorter."""
     parts = [row["stage"], _step(row)]
     if "eta_seconds" in row:
-        parts.append(f"ETA {span(row['eta_seconds'])}")
+        parts.append(f"ETA {format_seconds(row['eta_seconds'])}")
     if row["stage"] in _LIVE and "images_per_second" in row:
         parts.append(f"{row['images_per_second']:,.0f} images/s")
     if row.get("restarts"):
@@ -152,7 +152,7 @@ def _ending(workdir: Any, row: dict[str, Any], owner: str | None) -> dict[str, A
         if (workdir / name).exists() and row["stage"] != "stalled":
             return {"stage": stage, "error": (workdir / name).read_text().strip()}
     if row["stage"] in _LIVE:
-        ago = span(row["seconds_since_sign_of_life"])
+        ago = format_seconds(row["seconds_since_sign_of_life"])
         return {
             "stage": "interrupted",
             "error": f"it ended without a word {ago} ago, {row['stage']}: killed, most likely",
@@ -174,7 +174,7 @@ def _newest_checkpoint(workdir: Any) -> dict[str, Any] | None:
 def _stage(row: dict[str, Any]) -> str:
     silent = row.get("seconds_since_sign_of_life", 0.0)
     if row["stage"] in _LIVE and silent > 60:
-        return f"{row['stage']}, but no sign of life for {span(silent)}"
+        return f"{row['stage']}, but no sign of life for {format_seconds(silent)}"
     return row["stage"]
 
 
@@ -187,7 +187,7 @@ def _step(row: dict[str, Any]) -> str:
 
 def _checkpoint(row: dict[str, Any]) -> str:
     saved = row.get("checkpoint")
-    return f"step {saved['step']}, {span(saved['seconds_ago'])} ago" if saved else "none yet"
+    return f"step {saved['step']}, {format_seconds(saved['seconds_ago'])} ago" if saved else "none yet"
 
 
 def _figures(figures: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinymim_jax.data.pipeline import Batches
-from tinymim_jax.runtime.progress import span
+from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.sharding import place_batch, replicated
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def collect(step: RowStep, arguments: Any, batches: Batches, mesh: Mesh, *, exam
                 if examples and time.perf_counter() - reported > _REPORT_SECONDS:
                     reported = time.perf_counter()
                     speed = counted / (reported - began)
-                    left = span((examples - counted) / speed)
+                    left = format_seconds((examples - counted) / speed)
                     log.info("%d/%d images | %.0f images/s | ETA %s", counted, examples, speed, left)
             before = after
     if before is not None:

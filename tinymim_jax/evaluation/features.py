@@ -18,7 +18,7 @@ from tinymim_jax.evaluation.collect import collect, row_step
 from tinymim_jax.models.heads import POOLS, pool_tokens
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
-from tinymim_jax.runtime.progress import span
+from tinymim_jax.runtime.progress import format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -86,5 +86,11 @@ def split_features(
     settings = {"pool": pool, "mean": tuple(config.data.mean), "std": tuple(config.data.std)}
     found = extract_features(encoder, params, batches, mesh, examples=len(source), **settings)
     seconds = time.perf_counter() - began
-    log.info("features of %s: %d in %s, %.0f images/s", source.split, len(source), span(seconds), len(source) / seconds)
+    log.info(
+        "features of %s: %d in %s, %.0f images/s",
+        source.split,
+        len(source),
+        format_seconds(seconds),
+        len(source) / seconds,
+    )
     return found

@@ -27,7 +27,7 @@ from tinymim_jax.ops.batch_norm import EPS
 from tinymim_jax.ops.layer_norm import layer_norm
 from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
 from tinymim_jax.ops.top_k import in_top
-from tinymim_jax.runtime.progress import span
+from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.sharding import AXES, make_mesh, replicated
 from tinymim_jax.state import place_frozen
 from tinymim_jax.tasks.pretrained import load
@@ -173,7 +173,7 @@ def fit_heads(
     for i in range(epochs):
         heads = epoch(heads, rates, data, jax.random.fold_in(root, i))
     trained = jax.device_get(jax.jit(lambda trained: trained, out_shardings=everywhere)(heads[0]))
-    seconds = span(time.perf_counter() - began)
+    seconds = format_seconds(time.perf_counter() - began)
     log.info("%d heads trained for %d epochs on %d features in %s", len(base_lrs), epochs, len(features), seconds)
     folded = [folded_head({name: leaf[i] for name, leaf in trained.items()}, statistics) for i in range(len(base_lrs))]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *folded)

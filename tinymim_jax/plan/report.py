@@ -6,7 +6,7 @@ from typing import Any
 from tinymim_jax.plan.chips import GIB
 from tinymim_jax.plan.plan import IMAGES_PER_CORE, Plan
 from tinymim_jax.plan.roofline import COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, NETWORK_EFFICIENCY
-from tinymim_jax.runtime.progress import span
+from tinymim_jax.runtime.progress import format_seconds
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _speed(plan: Plan) -> list[str]:
     lines = [
         f"step            {time.seconds * 1e3:.0f} ms on the devices: {shares}; bound by {plan.bound}",
         f"speed           {plan.batch / plan.seconds:,.0f} images/s; model FLOP utilisation {plan.utilisation:.0%}",
-        f"run             {plan.steps} steps, {span(plan.hours * 3600)} = {plan.hours / 24:.2f} days, "
+        f"run             {plan.steps} steps, {format_seconds(plan.hours * 3600)} = {plan.hours / 24:.2f} days, "
         f"{plan.hours * plan.topology.chips:,.0f} chip-hours, without evaluation and compiling",
         f"input           {plan.cores_wanted * IMAGES_PER_CORE:,.0f} images/s for each host: "
         f"{plan.cores_wanted:.1f} cores at {IMAGES_PER_CORE} each; it has about {plan.cores_there:.0f}"
@@ -99,8 +99,8 @@ def _remedy(plan: Plan) -> list[str]:
     remedy, fitting = plan.remedy
     return [
         f"to make it fit: {' '.join(remedy.words)}",
-        f"  then {fitting.needed / GIB:.2f} GiB, {fitting.seconds * 1e3:.0f} ms a step, {span(fitting.hours * 3600)} "
-        f"in all; {remedy.cost}",
+        f"  then {fitting.needed / GIB:.2f} GiB, {fitting.seconds * 1e3:.0f} ms a step, "
+        f"{format_seconds(fitting.hours * 3600)} in all; {remedy.cost}",
     ]
 
 

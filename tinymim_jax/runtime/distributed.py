@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 
 from tinymim_jax.runtime.exits import watch_peers
-from tinymim_jax.runtime.hosts import Job, find_job, find_slice, number
+from tinymim_jax.runtime.hosts import Job, env_number, find_job, find_slice
 
 _JOIN_SECONDS = 1800  # hosts of a large job may queue for a while
 _REMIND_SECONDS = 60
@@ -48,13 +48,13 @@ def initialize_distributed() -> None:
         initialization_timeout=_JOIN_SECONDS,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
-    job, process_id = find_job(), number("JAX_PROCESS_ID")
+    job, process_id = find_job(), env_number("JAX_PROCESS_ID")
     alone = job.processes == 1 or (job.processes is None and not any(map(os.environ.get, _ENVIRONMENT)))
     _warn_of_absent_hosts(job)
     try:
         if job.processes == 1:
             return _initialize_alone(initialize)
-        with _saying_who_is_missing(job):
+        with _remind_while_waiting(job):
             initialize(num_processes=job.processes, process_id=process_id)
         watch_peers()
     except ValueError as error:
@@ -87,7 +87,7 @@ def _warn_of_absent_hosts(job: Job) -> None:
 
 
 @contextlib.contextmanager
-def _saying_who_is_missing(job: Job) -> Iterator[None]:
+def _remind_while_waiting(job: Job) -> Iterator[None]:
     """Tells once a minute that others are still waited for."""
     if not job.processes:
         yield

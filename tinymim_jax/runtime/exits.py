@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 DONE, ERROR, PREEMPTED, STALLED, INTERRUPTED = 0, 1, 75, 86, 130
 STALL_MINUTES = 30.0  # without progress, before a process ends as stalled; unless told otherwise
 
-GO_ON = "What was saved is intact: run the same command again to go on"
+RESUME_HINT = "What was saved is intact: run the same command again to go on"
 
 _log = logging.getLogger(__name__)
 
@@ -62,27 +62,27 @@ class StopRequest:
             self.requested = False
 
 
-def leave(status: int, why: str = "") -> NoReturn:
+def exit_process(status: int, why: str = "") -> NoReturn:
     """Ends this process. With an error and peers it ends at once, and they are told: they would wait for it for ever.
 
     why: what the peers print.
     """
     if status in (DONE, PREEMPTED) or not _has_peers():
         sys.exit(status)
-    leave_at_once(status, why)
+    exit_at_once(status, why)
 
 
-def leave_at_once(status: int, why: str) -> NoReturn:
+def exit_at_once(status: int, why: str) -> NoReturn:
     """Ends this process without cleaning up, from any thread; its peers are told."""
     _leaving.set()
     if _has_peers():
         with contextlib.suppress(Exception):  # the service may have gone with process 0
-            if not _say_who_ended():
+            if not _log_ended_peer():
                 _client().key_value_set(f"{_ENDED}{_state().process_id}", f"{status} {why.strip()[:1000]}")
     _exit(status)
 
 
-def nobody_reads() -> bool:
+def stdout_closed() -> bool:
     """Whether the reader of this process's output has left, as `head` does; what is printed from now on is dropped."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
@@ -100,7 +100,7 @@ def watch_peers() -> None:
 
     def hook(kind, error, traceback) -> None:
         previous(kind, error, traceback)
-        leave_at_once(ERROR, f"{kind.__name__}: {error}")
+        exit_at_once(ERROR, f"{kind.__name__}: {error}")
 
     sys.excepthook = hook
     threading.Thread(target=_watch_peers, name="peers", daemon=True).start()
@@ -117,7 +117,7 @@ def is_first() -> bool:
     return not _has_peers() or _state().process_id == 0
 
 
-def who() -> str:
+def process_label() -> str:
     """Which process of the job this is, such as " (process 1 of 4)"; "" for one alone."""
     return f" (process {_state().process_id} of {_state().num_processes})" if _has_peers() else ""
 
@@ -136,14 +136,14 @@ def _exit(status: int) -> NoReturn:
 def _watch_peers() -> None:
     while not _leaving.wait(_POLL_SECONDS):
         try:
-            status = _say_who_ended()
+            status = _log_ended_peer()
         except Exception:  # what is wrong with the service, jax itself finds out and says
             continue
         if status is not None and not _leaving.is_set():
             _exit(status)
 
 
-def _say_who_ended() -> int | None:
+def _log_ended_peer() -> int | None:
     """Logs which process of the job ended first, if one did, and returns its exit status."""
     ended = _client().key_value_dir_get(_ENDED)
     if not ended:
@@ -151,7 +151,9 @@ def _say_who_ended() -> int | None:
     key, value = min(ended)
     status, _, why = value.partition(" ")
     number = key.rsplit("/", 1)[-1]
-    _log.error("process %s of the job has ended, so this one ends too%s: %s\n%s", number, who(), why, GO_ON)
+    _log.error(
+        "process %s of the job has ended, so this one ends too%s: %s\n%s", number, process_label(), why, RESUME_HINT
+    )
     return int(status)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tinymim_jax.runtime.progress import span
+from tinymim_jax.runtime.progress import format_seconds
 
 # What takes time beside the steps. start: opening data, restoring; input, checkpoint: while the device had nothing to
 # do; redone: steps after the checkpoint that a killed attempt left; downtime: between attempts.
@@ -112,10 +112,10 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def words(seconds: Mapping[str, float]) -> str:
+def describe(seconds: Mapping[str, float]) -> str:
     """Such as "93.1% of 2h03m went into steps; lost to evaluation 3.9% (4m48s), compile 3.0% (3m42s)"."""
     total = max(sum(seconds.values()), 1e-9)
     lost = sorted(((seconds[name], name) for name in LOSSES if seconds[name] / total >= 0.0005), reverse=True)
-    text = f"{seconds[_STEPS] / total:.1%} of {span(total)} went into steps"
-    said = ", ".join(f"{name} {value / total:.1%} ({span(value)})" for value, name in lost)
+    text = f"{seconds[_STEPS] / total:.1%} of {format_seconds(total)} went into steps"
+    said = ", ".join(f"{name} {value / total:.1%} ({format_seconds(value)})" for value, name in lost)
     return f"{text}; lost to {said}" if said else text

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from tinymim_jax.runtime.exits import GO_ON, STALLED, leave_at_once, who
+from tinymim_jax.runtime.exits import RESUME_HINT, STALLED, exit_at_once, process_label
 
 STATUS = "status.json"
 WRITE_SECONDS, WRITE_SECONDS_REMOTE = 5.0, 30.0  # each write to a bucket is paid for
@@ -101,13 +101,13 @@ class Heartbeat:
         with contextlib.suppress(Exception):  # where standard error is no file
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         why = (
-            f"stalled{who()}: nothing was finished for {still / 60:.1f} minutes (--stall_minutes). The stacks of all "
-            "threads are above"
+            f"stalled{process_label()}: nothing was finished for {still / 60:.1f} minutes (--stall_minutes). The "
+            "stacks of all threads are above"
         )
-        _log.error("%s. %s", why, GO_ON)
+        _log.error("%s. %s", why, RESUME_HINT)
         self.note(stage="stalled", error=why)
         self._write()
-        leave_at_once(STALLED, why)
+        exit_at_once(STALLED, why)
 
     def _write(self) -> None:
         if self._path is None:

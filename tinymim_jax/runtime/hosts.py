@@ -24,12 +24,12 @@ def find_job() -> Job:
 
     Raises ValueError where a variable that must be a number is none.
     """
-    if (count := number("JAX_NUM_PROCESSES")) is not None:
-        return Job(count, number("JAX_PROCESS_ID"), "JAX_NUM_PROCESSES")
+    if (count := env_number("JAX_NUM_PROCESSES")) is not None:
+        return Job(count, env_number("JAX_PROCESS_ID"), "JAX_NUM_PROCESSES")
     if os.environ.get("SLURM_STEP_NODELIST"):  # set by srun, not by sbatch: the tasks do run
-        return Job(number("SLURM_NTASKS"), number("SLURM_PROCID"), "SLURM_NTASKS")
-    if (count := number("OMPI_COMM_WORLD_SIZE")) is not None:
-        return Job(count, number("OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE")
+        return Job(env_number("SLURM_NTASKS"), env_number("SLURM_PROCID"), "SLURM_NTASKS")
+    if (count := env_number("OMPI_COMM_WORLD_SIZE")) is not None:
+        return Job(count, env_number("OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE")
     return find_slice()
 
 
@@ -37,10 +37,10 @@ def find_slice() -> Job:
     """The hosts of the TPU slice, or slices, that this machine is part of; Job() where there is no TPU."""
     if not _has_tpu():
         return Job()
-    slices, this_slice = number("MEGASCALE_NUM_SLICES") or 1, number("MEGASCALE_SLICE_ID") or 0
+    slices, this_slice = env_number("MEGASCALE_NUM_SLICES") or 1, env_number("MEGASCALE_SLICE_ID") or 0
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if hosts := os.environ.get(name):
-            count, this = len(hosts.split(",")), number("TPU_WORKER_ID")
+            count, this = len(hosts.split(",")), env_number("TPU_WORKER_ID")
             return Job(slices * count, None if this is None else this_slice * count + this, name)
     hosts, this = _metadata("worker-network-endpoints"), _metadata("agent-worker-number")
     if not hosts:
@@ -53,7 +53,7 @@ def find_slice() -> Job:
     )
 
 
-def number(name: str) -> int | None:
+def env_number(name: str) -> int | None:
     """An environment variable that is a number; None where it is unset or empty."""
     text = os.environ.get(name)
     if not text:

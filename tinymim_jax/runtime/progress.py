@@ -17,7 +17,7 @@ def steps(duration: str, *, examples: int, batch_size: int, name: str = "duratio
     return int(amount * examples / batch_size) if unit.startswith("epoch") else int(amount)
 
 
-def span(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """85 -> '1m25s', 7300 -> '2h01m', 200000 -> '2d07h'."""
     seconds = int(seconds)
     if seconds < 60:
@@ -63,7 +63,7 @@ class Progress:
         self.restart(step)
         text = (
             f"{numbers['images_per_second']:,.0f} images/s | data wait {numbers['data_wait']:.0%} | "
-            f"ETA {span(numbers['eta_seconds'])}"
+            f"ETA {format_seconds(numbers['eta_seconds'])}"
         )
         return numbers, text
 

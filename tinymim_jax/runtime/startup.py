@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 
-from tinymim_jax.runtime.exits import is_first, who
+from tinymim_jax.runtime.exits import is_first, process_label
 
 
 def start_logging(prefix: str = "") -> None:
@@ -18,7 +18,7 @@ def start_logging(prefix: str = "") -> None:
 def quiet_unless_first() -> None:
     """Of a job of several processes, those behind the first speak up from warnings on, and say which they are."""
     if not is_first():
-        start_logging(who().strip() + " ")
+        start_logging(process_label().strip() + " ")
         logging.getLogger("tinymim_jax").setLevel(logging.WARNING)
 
 

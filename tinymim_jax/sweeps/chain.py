@@ -4,7 +4,7 @@ import argparse
 import logging
 import pathlib
 
-from tinymim_jax.sweeps.points import Point, State, from_words, plan, read_stages, run_state
+from tinymim_jax.sweeps.points import Point, State, make_runs, parse_overrides, read_stages, run_state
 from tinymim_jax.sweeps.running import ONE_BY_ONE, child_options, exit_status, require_one_process
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ def run_chain(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.file} has no function get_chain(); `tinymim chain --help` shows one")
     require_one_process("a chain", options.workdir, ONE_BY_ONE)
     workdir = pathlib.Path(options.workdir)
-    point = Point("", 0, None, {}, {}, plan(stages, workdir, from_words(options.overrides)))
+    point = Point("", 0, None, {}, {}, make_runs(stages, workdir, parse_overrides(options.overrides)))
     check_points([point], data_dir=options.data_dir)
     log.info("%d stages are sound: %s", len(stages), ", ".join(stage.name for stage in stages))
     with Children(child_options(options)) as children:

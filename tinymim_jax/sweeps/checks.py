@@ -31,7 +31,7 @@ def check_points(points: Iterable[Point], *, data_dir: str | None = None, need_d
     with keeping_checkpoints() as kept:
         for point, run in _runs(points):
             try:
-                config = load_config(run.config, run.words)
+                config = load_config(run.config, run.overrides)
                 _check_unchanged(run, config)
                 kept[str(run.workdir)] = _check(config, run, kept, seen, data_dir, need_data)
             except (ValueError, TypeError, OSError, AttributeError, KeyError, CheckpointError) as error:
@@ -42,7 +42,7 @@ def check_words(points: Iterable[Point]) -> None:
     """Raises ValueError, with the point's name, where the overrides do not fit the config."""
     for point, run in _runs(points):
         try:
-            load_config(run.config, run.words)
+            load_config(run.config, run.overrides)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{_name(point, run)}: {error}") from error
 

@@ -80,7 +80,7 @@ class Children:
             return run_state(run)
         run.workdir.mkdir(parents=True, exist_ok=True)
         (run.workdir / FAILED).unlink(missing_ok=True)
-        words = ["train", "--config", run.config, "--workdir", str(run.workdir), *self.options, *run.words]
+        words = ["train", "--config", run.config, "--workdir", str(run.workdir), *self.options, *run.overrides]
         with (run.workdir / LOG).open("a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(['tinymim', *words])}\n")
             log.flush()
@@ -122,11 +122,11 @@ class Children:
             return State("interrupted", run_state(run).detail)
         if (state := run_state(run)).name == "running":  # another command was quicker
             return state
-        record(run.workdir, _reason(tail, code))
+        note_failure(run.workdir, _reason(tail, code))
         return run_state(run)
 
 
-def record(workdir: pathlib.Path, reason: str, file: str = FAILED) -> None:
+def note_failure(workdir: pathlib.Path, reason: str, file: str = FAILED) -> None:
     """Notes in a workdir why its run has no result."""
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / file).write_text(reason.strip() + "\n", encoding="utf-8")

@@ -9,9 +9,9 @@ from typing import Any
 
 from tinymim_jax.errors import unknown
 from tinymim_jax.metrics import read
-from tinymim_jax.sweeps.children import record
-from tinymim_jax.sweeps.points import PRUNED, Point, State, from_words, read_stages, state_of
-from tinymim_jax.sweeps.running import child_options, exit_status, find_function, make_point, report
+from tinymim_jax.sweeps.children import note_failure
+from tinymim_jax.sweeps.points import PRUNED, Point, State, parse_overrides, read_stages, state_of
+from tinymim_jax.sweeps.running import child_options, exit_status, find_function, make_point, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class _Trials:
     def __init__(self, options: argparse.Namespace, workdir: pathlib.Path, choose, study, metric: str):
         self._options, self._workdir, self._metric = options, workdir, metric
         self._choose, self._study = choose, study
-        self._stages, self._words = read_stages(options.file), from_words(options.overrides)
+        self._stages, self._words = read_stages(options.file), parse_overrides(options.overrides)
         self._one_at_a_time = threading.Lock()
 
     def run(self, optuna) -> int:
@@ -66,7 +66,7 @@ class _Trials:
         unique = list({point.name: point for point in points}.values())
         if unique:
             print()
-            report(unique, self._workdir, self._options.metric, self._options.direction)
+            write_summary(unique, self._workdir, self._options.metric, self._options.direction)
         stopped = [State("not started")] if children.stopping else []
         return exit_status([state for state in states if state.name != "pruned"] + stopped)
 
@@ -96,7 +96,7 @@ class _Trials:
                 raise unknown("--metric", self._metric, state.result)
             self._study.tell(trial, state.result[self._metric])
         elif watch.pruned:
-            record(point.runs[-1].workdir, "behind the median of the trials before it", PRUNED)
+            note_failure(point.runs[-1].workdir, "behind the median of the trials before it", PRUNED)
             state = state_of(point)
             self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         elif state.name == "failed":

@@ -37,7 +37,7 @@ class Run:
 
     name: str
     config: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     workdir: pathlib.Path
 
 
@@ -88,7 +88,7 @@ def read_stages(spec: str) -> list[Stage]:
     return stages
 
 
-def plan(stages: Iterable[Stage], workdir: pathlib.Path, *changes: Mapping[str, Any]) -> tuple[Run, ...]:
+def make_runs(stages: Iterable[Stage], workdir: pathlib.Path, *changes: Mapping[str, Any]) -> tuple[Run, ...]:
     """One run for each stage, in workdir/NAME, with `changes` applied one after another.
 
     A key (`optim.base_lr`) goes to every stage that has it, except where the stage takes it from an earlier stage;
@@ -107,13 +107,13 @@ def plan(stages: Iterable[Stage], workdir: pathlib.Path, *changes: Mapping[str, 
                     values[name][own] = value
     runs, folders = [], {}
     for stage in stages:
-        words = [word(key, _resolved(key, value, folders)) for key, value in values[stage.name].items()]
+        words = [format_override(key, _resolved(key, value, folders)) for key, value in values[stage.name].items()]
         folders[stage.name] = workdir / stage.name
         runs.append(Run(stage.name, stage.config, tuple(words), folders[stage.name]))
     return tuple(runs)
 
 
-def word(key: str, value: Any) -> str:
+def format_override(key: str, value: Any) -> str:
     """KEY=VALUE, as the command line reads it back."""
     value = value.item() if hasattr(value, "item") else value  # numpy's numbers
     if isinstance(value, str) and parse(value) == value:
@@ -121,7 +121,7 @@ def word(key: str, value: Any) -> str:
     return f"{key}={value!r}"
 
 
-def from_words(words: Iterable[str]) -> dict[str, Any]:
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     """The inverse: {key: value}."""
     values = {}
     for text in words:

@@ -10,7 +10,7 @@ from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED
 from tinymim_jax.runtime.heartbeat import is_remote
 from tinymim_jax.runtime.hosts import find_job
-from tinymim_jax.sweeps.points import Point, State, folder_name, plan, state_of
+from tinymim_jax.sweeps.points import Point, State, folder_name, make_runs, state_of
 
 ONE_BY_ONE = "train the stages one after another with `tinymim train`, each of them over all processes"
 
@@ -29,7 +29,7 @@ def make_point(
         raise ValueError("it sets the seed itself: leave --seeds out")
     name = folder_name(number, overrides, seed)
     seeded = {} if seed is None else {"seed": seed}
-    return Point(name, number, seed, overrides, notes, plan(stages, workdir / name, overrides, words, seeded))
+    return Point(name, number, seed, overrides, notes, make_runs(stages, workdir / name, overrides, words, seeded))
 
 
 def find_function(spec: str, kind: str, name: str) -> tuple[Callable, str]:
@@ -44,7 +44,7 @@ def find_function(spec: str, kind: str, name: str) -> tuple[Callable, str]:
     raise unknown(f"--{kind}", name, functions)
 
 
-def report(points: Sequence[Point], workdir: pathlib.Path, metric: str | None, direction: str | None) -> None:
+def write_summary(points: Sequence[Point], workdir: pathlib.Path, metric: str | None, direction: str | None) -> None:
     """Writes the table of what is finished, and prints it with the reasons of what failed."""
     from tinymim_jax.sweeps.tables import write_table
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from tinymim_jax.runtime.exits import is_first
 from tinymim_jax.runtime.locks import Busy
-from tinymim_jax.sweeps.points import Point, State, from_words, read_stages, state_of
+from tinymim_jax.sweeps.points import Point, State, parse_overrides, read_stages, state_of
 from tinymim_jax.sweeps.running import (
     ONE_BY_ONE,
     child_options,
     exit_status,
     find_function,
     make_point,
-    report,
     require_one_process,
+    write_summary,
 )
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def run_sweep(options: argparse.Namespace, train: Callable[[argparse.Namespace],
         from tinymim_jax.sweeps.optuna_study import run_study
 
         return run_study(options, workdir)
-    points = read_points(options.file, options.sweep, workdir, from_words(options.overrides), options.seeds)
+    points = read_points(options.file, options.sweep, workdir, parse_overrides(options.overrides), options.seeds)
     if options.list:
         return _list(points, options, workdir)
     if options.index is not None:
@@ -80,13 +80,13 @@ def _list(points: list[Point], options: argparse.Namespace, workdir: pathlib.Pat
         print(f"{index:4d}  {point.name:<{width}}  {state.name:<12} {said}".rstrip())
     if any(state_of(point).result for point in points):
         print()
-        report(points, workdir, options.metric, options.direction)
+        write_summary(points, workdir, options.metric, options.direction)
     return 0
 
 
 def _run_one(points: list[Point], options: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
     from tinymim_jax.sweeps.checks import check_points, check_words
-    from tinymim_jax.sweeps.children import Children, record
+    from tinymim_jax.sweeps.children import Children, note_failure
 
     if not 0 <= options.index < len(points):
         raise ValueError(f"--index {options.index}: there are points 0 to {len(points) - 1}")
@@ -99,14 +99,14 @@ def _run_one(points: list[Point], options: argparse.Namespace, train: Callable[[
         with Children(child_options(options)) as children:
             return exit_status([children.run_point(point)])
     (only,) = point.runs
-    options.config, options.overrides, options.workdir = only.config, only.words, str(only.workdir)
+    options.config, options.overrides, options.workdir = only.config, only.overrides, str(only.workdir)
     try:
         return train(options)
     except Busy:
         raise
     except Exception as error:
         if is_first():
-            record(only.workdir, str(error))
+            note_failure(only.workdir, str(error))
         raise
 
 
@@ -122,7 +122,7 @@ def _run_all(points: list[Point], options: argparse.Namespace, workdir: pathlib.
     ):
         states = list(pool.map(lambda point: _run_point(children, point), points))
     print()
-    report(points, workdir, options.metric, options.direction)
+    write_summary(points, workdir, options.metric, options.direction)
     return exit_status(states)
 
 

@@ -15,7 +15,7 @@ from tinymim_jax.data.sources.sources import open_source, splits
 from tinymim_jax.evaluation.suites.classifier import Judge
 from tinymim_jax.evaluation.suites.registry import Suite, class_indices, corruption_errors
 from tinymim_jax.evaluation.suites.scores import score
-from tinymim_jax.runtime.progress import span
+from tinymim_jax.runtime.progress import format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _part(model: Judge, suite: Suite, part: str, data_dir: str | None) -> dict[s
         source.split,
         100 * figures["top1"],
         figures["examples"],
-        span(seconds),
+        format_seconds(seconds),
     )
     return {"status": "evaluated", "set": source.name, "split": source.split, "seconds": round(seconds, 2)} | figures
 
