@@ -1,5 +1,7 @@
 """The forms written for the CPU against the plain ones, and against numpy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +118,19 @@ def test_gelu_is_exact():
     x = np.linspace(-6, 6, 101)
     want = x * 0.5 * (1 + erf(x / np.sqrt(2)))
     np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_and_its_gradient_round_once(dtype):
+    """Against math.erf: the float32 error of `1 + erf`, and one rounding to the dtype of the input."""
+    x = jnp.linspace(-6, 6, 1201).astype(dtype)
+    exact = np.asarray(x, np.float64)
+    phi = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in exact])
+    slope = phi + exact * np.exp(-0.5 * exact**2) / math.sqrt(2 * math.pi)
+    gradient = jax.grad(lambda x: jnp.sum(gelu(x).astype(jnp.float32)))
+    for got, want in ((jax.jit(gelu)(x), exact * phi), (jax.jit(gradient)(x), slope)):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=jnp.finfo(dtype).eps, atol=1e-6)
 
 
 def test_the_form_follows_the_backend():

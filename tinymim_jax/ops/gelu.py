@@ -1,9 +1,37 @@
 """The exact GELU."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x Phi(x)` by the error function, as torch computes it; jax.nn.gelu takes erfc, four times as slow on a CPU."""
-    return x * (0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5)))
+    """`x Phi(x)` by the error function, as torch computes it, in the dtype of `x`.
+
+    Value and gradient are computed in float32: in bfloat16 the sum `1 + erf` would lose all digits of negative inputs.
+    The backward pass keeps `x` alone and evaluates the error function again; float32 intermediates would take four
+    times the memory. (jax.nn.gelu uses erfc, which is four times as slow on a CPU.)
+    """
+    y = x.astype(jnp.float32)
+    return (y * _phi(y)).astype(x.dtype)
+
+
+def _phi(y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The distribution function of the standard normal."""
+    return 0.5 * (1.0 + jax.lax.erf(y * 0.5**0.5))
+
+
+def _forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _backward(x: Array, cotangent: Array) -> tuple[Array]:
+    y = x.astype(jnp.float32)
+    slope = _phi(y) + y * jnp.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
+    return ((cotangent.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_forward, _backward)
