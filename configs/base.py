@@ -71,7 +71,7 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.train.ema = 0.0  # decay of a moving average of the weights; 0: off
     config.train.log_every = 50  # steps
     config.train.eval_every = "20 epochs"  # "0 epochs": only at the end
-    config.train.max_skipped = 10  # steps in a row that may be left out as not finite
+    config.train.max_skipped = 10  # updates in a row that may be skipped as not finite; 0: stop at the first
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_minutes = 10.0

@@ -227,12 +227,21 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(data_dir):
     assert same_bits(start.opt_state, end.opt_state)
 
 
-def test_a_run_of_skipped_updates_stops_and_names_the_step(tmp_path, data_dir):
-    config = small_config("finetune", "data.std=(0.0,1.0,1.0)", "train.max_skipped=2")
-    with pytest.raises(FloatingPointError, match=r"not finite in the 2 steps up to step 2.*optim\.base_lr"):
+@pytest.mark.parametrize("tolerated", [0, 2])
+def test_a_run_of_skipped_updates_stops_and_names_the_step(tmp_path, data_dir, tolerated):
+    """At the first that is not finite, or at the one that follows as many as may be skipped."""
+    config = small_config("finetune", "data.std=(0.0,1.0,1.0)", f"train.max_skipped={tolerated}")
+    last = f"{tolerated + 1} steps? up to step {tolerated + 1}"
+    with pytest.raises(FloatingPointError, match=rf"not finite in the {last}.*optim\.base_lr"):
         train(config, tmp_path, data_dir=data_dir)
     _, params = load_params(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_no_update_needs_to_be_skipped(tmp_path, data_dir):
+    assert "loss" in train(small_config("finetune", "train.max_skipped=0"), tmp_path, data_dir=data_dir)
+    with pytest.raises(ValueError, match=r"train\.max_skipped=-1.*0 stops at the first"):
+        train(small_config("finetune", "train.max_skipped=-1"), tmp_path / "other", data_dir=data_dir)
 
 
 def test_a_batch_that_does_not_fit_the_devices(tmp_path, data_dir):

@@ -108,7 +108,7 @@ def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source
         )
 
 
-def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> optax.GradientTransformation:
+def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the parameters at `paths`, as `config.optim` says."""
     settings = experiment.config.optim
     params = jax.eval_shape(experiment.task.init, jax.random.key(0))

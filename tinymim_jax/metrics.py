@@ -72,7 +72,7 @@ class Writer:
         # Slow to import (a second), and only the writing process needs it.
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(str(local / _EVENTS), purge_step=start_step)
+        self._events = SummaryWriter(str(local / _EVENTS), purge_step=start_step + 1)  # the first that is hidden
         self._copied_at = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -45,8 +45,11 @@ def make_optimizer(
     layer_decay: float = 1.0,
     depth: int = 0,
     clip_norm: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW or SGD as in torch.optim, or LARS as in the MAE release (util/lars.py).
+
+    `update(..., step=n)` takes the learning rate of step n; without `step` it takes that of the number of updates so
+    far. The two differ once an update has been skipped.
 
     Args:
       name: one of OPTIMIZERS.
@@ -75,10 +78,10 @@ def make_optimizer(
         no_vectors = jax.tree.map(lambda leaf: np.ndim(leaf) > 1, params)
         steps += [decay, optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), no_vectors)]
         steps += [optax.trace(momentum)]
-    steps.append(optax.scale_by_learning_rate(schedule))
+    steps.append(_scale_by_learning_rate(schedule))
     if layer_decay != 1.0:
         steps.append(_scale_leaves(layer_scales(params, layer_decay, depth)))
-    return optax.chain(*steps)
+    return optax.with_extra_args_support(optax.chain(*steps))
 
 
 def decay_mask(params: Params, no_decay: str) -> Params:
@@ -135,6 +138,16 @@ def _layer(path: Path, depth: int) -> int:
 
 def _map_paths(function: Callable, params: Params) -> Params:
     return traverse.path_aware_map(function, params)
+
+
+def _scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_learning_rate, at the given `step` instead of its own count of updates."""
+    inner = optax.scale_by_learning_rate(schedule)
+
+    def update(updates: Params, state: Any, params: Params = None, *, step: Any = None, **_: Any):
+        return inner.update(updates, state if step is None else state._replace(count=step), params)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _scale_leaves(scales: Params) -> optax.GradientTransformation:

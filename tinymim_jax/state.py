@@ -45,7 +45,9 @@ def trained_paths(task: Task, frozen: Params, batch: Batch) -> frozenset[optim.P
     return optim.params_with_gradient(loss, params, frozen, batch)
 
 
-def new_state(params: Params, optimizer: optax.GradientTransformation, paths: frozenset, *, ema: float) -> TrainState:
+def new_state(
+    params: Params, optimizer: optax.GradientTransformationExtraArgs, paths: frozenset, *, ema: float
+) -> TrainState:
     """The state before the first step."""
     trained, _ = optim.split(params, paths)
     zero = jnp.zeros((), jnp.int32)
@@ -93,7 +95,7 @@ def evaluated_params(state: TrainState) -> Params:
 
 def make_train_step(
     task: Task,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     paths: frozenset,
     mesh: Mesh,
     *,
@@ -125,13 +127,14 @@ def make_train_step(
             values, new_fixed, grads = gradients(trained, fixed, frozen, batch, key)
         else:
             values, new_fixed, grads = _accumulated(gradients, accumulate, trained, fixed, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained, step=state.step)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(jnp.mean(values["loss"])) & jnp.isfinite(norm)
         new_trained = _where(finite, optax.apply_updates(trained, updates), trained)
         extra = {}
         if ema:
-            extra["ema"] = jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.extra["ema"], new_trained)
+            averaged = jax.tree.map(lambda e, p: ema * e + (1 - ema) * p, state.extra["ema"], new_trained)
+            extra["ema"] = _where(finite, averaged, state.extra["ema"])
         state = TrainState(
             step=state.step + 1,
             params=optim.join(new_trained, _where(finite, new_fixed, fixed)),

@@ -65,7 +65,7 @@ def train(
     Raises:
       Interrupted: after Ctrl-C or a preemption notice; everything is saved.
       Busy: another process runs in this workdir.
-      FloatingPointError: loss or gradient were not finite `train.max_skipped` times in a row.
+      FloatingPointError: loss or gradient were not finite more than `train.max_skipped` times in a row.
     """
     folder = epath.Path(workdir).expanduser()
     check_same(folder, config)
@@ -185,6 +185,8 @@ def _evaluate(experiment: Experiment, eval_step, state: TrainState, frozen, mesh
 
 
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
+    if (limit := experiment.config.train.max_skipped) < 0:
+        raise ValueError(f"train.max_skipped={limit} counts updates in a row: 0 stops at the first that is not finite")
     part = experiment.batch_size // experiment.config.train.accumulate
     if part % mesh.size:
         raise ValueError(
@@ -195,10 +197,11 @@ def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
 
 def _check_finite(skipped_in_a_row: jax.Array | int, step: int, limit: int) -> None:
     count = int(skipped_in_a_row)
-    if count >= limit:
+    if count > limit:
         raise FloatingPointError(
-            f"loss or gradient were not finite in the {count} steps up to step {step}. These updates were left out, so "
-            "the checkpoints are sound. Lower optim.base_lr, lengthen optim.warmup or set model.dtype='float32'"
+            f"loss or gradient were not finite in the {count} step{'s' * (count > 1)} up to step {step}. These updates "
+            "were skipped, so the checkpoints are sound. "
+            "Lower optim.base_lr, lengthen optim.warmup or set model.dtype='float32'"
         )
 
 
