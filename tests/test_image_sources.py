@@ -676,7 +676,7 @@ def test_an_index_is_made_once(kind, tmp_path, cache, monkeypatch):
 
     with monkeypatch.context() as patched:
         for name in ("_records", "walk"):
-            for module in (files, folder_source, __import__(f"tinymim_jax.data.{kind}_source", fromlist=["x"])):
+            for module in (files, folder_source, __import__(f"tinymim_jax.data.sources.{kind}", fromlist=["x"])):
                 if hasattr(module, name) and (name == "_records" or kind == "folder"):
                     patched.setattr(module, name, never)
         assert read_all(open_source(f"{kind}:{tmp_path}", split="train")) == read_all(first)

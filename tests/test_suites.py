@@ -486,7 +486,7 @@ def test_ctrl_c_keeps_what_is_done(checkpoint, sets, tmp_path, capsys, monkeypat
 def test_two_processes_give_the_figures_of_one(checkpoint, sets, evaluated, tmp_path):
     words = ["evaluate", checkpoint, "--suite", "imagenet", "a", "--data_dir", sets[0], "--batch_size", "16"]
     words += ["--output", str(tmp_path / "two.json"), "--compile_cache", ""]
-    code = f"from tinymim_jax import cli; cli.main({words!r})"
+    code = f"from tinymim_jax.cli.main import main; main({words!r})"
     job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     processes = [run_python(code, devices=4, JAX_PROCESS_ID=str(p), **job) for p in range(2)]
     ended = [output_of(process) for process in processes]

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-from tinymim_jax.tasks.classify import task as classify
-from tinymim_jax.tasks.distill import task as distill
-from tinymim_jax.tasks.mae import task as mae
-from tinymim_jax.tasks.probe import task as probe
+from tinymim_jax.tasks.classify.task import build as build_classify
+from tinymim_jax.tasks.distill.task import build as build_distill
+from tinymim_jax.tasks.mae.task import build as build_mae
+from tinymim_jax.tasks.probe.task import build as build_probe
 from tinymim_jax.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
-    "mae": mae.build,
-    "distill": distill.build,
-    "classify": classify.build,
-    "probe": probe.build,
+    "mae": build_mae,
+    "distill": build_distill,
+    "classify": build_classify,
+    "probe": build_probe,
 }
