@@ -1,13 +1,16 @@
-"""Numbers of a run: averages kept on the device, and where they are written."""
+"""Averages over training steps, metrics over an evaluation split, and the files that both are written to."""
 
+import dataclasses
 import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import metrics as clu_metrics
 from etils import epath
 
@@ -44,6 +47,92 @@ def compute(values: Averages) -> dict[str, float]:
     """Averages as floats; waits for the device. NaN where nothing was counted."""
     host = jax.device_get(values)
     return {name: float(v.total) / float(v.count) if v.count else float("nan") for name, v in host.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How a split is evaluated: arrays for each example, their sums over the split, and figures computed from those.
+
+    values: (params, frozen, batch, key) -> arrays [batch, ...] by name. Runs under jit, on all devices. Rows of padding
+      may hold anything, even NaN: they are left out.
+    result: (arrays by name, number of examples) -> figures by name, on the host, once at the end. Each array is the
+      sum of `values` over all examples of the split without the batch axis: float64, or int64 where `values` gives
+      integers or booleans. So a mean is `sums["loss"] / examples`, and a confusion matrix [batch, classes, classes]
+      arrives as int64 [classes, classes]. A figure with a slash in its name ("iou/wall") is recorded but not logged.
+    gathered: names in `values` that are not summed: `result` gets the rows of all examples [examples, ...], in the
+      order of the split. For figures that need every prediction at once, such as detection's average precision.
+    """
+
+    values: Callable[[Any, Any, Mapping[str, Any], jax.Array], Mapping[str, jax.Array]]
+    result: Callable[[dict[str, np.ndarray], int], dict[str, float]]
+    gathered: tuple[str, ...] = ()
+
+
+def means(sums: Mapping[str, np.ndarray], examples: int) -> dict[str, float]:
+    """The `result` of a Metric whose figures are plain averages of its values."""
+    return {name: float(total) / examples for name, total in sums.items()}
+
+
+def reduce_batch(metric: Metric, values: Mapping[str, jax.Array], valid: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the valid rows of one batch, or the rows themselves where they are gathered; pure, for use under jit.
+
+    Args:
+      values: from `metric.values`.
+      valid: bool [batch], False for padding.
+    """
+    reduced = {}
+    for name, value in values.items():
+        if value.shape[:1] != valid.shape:
+            raise ValueError(f"metric {name!r} has shape {value.shape}: its first axis must be the batch, {len(valid)}")
+        if name not in metric.gathered:
+            rows = valid.reshape(-1, *[1] * (value.ndim - 1))
+            dtype = jnp.float32 if jnp.issubdtype(value.dtype, jnp.floating) else jnp.int32
+            value = jnp.sum(jnp.where(rows, value, 0), axis=0, dtype=dtype)
+        reduced[name] = value
+    return reduced
+
+
+class Tally:
+    """Adds up the batches of one evaluation on the host, in 64 bits."""
+
+    def __init__(self, metric: Metric):
+        self._metric = metric
+        self._pending: tuple[Mapping[str, jax.Array], jax.Array] | None = None
+        self._sums: dict[str, np.ndarray] = {}
+        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in metric.gathered}
+        self._examples = 0
+
+    def add(self, reduced: Mapping[str, jax.Array], valid: jax.Array) -> None:
+        """Counts one more batch.
+
+        Args:
+          reduced: from `reduce_batch`, on the device; every process holds all of it. It is read by the next call, so
+            that the device computes one batch while the host waits for the one before.
+          valid: as given to `reduce_batch`.
+        """
+        before, self._pending = self._pending, (reduced, valid)
+        self._read(before)
+
+    def result(self) -> tuple[dict[str, float], int]:
+        """(figures, number of examples counted); no figures where there was no example."""
+        self._read(self._pending)
+        self._pending = None
+        if not self._examples:
+            return {}, 0
+        rows = {name: np.concatenate(parts) for name, parts in self._rows.items()}
+        return self._metric.result(self._sums | rows, self._examples), self._examples
+
+    def _read(self, batch: tuple[Mapping[str, jax.Array], jax.Array] | None) -> None:
+        if batch is None:
+            return
+        reduced, valid = jax.device_get(batch)
+        self._examples += int(np.sum(valid))
+        for name, value in reduced.items():
+            if name in self._rows:
+                self._rows[name].append(value[valid])
+            else:
+                wide = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
+                self._sums[name] = self._sums.get(name, 0) + np.asarray(value, wide)
 
 
 class Writer:

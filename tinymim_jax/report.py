@@ -144,7 +144,8 @@ class Report:
         log.info(
             "step %d | evaluation | %s",
             step,
-            ", ".join(f"{name} {value:.4g}" for name, value in result.items()),
+            # A slash marks figures such as those of each class, which may be hundreds.
+            ", ".join(f"{name} {value:.4g}" for name, value in result.items() if "/" not in name),
         )
         self._heart.note(stage="training", eval=_finite(figures))
         self._progress.restart(step)

@@ -10,8 +10,8 @@ import optax
 from jax.sharding import Mesh
 
 from tinymim_jax import optim
-from tinymim_jax.metrics import Averages, averages, merge
-from tinymim_jax.sharding import state_sharding
+from tinymim_jax.metrics import Averages, Metric, averages, merge, reduce_batch
+from tinymim_jax.sharding import replicated, state_sharding
 from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
 
 
@@ -154,13 +154,17 @@ def make_train_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def make_eval_step(task: Task) -> Callable[[Params, Params, Batch, jax.Array, Averages], Averages]:
-    """The jitted `(params, frozen, batch, key, averages so far) -> averages`, over the valid examples."""
+def make_eval_step(
+    metric: Metric, mesh: Mesh
+) -> Callable[[Params, Params, Batch, jax.Array], tuple[dict[str, jax.Array], jax.Array]]:
+    """The jitted `(params, frozen, batch, key) -> (reduced values, valid)`, the arguments of metrics.Tally.add."""
 
-    def step(params: Params, frozen: Params, batch: Batch, key: jax.Array, recorded: Averages) -> Averages:
-        return merge(recorded, averages(task.losses(params, frozen, batch, key, False), batch["valid"]))
+    def step(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        valid = batch["valid"]
+        return reduce_batch(metric, metric.values(params, frozen, batch, key), valid), valid
 
-    return jax.jit(step, donate_argnums=4)
+    # Replicated: every process reads the whole result and adds it up for itself.
+    return jax.jit(step, out_shardings=replicated(mesh))
 
 
 def place_frozen(frozen: Params, mesh: Mesh) -> Params:

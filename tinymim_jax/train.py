@@ -37,6 +37,7 @@ from tinymim_jax.state import (
     place_frozen,
     trained_paths,
 )
+from tinymim_jax.tasks.task import evaluation_metric
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _loop(
     workers: int,
 ) -> dict[str, float]:
     settings, task, total = experiment.config.train, experiment.task, experiment.total_steps
-    eval_step = make_eval_step(task)
+    eval_step = make_eval_step(evaluation_metric(task), mesh)
     root = jax.random.key(experiment.config.seed)
     names = (*task.names, "gradient_norm")
     start, extra = int(state.step), {"frozen": digest(frozen)}
@@ -167,20 +168,17 @@ def _loop(
     return result
 
 
-def _evaluate(experiment: Experiment, eval_step, state: TrainState, frozen, mesh: Mesh, workers: int, done):
-    def step(*args):
-        done()
-        return eval_step(*args)
-
+def _evaluate(experiment: Experiment, eval_step, state: TrainState, frozen, mesh: Mesh, workers: int, on_batch):
     return evaluate(
-        step,
-        experiment.task.names,
+        eval_step,
+        evaluation_metric(experiment.task),
         evaluated_params(state),
         frozen,
         evaluation_batches(experiment, workers=workers),
         mesh,
         examples=len(experiment.eval_source),
         seed=experiment.config.seed,
+        on_batch=on_batch,
     )
 
 

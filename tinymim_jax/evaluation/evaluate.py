@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -10,15 +11,15 @@ from ml_collections import ConfigDict
 from tinymim_jax.checkpoints.params import load_params
 from tinymim_jax.data.pipeline import Batches
 from tinymim_jax.experiment import build_experiment, evaluation_batches
-from tinymim_jax.metrics import Averages, compute, no_averages
-from tinymim_jax.sharding import make_mesh, place_batch, replicated
+from tinymim_jax.metrics import Metric, Tally
+from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.state import make_eval_step, place_frozen
-from tinymim_jax.tasks.task import Params
+from tinymim_jax.tasks.task import Params, evaluation_metric
 
 
 def evaluate(
-    eval_step: Callable[..., Averages],
-    names: tuple[str, ...],
+    eval_step: Callable[..., Any],
+    metric: Metric,
     params: Params,
     frozen: Params,
     batches: Batches,
@@ -26,26 +27,27 @@ def evaluate(
     *,
     examples: int,
     seed: int,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means over a split.
+    """The figures of `metric` over a split, and "examples".
 
     Args:
-      eval_step: from state.make_eval_step.
-      names: of the task's losses.
+      eval_step: state.make_eval_step(metric, mesh).
       batches: padded batches with `valid`; closed at the end.
-      examples: length of the split. Another count is an error: a figure over some of the examples is worth nothing.
+      examples: length of the split. Counting another number of examples is an error.
       seed: for tasks whose loss is random (which patches are hidden).
+      on_batch: called after each batch.
     """
     root = jax.random.key(seed)
-    recorded = jax.device_put(no_averages(names), replicated(mesh))
+    tally = Tally(metric)
     with batches:
         for i, batch in enumerate(batches):
-            key = jax.random.fold_in(root, i)
-            recorded = eval_step(params, frozen, place_batch(mesh, batch), key, recorded)
-    counted = int(recorded["loss"].count)
+            tally.add(*eval_step(params, frozen, place_batch(mesh, batch), jax.random.fold_in(root, i)))
+            on_batch()
+    figures, counted = tally.result()
     if counted != examples:
         raise RuntimeError(f"evaluation counted {counted} examples, but the split has {examples}")
-    return compute(recorded) | {"examples": counted}
+    return figures | {"examples": counted}
 
 
 def evaluate_checkpoint(
@@ -66,11 +68,11 @@ def evaluate_checkpoint(
                 f"of a {config.task!r} run, or correct the config"
             )
     assert task.start is not None
-    mesh = make_mesh()
+    mesh, metric = make_mesh(), evaluation_metric(task)
     params = place_frozen(task.start(jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))), mesh)
     return evaluate(
-        make_eval_step(task),
-        task.names,
+        make_eval_step(metric, mesh),
+        metric,
         params,
         place_frozen(task.load_frozen(), mesh),
         evaluation_batches(experiment, workers=workers),
