@@ -1,7 +1,12 @@
 """Every shipped config: it builds at full size, and the loop reads every key."""
 
 import json
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -15,13 +20,14 @@ import tinymim_jax.tasks.distill.task as distill_module
 import tinymim_jax.tasks.probe.task as probe_module
 from tinymim_jax import optim
 from tinymim_jax.checkpoints.params import save_params
-from tinymim_jax.config import from_json, load_config
+from tinymim_jax.config import experiments, find_file, from_json, load_config
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.resume import differences
 from tinymim_jax.state import trained_paths
+from tinymim_jax.sweeps.points import read_stages
 from tinymim_jax.tasks.distill.teachers import TEACHERS
 from tinymim_jax.tasks.pretrained import Loaded
 from tinymim_jax.train import train
@@ -185,13 +191,102 @@ def test_overrides_are_read_as_python_and_the_config_is_locked():
 
 
 def test_missing_files_and_functions(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*distill_b.*study/losses"):
         load_config(str(tmp_path / "nothing.py"))
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(AttributeError, match=r"no function get_config\(\)"):
+    with pytest.raises(ValueError, match=r"no function get_config\(\)"):
         load_config(str(tmp_path / "empty.py"))
+    with pytest.raises(ValueError, match=r"run it with `tinymim chain chain:b,s`"):
+        load_config("chain:b,s")
     with pytest.raises(ValueError, match="Choices: mae_teacher"):
         load_config(str(ROOT / "configs/digits.py") + ":teacher")
+
+
+def test_experiments_are_found_by_name(tmp_path, monkeypatch):
+    """In ./configs first, then the shipped ones, from any folder; what is misspelt names the nearest."""
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for spec in ("distill_b", "digits:finetune", "own_images:t,8000"):
+        name, _, argument = spec.partition(":")
+        expected = load_config(f"{ROOT / 'configs' / name}.py" + (f":{argument}" if argument else ""))
+        assert load_config(spec).to_dict() == expected.to_dict()
+    assert find_file("study/losses:small") == (ROOT / "configs" / "study" / "losses.py", "small")
+    assert [stage.name for stage in read_stages("study/losses:small")] == ["student", "classifier"]
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'distill_b'.*'study/losses'"):
+        load_config("distil_b")
+    with pytest.raises(FileNotFoundError, match=r"The shipped one is --config distill_b"):
+        load_config("configs/distill_b.py")
+    (tmp_path / "configs" / "my.py").write_text(
+        "from configs import base, more\ndef get_config():\n    return more.longer(base.mae())\n"
+    )
+    (tmp_path / "configs" / "more.py").write_text(
+        "def longer(config):\n    config.train.duration = '1600 epochs'\n    return config\n"
+    )
+    assert load_config("my").train.duration == "1600 epochs"
+    assert load_config("configs/my.py").task == "mae"
+    (tmp_path / "configs" / "distill_b.py").write_text((tmp_path / "configs" / "my.py").read_text())
+    assert load_config("distill_b").task == "mae"
+    assert {"my", "distill_b", "study/losses"} < set(experiments())
+    assert not {"base", "study/pipeline", "study/__init__"} & set(experiments())
+
+
+def test_a_config_outside_of_configs_may_import_the_shipped_ones(tmp_path):
+    (tmp_path / "mine.py").write_text("from configs import finetune_s\nget_config = finetune_s.get_config\n")
+    code = f"from tinymim_jax.config import load_config; print(load_config('{tmp_path}/mine.py').task)"
+    python = [sys.executable, "-c", code]
+    run = subprocess.run(
+        python, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert run.stdout == "classify\n", run.stderr
+
+
+def _python(code, folder, package):
+    """Runs `code` in `folder`, with the package that lies in `package`."""
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_an_installed_wheel_has_the_experiments(tmp_path):
+    """Built from what is in the repository, unpacked, and used from another folder with no checkout in sight."""
+    source, installed, elsewhere = (tmp_path / name for name in ("source", "installed", "elsewhere"))
+    for name in ("tinymim_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    elsewhere.mkdir()
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", tmp_path, source], check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(installed)
+        names = file.namelist()
+    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py")}
+    assert {name.removeprefix("tinymim_jax/") for name in names if name.startswith("tinymim_jax/configs/")} == shipped
+    assert {name.split("/")[0] for name in names} == {"tinymim_jax", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    code = f"""if True:
+        import json, sys
+        import tinymim_jax
+        from tinymim_jax import config
+        from tinymim_jax.cli.main import main
+        from tinymim_jax.demo.demo import CONFIG
+        from tinymim_jax.sweeps.points import read_stages
+        assert tinymim_jax.__file__.startswith({str(installed)!r}), tinymim_jax.__file__
+        specs = [name for name in config.experiments() if not name.startswith("study") and name != "chain"]
+        loaded = {{name: config.load_config(name).to_dict() for name in [*specs, "digits:finetune", "distill_b"]}}
+        stages = [stage.config for spec in ("study/losses:small", "chain:digits") for stage in read_stages(spec)]
+        assert all(config.load_config(stage) for stage in stages)
+        assert config.load_config(f"{{CONFIG}}:mae_teacher").task == "mae"
+        print(json.dumps(loaded))
+        main(["sweep", "digits:finetune", "--workdir", "runs/rates", "--list"])
+    """
+    run = _python(code, elsewhere, installed)
+    assert run.returncode == 0, run.stderr
+    loaded, *table = run.stdout.splitlines()
+    here = {name: load_config(name).to_dict() for name in json.loads(loaded)}
+    assert json.loads(loaded) == json.loads(json.dumps(here))
+    assert len(here) >= 14
+    assert "000_base_lr=0.016" in "\n".join(table)
 
 
 def test_a_run_of_an_older_version_lacks_keys(tmp_path):

@@ -1,9 +1,11 @@
-"""Experiment files: Python modules with `get_config()`, changed by `key=value` words on the command line."""
+"""Experiment files: Python modules with `get_config()`, whose values `key=value` words on the command line change."""
 
 import ast
+import importlib.machinery
 import importlib.util
 import pathlib
 import sys
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,42 +13,86 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.errors import unknown
 
-_BASE = pathlib.Path(__file__).parents[1] / "configs" / "base.py"
+_PACKAGE = pathlib.Path(__file__).parent
+# The shipped experiments: beside the package in a checkout, inside it in an installed wheel (setup.py puts them there).
+SHIPPED = next(
+    (folder for folder in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (folder / "base.py").is_file()),
+    _PACKAGE / "configs",
+)
+_NO_EXPERIMENTS = ("__init__", "base", "pipeline")
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """The locked config of FILE.py, or FILE.py:ARGUMENT (passed to get_config), changed by "key=value" words."""
+    """The locked config of an experiment, changed by "key=value" words.
+
+    Args:
+      spec: a file or the name of a shipped experiment, as `find_file` describes, with ":ARGUMENT" for get_config.
+
+    Raises FileNotFoundError for an unknown name and ValueError for a file without get_config() or a wrong override.
+    """
     module, argument = load_file(spec)
     if not hasattr(module, "get_config"):
-        raise AttributeError(f"--config {module.__file__} has no function get_config(); see configs/base.py")
+        chain = f"; it has get_chain(), so run it with `tinymim chain {spec}`" if hasattr(module, "get_chain") else ""
+        raise ValueError(f"{module.__file__} has no function get_config(){chain}. configs/digits.py is an example")
     config = module.get_config(argument) if argument else module.get_config()
     apply_overrides(config, overrides)
     return config.lock()
 
 
 def load_file(spec: str) -> tuple[Any, str]:
-    """The module FILE.py of "FILE.py" or "FILE.py:ARGUMENT", and the argument ("" for none)."""
-    file, _, argument = spec.partition(":")
-    path = pathlib.Path(file).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {file}: no such file. Shipped ones are in the repository's configs/")
+    """The module that `spec` names, and the argument behind the colon ("" for none)."""
+    path, argument = find_file(spec)
     return _import(path), argument
 
 
+def find_file(spec: str) -> tuple[pathlib.Path, str]:
+    """Splits "FILE.py", "NAME", or either with ":ARGUMENT", into the file's absolute path and the argument.
+
+    A NAME, such as distill_b or study/losses, is looked up in ./configs and then among the shipped experiments.
+
+    Raises FileNotFoundError, with the nearest name, for what does not exist.
+    """
+    name, _, argument = spec.partition(":")
+    path = pathlib.Path(name).expanduser()
+    if path.suffix == ".py":
+        if path.is_file():
+            return path.resolve(), argument
+        shipped = name.removeprefix("configs/").removesuffix(".py")
+        hint = f"The shipped one is --config {shipped}" if shipped in experiments() else _choices()
+        raise FileNotFoundError(f"{name}: no such file. {hint}")
+    for folder in _folders():
+        if name in experiments(folder):
+            return (folder / f"{name}.py").resolve(), argument
+    raise FileNotFoundError(f"{unknown('--config', name, experiments())}. Or give a file: PATH.py")
+
+
+def experiments(*folders: pathlib.Path) -> list[str]:
+    """Names that `find_file` knows: files of ./configs and shipped ones, without .py and relative to the folder."""
+    found = {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in folders or _folders()
+        for path in folder.rglob("*.py")
+        if path.stem not in _NO_EXPERIMENTS
+    }
+    return sorted(found)
+
+
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """The locked config that a run wrote to its config.json; keys that came later have their defaults."""
+    """The locked config that a run wrote to its config.json; keys that did not exist then get their defaults."""
     return ConfigDict(completed(values)).lock()
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """A run's config.json with the keys that its version did not have: a new key's default is what was done before."""
-    base = _import(_BASE) if _BASE.is_file() else None  # a package without the repository has no defaults
-    make = getattr(base, str(values.get("task")), None)
+    """The contents of a config.json, with defaults for the keys that the version which wrote it did not have.
+
+    The default of every new key is the behaviour before that key existed, so the experiment stays the same.
+    """
+    make = getattr(_execute(SHIPPED / "base.py"), str(values.get("task")), None)
     return _filled(make().to_dict(), values) if make else values
 
 
 def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
-    """Sets dotted keys from "key=value" words; values are Python literals, anything else is a string."""
+    """Sets dotted keys from "key=value" words. A value is a Python literal if it can be read as one, else a string."""
     names = flat_names(config)
     for word in overrides:
         key, equals, text = word.partition("=")
@@ -58,7 +104,7 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
 
 
 def parse(text: str) -> Any:
-    """The value of an override: a Python literal, true, false or none, or else a string."""
+    """Reads the value of an override: a Python literal, true, false or none; anything else is a string."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -66,7 +112,7 @@ def parse(text: str) -> Any:
 
 
 def flat_names(config: ConfigDict, prefix: str = "") -> list[str]:
-    """All keys of a config, dotted."""
+    """All keys of a config, nested ones as dotted names."""
     names = []
     for key in config:
         value = config[key]
@@ -79,7 +125,7 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     for parent in parents:
         config = getattr(config, parent)
     old = config[name]
-    # Of a key that takes strings, 'none' is one of its choices.
+    # A string key may have a choice that is called none.
     value = text if text == "none" and isinstance(old, str) else parse(text)
     if isinstance(old, bool) != isinstance(value, bool) and old is not None:
         raise TypeError(f"{key}={value!r} has the wrong type: it is {old!r} now")
@@ -92,7 +138,7 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _filled(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, and of `defaults` what they lack."""
+    """`values` and, for keys that it lacks, those of `defaults`; nested dicts likewise."""
     filled = defaults | values
     for key, default in defaults.items():
         if isinstance(default, dict) and isinstance(filled[key], dict):
@@ -100,19 +146,52 @@ def _filled(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
+def _folders() -> list[pathlib.Path]:
+    """Where names of experiments are looked up, in this order."""
+    own = pathlib.Path("configs")
+    return [SHIPPED] if not own.is_dir() or own.resolve() == SHIPPED.resolve() else [own, SHIPPED]
+
+
+def _choices() -> str:
+    return f"Shipped experiments: {', '.join(experiments(SHIPPED))}"
+
+
 def _import(path: pathlib.Path) -> Any:
-    # `from configs.base import ...` must work from wherever the command is run, and from configs/study/ too.
+    """Executes an experiment file, with what it may import: `configs`, and the package that the file lies in.
+
+    `from configs import base` means the `configs` folder around the file, if there is one, and then the shipped one,
+    wherever the command runs.
+    """
+    own = [folder for folder in path.parents if folder.name == "configs"][:1]
+    _provide_configs([str(folder) for folder in dict.fromkeys([*own, SHIPPED.resolve()])])
     package = path.parent
     while (package.parent / "__init__.py").exists():
         package = package.parent
     root = str(package.parent)
     sys.path.insert(0, root)
     try:
-        spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return _execute(path)
     finally:
         sys.path.remove(root)
+
+
+def _provide_configs(folders: list[str]) -> None:
+    """Makes `import configs.NAME` look in these folders, and nowhere else."""
+    known = sys.modules.get("configs")
+    if known is not None and list(getattr(known, "__path__", ())) == folders:
+        return
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        del sys.modules[name]  # read from other folders
+    package = types.ModuleType("configs")
+    package.__path__ = folders
+    package.__spec__ = importlib.machinery.ModuleSpec("configs", None, is_package=True)
+    sys.modules["configs"] = package
+
+
+def _execute(path: pathlib.Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module

@@ -17,14 +17,14 @@ import numpy as np
 from clu import parameter_overview
 
 from tinymim_jax.checkpoints.params import load_params
-from tinymim_jax.config import load_config
+from tinymim_jax.config import SHIPPED, load_config
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.demo.pictures import draw_losses, draw_relations
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.runtime.startup import start_logging, use_compile_cache
 from tinymim_jax.train import train
 
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
+CONFIG = SHIPPED / "digits.py"
 ARMS = {"from scratch": "", "MAE directly": "mae_student", "TinyMIM": "tinymim"}
 LEARNING_RATES = (1.6e-2, 3.2e-2)
 
@@ -34,9 +34,7 @@ def demo(workdir: str | pathlib.Path, *, seeds: int = 3, compile_cache: str = ""
 
     Networks this small leave most of a processor idle, so several runs go on at once, each in a process of its own.
     """
-    workdir = pathlib.Path(workdir)
-    if not CONFIG.exists():
-        raise FileNotFoundError(f"{CONFIG} is missing: run the demo from a clone of the repository")
+    workdir = pathlib.Path(workdir).expanduser()
     open_source("digits", split="test")  # made here once, not by every process
     spawn = multiprocessing.get_context("spawn")
     processes = min(4, os.cpu_count() or 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.checkpoints.params import load_params
-from tinymim_jax.config import load_config
+from tinymim_jax.config import SHIPPED, load_config
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.data.views.decoding import decode
 from tinymim_jax.data.views.transforms import EvalView
@@ -37,7 +37,7 @@ def draw_relations(workdir: pathlib.Path, *, example: int = 3, head: int = 0) ->
     Columns: the digit with the query marked, the teacher, the student before and after distillation.
     """
     plt = _pyplot()
-    config = load_config(str(pathlib.Path(__file__).parents[2] / "configs" / "digits.py") + ":distill")
+    config = load_config(f"{SHIPPED / 'digits.py'}:distill")
     size = tuple(config.model.image_size)
     record = open_source(config.data.source, split=config.data.eval_split)[example]
     pixels = EvalView(size, config.data.eval_resize)(decode(record["image"]))

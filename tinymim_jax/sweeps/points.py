@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tinymim_jax.config import flat_names, load_config, load_file, parse
+from tinymim_jax.config import find_file, flat_names, load_config, load_file, parse
 from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.workdir import owner
 
@@ -70,11 +70,11 @@ class State:
 
 
 def read_stages(spec: str) -> list[Stage]:
-    """The stages of FILE.py[:ARGUMENT]: what get_chain() lists, or the single experiment of get_config()."""
+    """The stages of FILE[:ARGUMENT] or NAME[:ARGUMENT]: what get_chain() lists, or the experiment of get_config()."""
     module, argument = load_file(spec)
     if not hasattr(module, "get_chain"):
         return [Stage("", spec, {})]
-    folder = pathlib.Path(spec.partition(":")[0]).parent
+    folder = find_file(spec)[0].parent
     stages = []
     for name, config, overrides in module.get_chain(argument) if argument else module.get_chain():
         config = str(folder / config)
