@@ -9,6 +9,8 @@ from tinymim_jax.metrics import compute, no_averages
 from tinymim_jax.sharding import place_batch
 from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
 
+DIGITS = tuple(map(str, range(10)))  # class names
+
 # Two blocks of width 16 on digits of 16 x 16: seconds, compiling included.
 SMALL = (
     "model.embed_dim=16",

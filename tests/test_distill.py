@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from runs import run_steps, small_config
+from runs import DIGITS, run_steps, small_config
 
 from tinymim_jax import optim
 from tinymim_jax.checkpoints.params import load_params, save_params
@@ -49,7 +49,7 @@ def distill(folder, *words, teacher="teacher"):
 
 
 def task_of(config):
-    return TASKS[config.task](config, 10)
+    return TASKS[config.task](config, DIGITS)
 
 
 def losses_of(folder, *words, teacher="teacher", key=KEY, train=True, params=None):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import small_config
+from runs import DIGITS, small_config
 from torch_files import save_arrays
 
 import tinymim_jax
@@ -241,7 +241,7 @@ def test_relations_are_of_cls_and_patches_alone(tmp_path):
     save_params(tmp_path / "teacher", {"encoder": of_teacher}, {"encoder": teacher.record()})
     words = ["model.dist_token=True", "model.depth=1", f"distill.teacher.path={tmp_path / 'teacher'}"]
     config = small_config("distill", *words)
-    task = TASKS["distill"](config, 10)
+    task = TASKS["distill"](config, DIGITS)
     assert task.model["encoder"]["dist_token"]
     params = randomly(jax.eval_shape(task.init, jax.random.key(0)))
     images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)

@@ -84,7 +84,7 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         config=config,
         train_source=train_source,
         eval_source=eval_source,
-        task=TASKS[config.task](config, train_source.classes),
+        task=TASKS[config.task](config, train_source.class_names),
         batch_size=batch_size,
         total_steps=total_steps,
         eval_every=in_steps(config.train.eval_every, "train.eval_every"),

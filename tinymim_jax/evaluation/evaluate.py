@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.class_names import match_classes
 from tinymim_jax.data.pipeline import Batches
 from tinymim_jax.experiment import build_experiment, evaluation_batches
 from tinymim_jax.metrics import Metric, Tally
@@ -55,12 +56,18 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Figures of `checkpoint` (a run, or a converted file) under the experiment of `config`.
 
-    Raises ValueError when the checkpoint lacks what the experiment judges, such as a classifier's head.
+    Raises ValueError when the checkpoint lacks what the experiment evaluates, such as a classifier's head, and
+    ClassMismatch (a ValueError) when its classes are not those of the data.
     """
     config = _without_teacher(ConfigDict(config.to_dict() | {"init": str(checkpoint)})).lock()
     model, _ = load_params(checkpoint)
     experiment = build_experiment(config, data_dir=data_dir)
     task = experiment.task
+    known = model.get("preprocessing", {}).get("class_names")
+    if known and "classifier" in model and "classifier" in task.model:
+        # Without names this happens in `task.start`, which takes the head; there a mismatch is no error.
+        names = experiment.train_source.class_names
+        match_classes(known, names, classifier=str(checkpoint), data=repr(config.data.source))
     for part, record in task.model.items():
         if part != "encoder" and model.get(part) != record:
             raise ValueError(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.params import load_params, merge
+from tinymim_jax.class_names import match_classes
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.vit import PRESETS, ViT
 from tinymim_jax.ops.posembed import resize_table
@@ -86,6 +87,19 @@ def load(path: str) -> Loaded:
     if _KEPT is not None:
         _KEPT[path] = loaded
     return loaded
+
+
+def class_order(loaded: Loaded, class_names: Sequence[str], data: str) -> np.ndarray:
+    """int32 `[len(class_names)]`: for each class of the data set `data` the output of the loaded classifier's head.
+
+    Raises ClassMismatch where they are not the same classes; see `class_names.match_classes`.
+    """
+    known = loaded.model.get("preprocessing", {}).get("class_names", ())
+    classes = loaded.model["classifier"]["classes"]
+    order = match_classes(known, class_names, classes=classes, classifier=loaded.path, data=repr(data))
+    if (order != np.arange(len(order))).any():
+        log.info("the classes of %s are put in the order of those of %r", loaded.path, data)
+    return order
 
 
 def fit_positions(loaded: Loaded, encoder: ViT) -> Params:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from tinymim_jax.class_names import ClassMismatch
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.heads import Classifier, needs_final_norm
 from tinymim_jax.models.vit import ViT
@@ -21,22 +22,24 @@ from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
 from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.tasks.classify.last_block import check_last_block, with_last_block, without_last_block
 from tinymim_jax.tasks.classify.teacher import supervised_teacher
-from tinymim_jax.tasks.pretrained import Loaded, build_encoder, fill_encoder, load
+from tinymim_jax.tasks.pretrained import Loaded, build_encoder, class_order, fill_encoder, load
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, nothing_frozen
 
 log = logging.getLogger(__name__)
 
 LOSSES = ("softmax", "bce")
+_HEADS = ("head", "head_dist")  # their parameters end in [..., classes]
 # Heads of every block in the authors' fine-tuning code, by width (models_vit.py), whatever pre-training had.
 OFFICIAL_HEADS = {192: 3, 384: 6, 768: 12}
 
 
-def build(config: ConfigDict, classes: int) -> Task:
-    """The task of `config` for a data set of so many classes. Raises ValueError where it has none.
+def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
+    """The task of `config` for a data set with these classes. Raises ValueError where it has none.
 
     With a supervised teacher the loss is (1 - alpha) times that of the labels, on the first head, and alpha times that
     of the teacher's answers, on the DIST token's head; where there is no such token, one head learns both.
     """
+    classes = len(class_names)
     if classes == 0:
         raise ValueError(
             f"data.source={config.data.source!r} has no labels to classify by: choose a labelled set, or a task that "
@@ -79,7 +82,7 @@ def build(config: ConfigDict, classes: int) -> Task:
         assert loaded is not None
         source = with_last_block(loaded, classify.last_block)
         filled = fill_encoder(params, source, encoder, same_heads=classify.heads == "keep")
-        return filled | _same_head(params, loaded, network)
+        return filled | _loaded_heads(params, loaded, network, class_names, config.data.source)
 
     return Task(
         model={"encoder": encoder.record(), "classifier": network.record()},
@@ -154,13 +157,24 @@ def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     return encoder.clone(heads=heads[0] if choice == "uniform" else tuple(heads))
 
 
-def _same_head(params: Params, loaded: Loaded, network: Classifier) -> Params:
-    """The loaded checkpoint's heads and norms where they fit; a head for other classes is left behind."""
+def _loaded_heads(params: Params, loaded: Loaded, network: Classifier, class_names: Sequence[str], data: str) -> Params:
+    """The loaded checkpoint's heads and norms, its classes in the order of `class_names`.
+
+    Where its architecture or its classes are others, nothing is taken: the heads keep their initial values, and a
+    warning says so.
+    """
     record = loaded.model.get("classifier")
     if record is None:
         return {}
     same_tokens = bool(loaded.model["encoder"].get("dist_token")) == network.encoder.dist_token
     if record != network.record() or not same_tokens:
-        log.warning("the head of %s (%s) does not fit and starts afresh", loaded.path, record)
+        log.warning("the head of %s (%s) does not fit and is initialized anew", loaded.path, record)
         return {}
-    return {name: jax.tree.map(np.asarray, loaded.params[name]) for name in params if name != "encoder"}
+    try:
+        order = class_order(loaded, class_names, data)
+    except ClassMismatch as error:
+        log.warning("the head of %s is initialized anew: %s", loaded.path, error)
+        return {}
+    found = {name: jax.tree.map(np.asarray, loaded.params[name]) for name in params if name != "encoder"}
+    heads = {name: jax.tree.map(lambda leaf: leaf[..., order], found[name]) for name in _HEADS if name in found}
+    return found | heads

@@ -1,5 +1,6 @@
 """TinyMIM (arXiv 2301.01296): a small student learns the token relations of a frozen, MIM pre-trained teacher."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,9 @@ from tinymim_jax.tasks.pretrained import Loaded, build_encoder, compute_dtype, f
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
 
 
-def build(config: ConfigDict, classes: int) -> Task:
+def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     """The task of `config`; labels are not used."""
-    del classes
+    del class_names
     distill = config.distill
     find_target(distill.target)  # a misspelt one is said before the teacher is looked for
     loaded = _load_teacher(distill.teacher)

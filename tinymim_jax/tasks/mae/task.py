@@ -1,5 +1,6 @@
 """Pre-training by masked image modelling (MAE, arXiv 2111.06377): pixels of hidden patches from the visible ones."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,9 @@ from tinymim_jax.tasks.pretrained import build_encoder, fill_encoder, load
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
 
 
-def build(config: ConfigDict, classes: int) -> Task:
+def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     """The task of `config`; labels are not used."""
-    del classes
+    del class_names
     encoder = build_encoder(config.model)
     check_no_dist_token(encoder)
     decoder = build_decoder(config.mae, encoder)

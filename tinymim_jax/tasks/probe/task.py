@@ -1,6 +1,8 @@
 """Linear probe: a linear head, behind a batch norm, learns the labels from a frozen encoder's features."""
 
+import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +13,7 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import digest
 from tinymim_jax.checkpoints.probes import frozen_parts, unfolded
+from tinymim_jax.class_names import ClassMismatch
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.heads import POOLS, Classifier
 from tinymim_jax.models.vit import ViT
@@ -18,19 +21,21 @@ from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, update_running
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
 from tinymim_jax.ops.top_k import in_top
-from tinymim_jax.tasks.pretrained import Loaded, compute_dtype, load
+from tinymim_jax.tasks.pretrained import Loaded, class_order, compute_dtype, load
 from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
 
+log = logging.getLogger(__name__)
 
-def build(config: ConfigDict, classes: int) -> Task:
-    """The task of `config` for a data set of so many classes (MAE release, main_linprobe.py).
+
+def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
+    """The task of `config` for a data set with these classes (MAE release, main_linprobe.py).
 
     The encoder is that of `init`. Its features are what a Classifier's head sees: the CLS token after the final norm,
     or the mean of the patch tokens and a norm after that.
 
     Raises ValueError where there are no classes, or no checkpoint.
     """
-    probe = config.probe
+    probe, classes = config.probe, len(class_names)
     if classes == 0:
         raise ValueError(f"data.source={config.data.source!r} has no labels to probe by: choose a labelled set")
     if not config.init:
@@ -62,7 +67,12 @@ def build(config: ConfigDict, classes: int) -> Task:
     def start(params: Params) -> Params:
         if "probe" not in loaded.model or loaded.model["classifier"] != classifier:
             return params
-        own, statistics = unfolded(jax.tree.map(np.asarray, loaded.params["head"]))
+        try:
+            order = class_order(loaded, class_names, config.data.source)
+        except ClassMismatch as error:
+            log.warning("the head of %s is initialized anew: %s", loaded.path, error)
+            return params
+        own, statistics = unfolded(jax.tree.map(lambda leaf: np.asarray(leaf)[..., order], loaded.params["head"]))
         return {"head": own, "batch_norm": statistics}
 
     classifier = {"classes": classes, "pool": probe.pool}

@@ -1,0 +1,138 @@
+"""Evaluation of a classifier on a folder of images, against the network applied by hand."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from runs import small_config
+
+from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
+from tinymim_jax.models.heads import Classifier
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.tasks import TASKS
+
+PETS = ("cat", "dog", "emu")
+# Each image has a color of its own, so that answers differ.
+IMAGES = np.kron(np.random.default_rng(0).integers(0, 256, (9, 2, 2, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)
+LABELS = np.arange(9) // 3  # three of each class, in the order of the folders
+
+
+def write_folders(root, names=PETS):
+    """IMAGES as a training and a test split, three in the folder of each name."""
+    for split in ("train", "test"):
+        for image, label, i in zip(IMAGES, LABELS, range(9)):
+            (root / split / names[label]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / split / names[label] / f"{i}.png")
+    return f"folder:{root}"
+
+
+def config_of(source, *overrides, experiment="finetune"):
+    words = (f"data.source={source}", "data.train_split=train", "data.eval_split=test", "data.examples=0")
+    return small_config(experiment, *words, "model.dtype=float32", *overrides)
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("pets"))
+
+
+@pytest.fixture(scope="module")
+def classifier(pets):
+    """(record, parameters) of random weights whose answers differ from image to image."""
+    task = TASKS["classify"](config_of(pets), PETS)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), jax.eval_shape(task.init, jax.random.key(0))
+    )
+    params["head"]["bias"] -= logits_of(task.model, params).mean(axis=0)
+    return task.model, params
+
+
+@pytest.fixture(scope="module")
+def logits(classifier):
+    """float32 [9, 3], of PETS in this order."""
+    logits = logits_of(*classifier)
+    assert len({*logits.argmax(axis=1)}) > 1
+    return logits
+
+
+def logits_of(record, params):
+    network = Classifier(ViT.from_record(record["encoder"]), **record["classifier"])
+    pixels = jnp.asarray(IMAGES / 127.5 - 1, jnp.float32)
+    return np.asarray(network.apply({"params": params}, pixels))
+
+
+def figures_by_hand(logits):
+    chances = np.exp(logits - logits.max(1, keepdims=True))
+    chances /= chances.sum(1, keepdims=True)
+    loss = -np.log(chances[np.arange(9), LABELS]).mean()
+    return {"top1": (logits.argmax(1) == LABELS).mean(), "loss": pytest.approx(loss, rel=1e-4)}
+
+
+def save(path, classifier, order, names):
+    """The classifier with its outputs in another order and these names for them."""
+    record, params = classifier
+    head = jax.tree.map(lambda leaf: leaf[..., list(order)], params["head"])
+    preprocessing = {"preprocessing": {"class_names": list(names)}} if names else {}
+    save_params(path, params | {"head": head}, record | preprocessing)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("order", "names", "folders"),
+    [
+        ((0, 1, 2), PETS, PETS),
+        ((2, 0, 1), ("emu", "cat", "dog"), PETS),
+        ((0, 1, 2), ("0", "1", "2"), ("00", "01", "02")),
+        ((2, 0, 1), ("10", "2", "9"), ("02", "09", "10")),  # trained on folders without leading zeros
+        ((0, 1, 2), (), PETS),
+    ],
+)
+def test_classes_are_matched_by_name(tmp_path, classifier, logits, order, names, folders):
+    checkpoint = save(tmp_path / "classifier", classifier, order, names)
+    source = write_folders(tmp_path / "images", folders)
+    found = evaluate_checkpoint(config_of(source), checkpoint)
+    want = figures_by_hand(logits)
+    assert {name: found[name] for name in want} == want
+    assert found["examples"] == 9
+
+
+def test_classes_without_names_are_matched_by_position_in_one_logged_line(tmp_path, classifier, pets, caplog):
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), ())
+    with caplog.at_level(logging.INFO):
+        evaluate_checkpoint(config_of(pets), checkpoint)
+    assert caplog.text.count("does not name its classes: they are matched") == 1
+
+
+def test_other_classes_are_refused(tmp_path, classifier, pets):
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), ("cat", "dog", "gnu"))
+    with pytest.raises(ValueError, match=r"does not know 1 of the 3 classes of 'folder:.*': 'emu'\..*lacks.*'gnu'"):
+        evaluate_checkpoint(config_of(pets), checkpoint)
+
+
+def started_head(task):
+    return task.start(quarters(task))["head"]
+
+
+def quarters(task):
+    return jax.tree.map(
+        lambda leaf: np.full(leaf.shape, 0.25, np.float32), jax.eval_shape(task.init, jax.random.key(0))
+    )
+
+
+def test_fine_tuning_keeps_a_head_in_the_order_of_its_own_classes(tmp_path, classifier, pets, caplog):
+    checkpoint = save(tmp_path / "classifier", classifier, (2, 0, 1), ("emu", "cat", "dog"))
+    task = TASKS["classify"](config_of(pets, f"init={checkpoint}"), PETS)
+    np.testing.assert_array_equal(started_head(task)["kernel"], classifier[1]["head"]["kernel"])
+    np.testing.assert_array_equal(started_head(task)["bias"], classifier[1]["head"]["bias"])
+    other = TASKS["classify"](config_of(pets, f"init={checkpoint}"), ("cat", "dog", "gnu"))
+    with caplog.at_level(logging.WARNING):
+        head = started_head(other)
+    assert (head["kernel"] == 0.25).all()
+    assert (head["bias"] == 0.25).all()
+    assert "is initialized anew" in caplog.text
+    assert "'gnu'" in caplog.text
