@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -134,11 +134,19 @@ class Report:
             yield
         self._heart.beat()
 
-    def evaluate(self, step: int, run: Callable[[Callable[[], None]], dict[str, float]]) -> dict[str, float]:
-        """The figures that `run` returns, reported. It is given what to call whenever a batch is done."""
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation: its time is not training time."""
         self._heart.note(stage="evaluating")
         with self._goodput.losing("evaluation"):
-            result = run(self._heart.beat)
+            yield
+
+    def evaluated_batch(self) -> None:
+        """A batch of an evaluation is done: for the stall limit this counts as progress."""
+        self._heart.beat()
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        """The figures of an evaluation after `step`."""
         figures = {f"eval/{name}": value for name, value in result.items()}
         self._writer.write(step, figures | shares(self._goodput.seconds()))
         log.info(

@@ -129,9 +129,6 @@ def _loop(
     recorded, skipped_in_a_row = _nothing_recorded(names, mesh), 0
     batches = training_batches(experiment, start_step=start, workers=workers)
 
-    def evaluation(step: int) -> dict[str, float]:
-        return report.evaluate(step, lambda done: _evaluate(experiment, eval_step, state, frozen, mesh, workers, done))
-
     with batches, StopRequest() as stop:
         # A run that was killed between its last update and its result has only the evaluation left to do.
         for step in range(start + 1, total + 1):
@@ -149,7 +146,7 @@ def _loop(
                 report.training(step, recorded, state, batches.substitutions)
                 recorded = _nothing_recorded(names, mesh)
             if experiment.eval_every and step % experiment.eval_every == 0 and step < total:
-                evaluation(step)
+                _evaluate(experiment, mesh, state, frozen, eval_step, report, workers, step)
             with report.saving(step):
                 checkpoints.save(step, state, force=stop.requested or step == total, extra=extra)
             if (stop.requested or checkpoints.preempted) and step < total:
@@ -162,24 +159,29 @@ def _loop(
                 )
         _check_finite(skipped_in_a_row, total, settings.max_skipped)
         report.finished(total)
-        result = evaluation(total)
+        result = _evaluate(experiment, mesh, state, frozen, eval_step, report, workers, total)
         with report.saving(total):
             checkpoints.wait()
     return result
 
 
-def _evaluate(experiment: Experiment, eval_step, state: TrainState, frozen, mesh: Mesh, workers: int, on_batch):
-    return evaluate(
-        eval_step,
-        evaluation_metric(experiment.task),
-        evaluated_params(state),
-        frozen,
-        evaluation_batches(experiment, workers=workers),
-        mesh,
-        examples=len(experiment.eval_source),
-        seed=experiment.config.seed,
-        on_batch=on_batch,
-    )
+def _evaluate(
+    experiment: Experiment, mesh: Mesh, state: TrainState, frozen, eval_step, report: Report, workers: int, step: int
+) -> dict[str, float]:
+    with report.evaluating():
+        result = evaluate(
+            eval_step,
+            evaluation_metric(experiment.task),
+            evaluated_params(state),
+            frozen,
+            evaluation_batches(experiment, workers=workers),
+            mesh,
+            examples=len(experiment.eval_source),
+            seed=experiment.config.seed,
+            on_batch=report.evaluated_batch,
+        )
+    report.evaluation(step, result)
+    return result
 
 
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
