@@ -43,7 +43,7 @@ trap '((++interrupts == 1)) && stop || everyone KILL' INT
 trap stop TERM HUP
 
 for ((i = 0; i < processes; i++)); do
-  own=("JAX_PROCESS_ID=$i")
+  own=("JAX_PROCESS_ID=$i" "TINYMIM_PARENT=$$") # each ends by itself when this script is killed with kill -9
   if ((gpus)); then
     each=$((gpus / processes))
     own+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, $((i * each)) $((i * each + each - 1)))")

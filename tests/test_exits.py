@@ -4,10 +4,12 @@ import http.server
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 from etils import epath
@@ -18,8 +20,8 @@ from tinymim_jax import sharding
 from tinymim_jax.cli.prepare import one_by_one
 from tinymim_jax.config import load_config
 from tinymim_jax.resume import as_json
-from tinymim_jax.runtime import distributed, heartbeat, hosts, workdir
-from tinymim_jax.runtime.exits import STALLED
+from tinymim_jax.runtime import distributed, files, heartbeat, hosts, workdir
+from tinymim_jax.runtime.exits import STALLED, TERMINATED
 from tinymim_jax.runtime.goodput import LOSSES, Goodput, describe, shares
 from tinymim_jax.runtime.heartbeat import Heartbeat, read_status
 from tinymim_jax.runtime.hosts import Job, find_job, find_slice
@@ -57,7 +59,7 @@ def test_a_stuck_process_shows_its_stacks_and_exits_with_86(tmp_path):
 
 def test_a_heart_that_beats_is_not_stopped_nor_one_that_compiles(tmp_path, monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr(heartbeat, "exit_at_once", lambda *_: ended.set())
+    monkeypatch.setattr(heartbeat, "exit_at_once", lambda *_, **__: ended.set())
     now = [0.0]
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda **_: None)
@@ -86,7 +88,7 @@ def test_a_heart_that_beats_is_not_stopped_nor_one_that_compiles(tmp_path, monke
 
 def test_a_pause_of_the_whole_process_is_no_stall(monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr(heartbeat, "exit_at_once", lambda *_: ended.set())
+    monkeypatch.setattr(heartbeat, "exit_at_once", lambda *_, **__: ended.set())
     now, steps = [0.0], iter([40.0, 3600.0, 10.0])  # seconds until the thread runs again
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda **_: None)
@@ -112,6 +114,122 @@ def test_status_cannot_be_written_is_said_once(tmp_path, caplog):
     for _ in range(3):
         heart._write()
     assert caplog.text.count("cannot write") == 1
+
+
+# -------------------------------------------------------------------------------------------------- signals
+
+WITHOUT_END = """
+import argparse, os, signal, time
+import jax
+from tinymim_jax.cli.options import start_jax
+from tinymim_jax.runtime.exits import end_on_sigterm
+start_jax(argparse.Namespace(compile_cache=""))
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+os.kill(child, signal.SIGTERM)
+assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM  # and this process goes on
+print("READY", flush=True)
+jax.block_until_ready(jax.jit(lambda x: jax.lax.while_loop(lambda v: v >= 0, lambda v: (v + 1) % 7, x))(0))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_that_saves_nothing_at_once(number):
+    """Its main thread waits inside JAX for a computation without an end."""
+    process = run_python(f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n{WITHOUT_END}")
+    assert process.stdout.readline() == "READY\n"
+    time.sleep(0.5)
+    process.send_signal(number)
+    assert output_of(process)[0] == TERMINATED == 143
+
+
+def test_sighup_makes_a_training_save_and_stop_unless_it_is_ignored():
+    code = """
+        import argparse, signal, sys, time
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        from tinymim_jax.cli.options import start_jax
+        from jax.experimental import multihost_utils
+        start_jax(argparse.Namespace(compile_cache=""), resumable=True)
+        signal.raise_signal(signal.SIGHUP)
+        end = time.monotonic() + 100
+        step = 0
+        while not multihost_utils.reached_preemption_sync_point(step):
+            assert time.monotonic() < end
+            step += 1
+            time.sleep(0.01)
+        print("PREEMPTED", flush=True)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        from tinymim_jax.runtime.exits import treat_sighup_as_sigterm
+        treat_sighup_as_sigterm()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    """
+    status, out, err = output_of(run_python(textwrap.dedent(code)))
+    assert (status, out) == (0, "PREEMPTED\n"), err
+
+
+def test_a_process_ends_although_its_last_words_block():
+    code = """
+        import threading
+        from tinymim_jax.runtime import exits
+        exits._EXIT_SECONDS = 0.5
+        exits.exit_at_once(86, "", before=threading.Event().wait)
+    """
+    assert output_of(run_python(textwrap.dedent(code)))[0] == STALLED
+
+
+def test_a_child_ends_with_its_parent_by_a_wrapper_too():
+    child = """
+        import os, time
+        from tinymim_jax.runtime.parent import PARENT_VARIABLE, end_with_parent_of_environment
+        end_with_parent_of_environment()
+        assert PARENT_VARIABLE not in os.environ
+        print("CHILD", flush=True)
+        time.sleep(1e6)
+    """
+    code = f"""
+        import os, subprocess, sys
+        os.environ["TINYMIM_PARENT"] = str(os.getpid())
+        wrapper = ["sh", "-c", '"$@"; echo ended with $?', "sh"] if sys.argv[1:] else []
+        subprocess.run([*wrapper, sys.executable, "-c", {textwrap.dedent(child)!r}])
+    """
+    for arguments in ("", "'wrapped'"):
+        process = run_python(f"import sys; sys.argv[1:] = [{arguments}]\n{textwrap.dedent(code)}")
+        assert process.stdout.readline() == "CHILD\n"
+        process.kill()
+        assert output_of(process)[1] == ("ended with 87\n" if arguments else "")  # returns once the child has gone
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"é": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+
+    def fail():
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, path = [], tmp_path / "a.txt"
+    monkeypatch.setattr(
+        files.os, "fsync", lambda fd: synced.append((os.readlink(f"/proc/self/fd/{fd}"), path.exists()))
+    )
+    files.write_text(path, "text")
+    ((written, existed),) = synced
+    assert not existed
+    assert os.path.dirname(written) == str(tmp_path)
+    assert path.read_text() == "text"
 
 
 # ----------------------------------------------------------------------------------------------------- lock
@@ -165,8 +283,6 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
 
 
 def test_whose_a_folder_is_by_its_status_where_the_lock_cannot_be_seen(tmp_path):
-    import time
-
     def status(**facts):
         (tmp_path / "status.json").write_text(json.dumps({"host": "elsewhere", "pid": 7, "time": time.time()} | facts))
 

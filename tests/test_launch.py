@@ -1,6 +1,7 @@
 """launch/: the environment, processes on this machine, Slurm's script."""
 
 import os
+import pathlib
 import shlex
 import shutil
 import signal
@@ -56,6 +57,14 @@ def heed_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+def is_running(pid: int) -> bool:
+    try:
+        status = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] != "Z"  # ended, but its new parent has not asked yet
+
+
 # Ends as it is told: at once, process 1 with a number, at SIGTERM or never.
 STUB = """#!/usr/bin/env bash
 echo "process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS ${JAX_LOCAL_DEVICE_IDS:-all}: $*"
@@ -64,6 +73,7 @@ case $1 in
   fails) [[ $JAX_PROCESS_ID == 1 ]] && exit "$2" ;;
   run) trap 'exit 75' TERM ;;
   stuck) trap '' TERM ;;
+  python) exec "$2" -c "$3" ;;
 esac
 touch "$MARKS/$JAX_PROCESS_ID"
 while :; do sleep 0.1; done
@@ -129,6 +139,21 @@ def test_the_second_interrupt_acts_at_once(local, tmp_path):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
     assert end_of(process)[0] == 137
+
+
+def test_processes_end_when_the_script_is_killed(local, tmp_path):
+    code = """
+import os, time
+from tinymim_jax.runtime.parent import end_with_parent_of_environment
+end_with_parent_of_environment()
+open(f"{os.environ['MARKS']}/{os.getpid()}", "w").close()
+time.sleep(1e6)
+"""
+    process = local("2", "python", sys.executable, code, PYTHONPATH=str(LAUNCH.parent))
+    until(lambda: len(list((tmp_path / "marks").iterdir())) == 2, process)
+    started = [int(path.name) for path in (tmp_path / "marks").iterdir()]
+    process.kill()
+    until(lambda: not any(is_running(pid) for pid in started), seconds=60)
 
 
 def test_local_gpus_are_dealt_out(tmp_path):

@@ -14,6 +14,8 @@ import numpy as np
 from clu import metrics as clu_metrics
 from etils import epath
 
+from tinymim_jax.runtime.files import write_text
+
 _LINES, _EVENTS = "metrics.jsonl", "tensorboard"
 _COPY_SECONDS = 60.0
 
@@ -217,9 +219,7 @@ def read(path: epath.PathLike) -> list[dict]:
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
     kept = [row for row in read(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _json_number(value: float) -> float | None:

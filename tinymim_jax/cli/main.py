@@ -21,6 +21,7 @@ from tinymim_jax.cli import (
     train,
 )
 from tinymim_jax.runtime import exits
+from tinymim_jax.runtime.parent import end_with_parent_of_environment
 from tinymim_jax.runtime.startup import start_logging
 
 # In the order of `tinymim --help`. Each module has HELP, add_arguments(parser) and run(options) -> exit status.
@@ -41,6 +42,7 @@ Distil a masked-image-modelling ViT into a small one by its token relations (Tin
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 86 stalled, 130 interrupted."""
+    end_with_parent_of_environment()
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     start_logging()
     why = ""

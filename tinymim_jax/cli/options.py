@@ -79,11 +79,18 @@ def config_of(options: argparse.Namespace) -> ConfigDict:
     return config
 
 
-def start_jax(options: argparse.Namespace) -> None:
-    """Joins the other processes of the job and turns on the compile cache, before anything touches a device."""
+def start_jax(options: argparse.Namespace, *, resumable: bool = False) -> None:
+    """Joins the other processes of the job and turns on the compile cache; call it before anything uses a device.
+
+    On SIGTERM or SIGHUP a `resumable` command, a training, saves its state and stops; any other ends at once.
+    """
     from tinymim_jax.runtime.distributed import initialize_distributed
 
     initialize_distributed()
+    if resumable:
+        exits.treat_sighup_as_sigterm()
+    else:
+        exits.end_on_sigterm()
     quiet_unless_first()
     use_compile_cache(options.compile_cache)
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from tinymim_jax.runtime.heartbeat import is_remote
+from tinymim_jax.runtime.files import is_remote
 from tinymim_jax.runtime.hosts import find_job
 from tinymim_jax.runtime.locks import locked
 from tinymim_jax.runtime.progress import format_seconds

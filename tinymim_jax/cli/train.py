@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     from tinymim_jax.config import load_config
 
     config = load_config(options.config, options.overrides)
-    start_jax(options)
+    start_jax(options, resumable=True)
     from tinymim_jax.train import train
 
     where = {"data_dir": options.data_dir, "workers": options.workers, "fsdp": options.fsdp}

@@ -14,14 +14,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from tinymim_jax.plan.chips import GIB
 from tinymim_jax.plan.topology import Topology
+from tinymim_jax.runtime.parent import end_with_parent
 
 CACHE = "~/.cache/tinymim_jax/plan"
 
@@ -119,7 +118,7 @@ def check_installed(topology: Topology) -> None:
 def child() -> None:
     """The child's side: reads a request from standard input and writes its answer into the folder it names."""
     request = json.load(sys.stdin)
-    threading.Thread(target=_end_with, args=(request["parent"],), daemon=True).start()
+    end_with_parent(request["parent"])  # compilers do not react to signals for minutes
     from tinymim_jax.config import from_json
 
     topology = Topology(**(request["topology"] | {"shape": tuple(request["topology"]["shape"])}))
@@ -185,13 +184,6 @@ def _in_child(folder: pathlib.Path, request: dict, topology: Topology) -> Compil
         return result
     finally:
         shutil.rmtree(running, ignore_errors=True)
-
-
-def _end_with(parent: int) -> None:
-    """Compilers do not heed signals for minutes: a child whose parent was killed would go on for nobody."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _environment(topology: Topology) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from tinymim_jax.runtime.exits import RESUME_HINT, STALLED, exit_at_once, process_label
+from tinymim_jax.runtime.files import is_remote, write_json
 
 STATUS = "status.json"
 WRITE_SECONDS, WRITE_SECONDS_REMOTE = 5.0, 30.0  # each write to a bucket is paid for
@@ -98,16 +99,19 @@ class Heartbeat:
             before = time.monotonic()  # what the writing took is no pause
 
     def _end_stalled(self, still: float) -> None:
-        with contextlib.suppress(Exception):  # where standard error is no file
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         why = (
             f"stalled{process_label()}: nothing was finished for {still / 60:.1f} minutes (--stall_minutes). The "
             "stacks of all threads are above"
         )
-        _log.error("%s. %s", why, RESUME_HINT)
-        self.note(stage="stalled", error=why)
-        self._write()
-        exit_at_once(STALLED, why)
+
+        def say_so() -> None:
+            with contextlib.suppress(Exception):  # standard error may be no file
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            _log.error("%s. %s", why, RESUME_HINT)
+            self.note(stage="stalled", error=why)
+            self._write()
+
+        exit_at_once(STALLED, why, before=say_so)
 
     def _write(self) -> None:
         if self._path is None:
@@ -130,18 +134,3 @@ def read_status(workdir: epath.PathLike) -> dict[str, Any]:
         if isinstance(facts, dict) and isinstance(facts.get("time"), float):
             return facts
     return {}
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Whole or not at all."""
-    if is_remote(path):
-        path.write_text(json.dumps(value, indent=2) + "\n")  # an object appears at once
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def is_remote(path: epath.PathLike | None) -> bool:
-    """Whether it is a URL (gs://bucket/run) rather than a folder."""
-    return "://" in os.fspath(path or "")

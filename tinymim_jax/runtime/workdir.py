@@ -8,9 +8,10 @@ from typing import Any
 
 from etils import epath
 
-from tinymim_jax.runtime import heartbeat
+from tinymim_jax.runtime import files, heartbeat
 from tinymim_jax.runtime.exits import is_first
-from tinymim_jax.runtime.heartbeat import is_remote, read_status
+from tinymim_jax.runtime.files import is_remote
+from tinymim_jax.runtime.heartbeat import read_status
 from tinymim_jax.runtime.locks import Busy, holder, locked
 
 ENDED = ("finished", "interrupted", "failed", "stalled")  # stages in which nothing runs any more
@@ -64,9 +65,9 @@ def owner(workdir: epath.PathLike) -> str | None:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Whole or not at all; by process 0 only."""
+    """Writes JSON so that readers never see half of it; process 0 does so, the others do nothing."""
     if is_first():
-        heartbeat.write_json(path, value)
+        files.write_json(path, value)
 
 
 def _silence(workdir: epath.PathLike) -> float:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import pathlib
 import shlex
 import signal
@@ -11,13 +12,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from tinymim_jax.runtime.exits import INTERRUPTED, PREEMPTED
+from tinymim_jax.runtime.parent import PARENT_VARIABLE
 from tinymim_jax.sweeps.points import FAILED, LOG, Point, Run, State, run_state
 
-# The `tinymim` command as a child of this process.
-_CHILD = (
-    "from tinymim_jax.runtime.parent import end_with_parent; end_with_parent(); "
-    "from tinymim_jax.cli.main import main; main()"
-)
 _TAIL_LINES = 30
 
 
@@ -85,8 +82,9 @@ class Children:
             log.write(f"$ {shlex.join(['tinymim', *words])}\n")
             log.flush()
             process = subprocess.Popen(
-                [sys.executable, "-u", "-c", _CHILD, *words],
-                stdin=subprocess.PIPE,
+                [sys.executable, "-u", "-m", "tinymim_jax", *words],
+                env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -8,7 +8,7 @@ from typing import Any
 from tinymim_jax.config import load_file
 from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED
-from tinymim_jax.runtime.heartbeat import is_remote
+from tinymim_jax.runtime.files import is_remote
 from tinymim_jax.runtime.hosts import find_job
 from tinymim_jax.sweeps.points import Point, State, folder_name, make_runs, state_of
 
