@@ -49,7 +49,7 @@ def distill(folder, *words, teacher="teacher"):
 
 
 def task_of(config):
-    return TASKS[config.task](config, DIGITS)
+    return TASKS[config.task].build(config, DIGITS)
 
 
 def losses_of(folder, *words, teacher="teacher", key=KEY, train=True, params=None):

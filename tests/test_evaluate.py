@@ -43,7 +43,7 @@ def pets(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classifier(pets):
     """(record, parameters) of random weights whose answers differ from image to image."""
-    task = TASKS["classify"](config_of(pets), PETS)
+    task = TASKS["classify"].build(config_of(pets), PETS)
     rng = np.random.default_rng(3)
     params = jax.tree.map(
         lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), jax.eval_shape(task.init, jax.random.key(0))
@@ -126,10 +126,10 @@ def quarters(task):
 
 def test_fine_tuning_keeps_a_head_in_the_order_of_its_own_classes(tmp_path, classifier, pets, caplog):
     checkpoint = save(tmp_path / "classifier", classifier, (2, 0, 1), ("emu", "cat", "dog"))
-    task = TASKS["classify"](config_of(pets, f"init={checkpoint}"), PETS)
+    task = TASKS["classify"].build(config_of(pets, f"init={checkpoint}"), PETS)
     np.testing.assert_array_equal(started_head(task)["kernel"], classifier[1]["head"]["kernel"])
     np.testing.assert_array_equal(started_head(task)["bias"], classifier[1]["head"]["bias"])
-    other = TASKS["classify"](config_of(pets, f"init={checkpoint}"), ("cat", "dog", "gnu"))
+    other = TASKS["classify"].build(config_of(pets, f"init={checkpoint}"), ("cat", "dog", "gnu"))
     with caplog.at_level(logging.WARNING):
         head = started_head(other)
     assert (head["kernel"] == 0.25).all()

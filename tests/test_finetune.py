@@ -65,7 +65,7 @@ def teacher(tmp_path_factory):
 
 def task_of(*words):
     config = small_config("finetune", *words)
-    return TASKS[config.task](config, DIGITS)
+    return TASKS[config.task].build(config, DIGITS)
 
 
 def softmax(x):
@@ -276,7 +276,7 @@ def test_mistakes_name_the_remedy(teacher, words, message):
 def test_a_teacher_must_answer_the_same_question(teacher, tmp_path):
     config = small_config("finetune", "classify.distillation=hard", f"classify.teacher.path={teacher}")
     with pytest.raises(ValueError, match=r"has 10 classes, but 'digits' has 7 classes"):
-        TASKS["classify"](config, DIGITS[:7])
+        TASKS["classify"].build(config, DIGITS[:7])
     params = load_params(teacher)[1]
     save_params(tmp_path / "encoder", {"encoder": params["encoder"]}, {"encoder": TEACHER.encoder.record()})
     with pytest.raises(ValueError, match=r"has no classifier, but 'digits' has 10 classes"):
@@ -290,7 +290,7 @@ def test_a_pixel_decoder_has_no_place_for_the_token(teacher, task):
     words = [f"distill.teacher.path={teacher}", "distill.mask_ratio=0.5", "distill.mim_weight=1.0"]
     config = small_config(task, "model.dist_token=True", *(words if task == "distill" else []), "model.patch_size=4")
     with pytest.raises(ValueError, match=r"model\.dist_token=True: a decoder of pixels"):
-        TASKS[config.task](config, DIGITS)
+        TASKS[config.task].build(config, DIGITS)
 
 
 def test_layer_decay_of_scanned_blocks(golden):

@@ -76,6 +76,25 @@ def test_floors_keep_to_themselves():
         assert not roots & {"torch", "tensorflow"}, f"{path} imports {roots}"
 
 
+def asks_for_a_task(node: ast.AST) -> bool:
+    """Whether a comparison or a match statement asks which task `config.task` names."""
+    if not isinstance(node, ast.Compare | ast.Match):
+        return False
+    asked = list(ast.walk(node if isinstance(node, ast.Compare) else node.subject))
+    attribute = any(isinstance(n, ast.Attribute) and n.attr == "task" for n in asked)
+    item = any(isinstance(n, ast.Subscript) and getattr(n.slice, "value", None) == "task" for n in asked)
+    return (attribute or item) and any(isinstance(n, ast.Constant) and n.value in TASKS for n in ast.walk(node))
+
+
+def test_only_tasks_compare_a_task_with_a_name():
+    source = 'if config.task == "mae" or config["task"] in ("probe",): pass\nmatch config.task:\n  case "mae": pass'
+    assert sum(asks_for_a_task(node) for node in ast.walk(ast.parse(source))) == 3
+    for path in FILES:
+        if name_of(path) != "tasks":
+            found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if asks_for_a_task(node)]
+            assert not found, f"{path}, lines {found}: what depends on the task belongs to its TaskType (tasks/task.py)"
+
+
 def test_configs_import_configs_alone():
     for path in (ROOT / "configs").rglob("*.py"):
         roots = {module.split(".")[0] for module in package_imports(path)}

@@ -20,7 +20,7 @@ from tinymim_jax.data.draws import ShuffledIndices, philox
 from tinymim_jax.data.pipeline import eval_batches, train_batches
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.views.decoding import Picture
-from tinymim_jax.data.views.transforms import Augment, EvalView
+from tinymim_jax.data.views.transforms import Augment, EvalView, ImageView
 
 VIEW = EvalView(8, 8)
 AUGMENT = Augment(8)
@@ -56,7 +56,7 @@ class Unreadable(Numbered):
         return super().__getitem__(index)
 
 
-class FailingView:
+class FailingView(ImageView):
     size = (8, 8)
 
     def __call__(self, image, rng):

@@ -241,7 +241,7 @@ def test_relations_are_of_cls_and_patches_alone(tmp_path):
     save_params(tmp_path / "teacher", {"encoder": of_teacher}, {"encoder": teacher.record()})
     words = ["model.dist_token=True", "model.depth=1", f"distill.teacher.path={tmp_path / 'teacher'}"]
     config = small_config("distill", *words)
-    task = TASKS["distill"](config, DIGITS)
+    task = TASKS["distill"].build(config, DIGITS)
     assert task.model["encoder"]["dist_token"]
     params = randomly(jax.eval_shape(task.init, jax.random.key(0)))
     images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)

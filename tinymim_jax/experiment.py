@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from tinymim_jax import optim
 from tinymim_jax.data.pipeline import Batches, eval_batches, train_batches
+from tinymim_jax.data.rows import row_arrays
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.sources.sources import open_source
-from tinymim_jax.data.views.transforms import Augment, EvalView
 from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.progress import steps
 from tinymim_jax.tasks import TASKS
-from tinymim_jax.tasks.task import Task
+from tinymim_jax.tasks.task import Task, TaskType
+from tinymim_jax.tasks.views import Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Experiment:
     train_source: Source
     eval_source: Source
     task: Task
+    views: Views
     batch_size: int
     total_steps: int
     eval_every: int
@@ -44,8 +45,41 @@ def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Expe
     return assemble(config, *open_sources(config, data_dir=data_dir))
 
 
-def open_sources(config: ConfigDict, *, data_dir: str | None = None) -> tuple[Source, Source]:
-    """What is trained on, and what is evaluated on."""
+def task_type(config: ConfigDict) -> TaskType:
+    """The row of TASKS that `config.task` names; ValueError where there is none."""
+    if config.task not in TASKS:
+        raise unknown("task", config.task, TASKS)
+    return TASKS[config.task]
+
+
+def open_sources(config: ConfigDict, *, data_dir: str | None = None, need_data: bool = True) -> tuple[Source, Source]:
+    """(what is trained on, what is evaluated on). Without `need_data`, missing data gives two `MissingData`."""
+    try:
+        return _open_sources(config, data_dir)
+    except FileNotFoundError:
+        if need_data or config.data.source == "digits":
+            raise
+        examples, classes = task_type(config).usual_data
+        return MissingData(examples, classes), MissingData(examples, classes)
+
+
+class MissingData(Source):
+    """The length and number of classes of a data set that is not here; it has no records to read."""
+
+    name, split = "missing data", "train"
+
+    def __init__(self, examples: int, classes: int):
+        self._examples = examples
+        self.class_names = tuple(map(str, range(classes)))
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def __getitem__(self, index: int):
+        raise IndexError(index)
+
+
+def _open_sources(config: ConfigDict, data_dir: str | None) -> tuple[Source, Source]:
     data = config.data
     train_source = open_source(
         data.source,
@@ -59,9 +93,8 @@ def open_sources(config: ConfigDict, *, data_dir: str | None = None) -> tuple[So
 
 def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> Experiment:
     """The experiment of `config` on these sources."""
-    if config.task not in TASKS:
-        raise unknown("task", config.task, TASKS)
-    _check_classes(config, train_source, eval_source)
+    kind = task_type(config)
+    _check_classes(config, train_source, eval_source, needs_labels=kind.needs_labels)
     batch_size = config.train.batch_size
     if batch_size % config.train.accumulate:
         raise ValueError(
@@ -84,7 +117,8 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         config=config,
         train_source=train_source,
         eval_source=eval_source,
-        task=TASKS[config.task](config, train_source.class_names),
+        task=kind.build(config, train_source.class_names),
+        views=kind.views(config),
         batch_size=batch_size,
         total_steps=total_steps,
         eval_every=in_steps(config.train.eval_every, "train.eval_every"),
@@ -92,7 +126,7 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
     )
 
 
-def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source) -> None:
+def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source, *, needs_labels: bool) -> None:
     """A label must mean the same in both splits: of folders, one class that has none changes all that follow."""
     trained, evaluated = train_source.class_names, eval_source.class_names
     if trained and evaluated != trained[: len(evaluated)]:
@@ -102,7 +136,7 @@ def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source
             f"{config.data.eval_split!r} {len(evaluated)}, and they differ in {only}; give both the same ones, empty "
             "where there are no images"
         )
-    if config.task in ("classify", "probe") and trained and not evaluated:
+    if needs_labels and trained and not evaluated:
         raise ValueError(
             f"data.eval_split={config.data.eval_split!r} of {config.data.source!r} has no labels to count by"
         )
@@ -132,29 +166,19 @@ def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> opt
 
 
 def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of one batch over all processes, for tracing."""
-    size, (height, width) = experiment.batch_size, experiment.config.model.image_size
+    """Shapes of one training batch over all processes, for tracing."""
     return {
-        "image": jax.ShapeDtypeStruct((size, height, width, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
-        "valid": jax.ShapeDtypeStruct((size,), jnp.bool_),
+        name: jax.ShapeDtypeStruct((experiment.batch_size, *shape), dtype)
+        for name, (shape, dtype) in row_arrays(experiment.views.train).items()
     }
 
 
 def training_batches(experiment: Experiment, *, start_step: int, workers: int) -> Batches:
     """This process's rows of every global batch, from `start_step` on, for ever."""
     data = experiment.config.data
-    augment = Augment(
-        image_size=tuple(experiment.config.model.image_size),
-        crop_scale=tuple(data.crop_scale),
-        crop_ratio=tuple(data.crop_ratio),
-        flip=data.flip,
-        rand_augment=data.rand_augment,
-        mean=tuple(data.mean),
-    )
     return train_batches(
         experiment.train_source,
-        augment=augment,
+        augment=experiment.views.train,
         batch_size=experiment.batch_size,
         seed=experiment.config.seed,
         start_step=start_step,
@@ -168,10 +192,9 @@ def training_batches(experiment: Experiment, *, start_step: int, workers: int) -
 def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
     """This process's rows of the evaluation split, padded to whole batches of the size of a training micro-batch."""
     config = experiment.config
-    view = EvalView(image_size=tuple(config.model.image_size), resize=config.data.eval_resize)
     return eval_batches(
         experiment.eval_source,
-        view=view,
+        view=experiment.views.eval,
         batch_size=experiment.batch_size // config.train.accumulate,
         upright=config.data.upright,
         workers=workers,

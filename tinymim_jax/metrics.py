@@ -65,7 +65,7 @@ class Metric:
       order of the split. For figures that need every prediction at once, such as detection's average precision.
     """
 
-    values: Callable[[Any, Any, Mapping[str, Any], jax.Array], Mapping[str, jax.Array]]
+    values: Callable[[Any, Any, dict[str, Any], jax.Array], Mapping[str, jax.Array]]
     result: Callable[[dict[str, np.ndarray], int], dict[str, float]]
     gathered: tuple[str, ...] = ()
 
@@ -133,8 +133,8 @@ class Tally:
             if name in self._rows:
                 self._rows[name].append(value[valid])
             else:
-                wide = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
-                self._sums[name] = self._sums.get(name, 0) + np.asarray(value, wide)
+                value = value.astype(np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64)
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
 
 
 class Writer:

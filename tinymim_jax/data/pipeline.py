@@ -6,6 +6,8 @@ A **Batch** is a dict of numpy arrays, here and wherever the word is used:
     label  int32 [batch]                     -1 where the set has no labels
     valid  bool  [batch]                     False marks padding: zeros that must count for nothing
 
+A view may add arrays of its own (`View.arrays`), such as a mask uint8 [batch, height, width].
+
 `batch` is the local batch: of `process_count` processes, process p holds rows `[p * local, (p + 1) * local)`
 of the global one, `local = batch_size / process_count`. What else is random (jitter, mixup, masks) is drawn
 on the device.

@@ -3,7 +3,7 @@
 import itertools
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,13 @@ from tinymim_jax.data.views.transforms import View
 MAX_PART_ROWS = 256
 # A damaged record is replaced by the next one that can be decoded, looked for no further than this.
 MAX_LOOKAHEAD = 100
+
+
+def row_arrays(view: View) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """(shape, dtype) of one row of each array of a batch: those of the view, `label` and `valid`."""
+    if clash := {"label", "valid", "substituted"} & set(view.arrays):
+        raise ValueError(f"{type(view).__name__}.arrays names {sorted(clash)}, which the pipeline itself makes")
+    return {**view.arrays, "label": ((), np.int32), "valid": ((), np.bool_)}
 
 
 class Rows:
@@ -84,7 +91,9 @@ class Rows:
     def failure(self, index: int) -> str:
         """Why record `index` of the source cannot be decoded."""
         try:
-            decode(self.source[index]["image"], upright=self._upright)
+            example = self.source[index]
+            decode(example["image"], upright=self._upright)
+            self._view.make(Picture(example["image"], upright=self._upright), example, np.random.default_rng(0))
         except Undecodable as error:
             return str(error)
         except Exception as error:
@@ -93,25 +102,24 @@ class Rows:
 
     def _decode(self, examples: range) -> dict[str, Any]:
         part = {
-            "image": np.zeros((len(examples), *self._view.size, 3), np.uint8),
-            "label": np.zeros(len(examples), np.int32),
-            "valid": np.zeros(len(examples), bool),
-            "substituted": np.full(len(examples), -1, np.int64),
+            name: np.zeros((len(examples), *shape), dtype) for name, (shape, dtype) in row_arrays(self._view).items()
         }
+        part["substituted"] = np.full(len(examples), -1, np.int64)
         if self._shuffled is None:
             examples = range(examples.start, min(examples.stop, len(self.source)))  # padding ends an evaluation
         for position, crops in itertools.groupby(enumerate(examples), lambda row_and_n: row_and_n[1] // self._crops):
             index = position if self._shuffled is None else self._shuffled[position]
             rows, numbers = zip(*crops, strict=True)
             here = slice(rows[0], rows[-1] + 1)
-            used, part["label"][here] = self._draw(index, numbers, part["image"][here])
+            views = {name: part[name][here] for name in self._view.arrays}
+            used, part["label"][here] = self._draw(index, numbers, views)
             part["valid"][here] = True
             if used != index:
                 part["substituted"][here] = index
         return part
 
-    def _draw(self, index: int, numbers: Sequence[int], images: np.ndarray) -> tuple[int, int]:
-        """Fills `images` with the views of examples `numbers`, all of record `index`; index used, and its label.
+    def _draw(self, index: int, numbers: Sequence[int], views: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        """Fills the arrays of `views` with examples `numbers`, all of record `index`; index used, and its label.
 
         Where that record cannot be decoded, the first one after it that can, cyclically, takes its place.
         """
@@ -125,8 +133,9 @@ class Rows:
                 continue
             try:
                 picture = Picture(example["image"], upright=self._upright, several_views=len(numbers) > 1)
-                for image, n in zip(images, numbers, strict=True):
-                    image[:] = self._view(picture, np.random.Generator(philox(self._seed or 0, "view", n)))
+                for row, n in enumerate(numbers):
+                    rng = np.random.Generator(philox(self._seed or 0, "view", n))
+                    _fill(views, row, self._view.make(picture, example, rng))
             except Undecodable:
                 continue
             return used, example["label"]
@@ -134,3 +143,13 @@ class Rows:
             f"neither {self.source.describe(index)} ({self.failure(index)}) nor any of the {reach - 1} after it "
             "can be decoded"
         )
+
+
+def _fill(arrays: Mapping[str, np.ndarray], row: int, made: Mapping[str, np.ndarray]) -> None:
+    """Copies one row into each array; a view that does not make what it declared is an error."""
+    got = {name: np.shape(value) for name, value in made.items()}
+    want = {name: array.shape[1:] for name, array in arrays.items()}
+    if got != want:
+        raise ValueError(f"a view made arrays of shapes {got}, but its `arrays` says {want}")
+    for name, value in made.items():
+        arrays[name][row] = value

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.checkpoints.params import load_params
 from tinymim_jax.class_names import match_classes
 from tinymim_jax.data.pipeline import Batches
-from tinymim_jax.experiment import build_experiment, evaluation_batches
+from tinymim_jax.experiment import build_experiment, evaluation_batches, task_type
 from tinymim_jax.metrics import Metric, Tally
 from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.state import make_eval_step, place_frozen
@@ -59,7 +59,8 @@ def evaluate_checkpoint(
     Raises ValueError when the checkpoint lacks what the experiment evaluates, such as a classifier's head, and
     ClassMismatch (a ValueError) when its classes are not those of the data.
     """
-    config = _without_teacher(ConfigDict(config.to_dict() | {"init": str(checkpoint)})).lock()
+    config = ConfigDict(config.to_dict() | {"init": str(checkpoint)})
+    config = task_type(config).for_evaluation(config).lock()
     model, _ = load_params(checkpoint)
     experiment = build_experiment(config, data_dir=data_dir)
     task = experiment.task
@@ -87,10 +88,3 @@ def evaluate_checkpoint(
         examples=len(experiment.eval_source),
         seed=config.seed,
     )
-
-
-def _without_teacher(config: ConfigDict) -> ConfigDict:
-    """What a classifier learned from a teacher is judged by the labels: the teacher may be gone."""
-    if config.task == "classify" and config.classify.get("distillation", "none") != "none":
-        config.classify.distillation, config.classify.teacher.path = "none", ""
-    return config

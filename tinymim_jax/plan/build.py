@@ -3,28 +3,27 @@
 import dataclasses
 import functools
 import json
-import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from tinymim_jax.config import from_json
-from tinymim_jax.experiment import Experiment, assemble, batch_shapes, build_optimizer
+from tinymim_jax.experiment import (
+    Experiment,
+    MissingData,
+    assemble,
+    batch_shapes,
+    build_optimizer,
+    open_sources,
+    task_type,
+)
 from tinymim_jax.flops import step_flops
 from tinymim_jax.metrics import no_averages
-from tinymim_jax.models.heads import Classifier
-from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.platform import compiling_for
 from tinymim_jax.sharding import batch_sharding, replicated, state_sharding
 from tinymim_jax.state import init_state, make_train_step, trained_paths
-from tinymim_jax.sweeps.checks import open_anyway
-from tinymim_jax.tasks.distill.teachers import TEACHERS, find_teacher
-from tinymim_jax.tasks.pretrained import Loaded, build_encoder, keeping_checkpoints
-
-_VIT_B = ViT(embed_dim=768, depth=12, heads=12)
-_PATCH_SIZES = {"mae_vit_huge": 14}  # of published teachers; 16 where they are not named here
+from tinymim_jax.tasks.pretrained import keeping_checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +87,8 @@ class Planned:
 def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Planned:
     """Builds the experiment of `config` as training would.
 
-    Data that is not here has ImageNet's length and classes; a checkpoint that is not here is zeros of its shapes: a
-    teacher by its row in TEACHERS, a classifier that teaches or an encoder that is probed as a ViT-B, another `init` as
-    the config's own encoder.
+    Missing data has the length and classes of the task's usual data set (ImageNet); a missing checkpoint is zeros of
+    the shapes that the task expects (`TaskType.stand_ins`).
 
     Raises:
       ValueError: training would not start either, or nothing says what the missing teacher looks like.
@@ -98,14 +96,15 @@ def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Plann
     notes: list[str] = []
     given, config = config, from_json(json.loads(json.dumps(config.to_dict())))
     with keeping_checkpoints() as kept:
-        sources = open_anyway(config, data_dir=data_dir)
-        if sources[0].name == "stand-in":
-            notes.append(f"data.source={config.data.source!r} is not here: taken as 1,281,167 images of 1000 classes")
-        if config.task == "distill":
-            _stand_in_teacher(config, kept, notes)
-        if config.task == "classify" and config.classify.distillation != "none":
-            _stand_in_classifier(config, kept, notes, classes=len(sources[0].class_names))
-        _stand_in_init(config, kept, notes)
+        sources = open_sources(config, data_dir=data_dir, need_data=False)
+        length, classes = len(sources[0]), sources[0].classes
+        if isinstance(sources[0], MissingData):
+            assumed = f"taken as {length:,} images of {classes} classes"
+            notes.append(f"data.source={config.data.source!r} is not here: {assumed}")
+        for stand_in in task_type(config).stand_ins(config, classes):
+            config = changed(config, {stand_in.key: stand_in.loaded.path})
+            kept[stand_in.loaded.path] = stand_in.loaded
+            notes.append(stand_in.note)
         experiment = assemble(config, *sources)
         frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.task.load_frozen())
         paths = trained_paths(experiment.task, frozen, batch_shapes(experiment))
@@ -120,54 +119,6 @@ def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
         section = functools.reduce(getattr, parents, copied)
         section[name] = value
     return copied
-
-
-def _stand_in_teacher(config: ConfigDict, kept: dict[str, Loaded], notes: list[str]) -> None:
-    name, path = config.distill.teacher.name, config.distill.teacher.path
-    if path and pathlib.Path(path).exists():
-        return
-    if not name:
-        raise ValueError(
-            f"distill.teacher.path={path!r} is not here and distill.teacher.name is empty, so the teacher's size is "
-            f"not known: give one of them. Names: {', '.join(TEACHERS)}"
-        )
-    row, path = find_teacher(name), path or f"the {name} of TEACHERS"
-    config.distill.teacher.path = path
-    patch_size = _PATCH_SIZES.get(name, 16)
-    kept[path] = _zeros(ViT(row.embed_dim, row.depth, row.embed_dim // 64, patch_size), path)
-    notes.append(f"the teacher is not here: zeros of {name}'s shapes stand in for it")
-
-
-def _stand_in_init(config: ConfigDict, kept: dict[str, Loaded], notes: list[str]) -> None:
-    probed = config.task == "probe"  # whose encoder is of any size: the config does not say which
-    path = config.init or ("an encoder" if probed else "")
-    if not path or pathlib.Path(path).exists():
-        return
-    config.init = path
-    kept[path] = _zeros(_VIT_B if probed else build_encoder(config.model), path)
-    notes.append(f"init={path} is not here: taken as {'a ViT-B' if probed else 'an encoder of this config'}")
-
-
-def _stand_in_classifier(config: ConfigDict, kept: dict[str, Loaded], notes: list[str], *, classes: int) -> None:
-    teacher = config.classify.teacher
-    if teacher.path and pathlib.Path(teacher.path).exists():
-        return
-    path = teacher.path = teacher.path or "a classifier"
-    network = Classifier(_VIT_B.clone(final_norm=False), classes)
-    params = _zeros_of(network)
-    kept[path] = Loaded(path, {"encoder": network.encoder.record(), "classifier": network.record()}, params)
-    notes.append(f"classify.teacher.path={path} is not here: taken as a ViT-B")
-
-
-def _zeros(encoder: ViT, path: str) -> Loaded:
-    return Loaded(path, {"encoder": encoder.record()}, {"encoder": _zeros_of(encoder)})
-
-
-def _zeros_of(network: Any) -> Any:
-    """Weights of these shapes that take no memory."""
-    image = np.zeros((1, *getattr(network, "encoder", network).image_size, 3), np.float32)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
-    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
 
 
 def _placed(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.config import load_config
-from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.experiment import assemble, batch_shapes, build_optimizer, open_sources
 from tinymim_jax.resume import differences
 from tinymim_jax.state import trained_paths
@@ -23,7 +22,7 @@ def check_points(points: Iterable[Point], *, data_dir: str | None = None, need_d
     """Raises the first error that running the points would meet before their first step, with the point's name.
 
     A checkpoint that an earlier stage is yet to make is stood in for by zeros of its shapes. With `need_data` False,
-    data that is not here is stood in for by ImageNet's length and classes.
+    data that is not here is replaced by the length and classes of the task's usual data set.
     """
     # Whoever starts the runs must not take the devices from them.
     jax.config.update("jax_platforms", "cpu")
@@ -45,16 +44,6 @@ def check_words(points: Iterable[Point]) -> None:
             load_config(run.config, run.overrides)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{_name(point, run)}: {error}") from error
-
-
-def open_anyway(config: ConfigDict, *, data_dir: str | None = None) -> tuple[Source, Source]:
-    """The sources of `config`, with ImageNet's length and classes in place of data that is not here."""
-    try:
-        return open_sources(config, data_dir=data_dir)
-    except FileNotFoundError:
-        if config.data.source == "digits":
-            raise
-        return _NotHere(), _NotHere()
 
 
 def _runs(points: Iterable[Point]) -> list[tuple[Point, Run]]:
@@ -79,7 +68,7 @@ def _check(config: ConfigDict, run: Run, kept: dict, seen: dict, data_dir: str |
     everything, step = _key(config, kept), _key(config, kept, without=("optim",))
     if everything in seen:
         return seen[everything]
-    sources = (open_sources if need_data else open_anyway)(config, data_dir=data_dir)
+    sources = open_sources(config, data_dir=data_dir, need_data=need_data)
     experiment = assemble(config, *sources)
     task = dataclasses.replace(experiment.task, init=jax.jit(experiment.task.init))  # traced once for all its uses
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -103,14 +92,3 @@ def _key(config: ConfigDict, kept: dict[str, Loaded], without: tuple[str, ...] =
         read = {part: loaded.model.get(part) for part in ("encoder", "classifier")}  # all that is read of another run
         text = text.replace(json.dumps(path), json.dumps(read, sort_keys=True))
     return text
-
-
-class _NotHere(Source):
-    name, split = "stand-in", "train"
-    class_names = tuple(map(str, range(1000)))
-
-    def __len__(self) -> int:
-        return 1281167
-
-    def __getitem__(self, index: int):
-        raise IndexError(index)

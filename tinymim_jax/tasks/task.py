@@ -1,12 +1,15 @@
-"""The Task record: everything that training and evaluation know about what is trained."""
+"""Task: everything that training and evaluation know about what is trained. TaskType: what makes one from a config."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from tinymim_jax.metrics import Metric, means
+from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
+from tinymim_jax.tasks.views import Views, image_views
 
 Batch = dict[str, Any]
 Params = Any  # nested dicts of arrays
@@ -43,6 +46,33 @@ class Task:
     load_frozen: Callable[[], Params] = nothing_frozen
     start: Callable[[Params], Params] | None = None
     metric: Metric | None = None
+
+
+def unchanged(config: ConfigDict) -> ConfigDict:
+    """The `for_evaluation` of a task whose config serves evaluation as it is."""
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskType:
+    """A row of TASKS: what a task's folder offers to the rest of the program.
+
+    build: (config, class names of the training data; empty for unlabelled data) -> Task. Raises ValueError for a
+      config that cannot be trained.
+    needs_labels: training and evaluation read `batch["label"]`, so the data must have labels.
+    views: config -> how examples become rows of a batch, and so which arrays a batch has.
+    for_evaluation: config -> the config under which a checkpoint is evaluated, without what only training needs; it
+      may change its argument.
+    stand_ins: (config, number of classes) -> zeros for checkpoints that are missing, so that training can be planned.
+    usual_data: (number of images, number of classes) of the data set that planning assumes where the data is missing.
+    """
+
+    build: Callable[[ConfigDict, Sequence[str]], Task]
+    needs_labels: bool = False
+    views: Callable[[ConfigDict], Views] = image_views
+    for_evaluation: Callable[[ConfigDict], ConfigDict] = unchanged
+    stand_ins: Callable[[ConfigDict, int], list[StandIn]] = lambda config, classes: init_stand_in(config)
+    usual_data: tuple[int, int] = (1_281_167, 1000)  # ImageNet-1K
 
 
 def evaluation_metric(task: Task) -> Metric:

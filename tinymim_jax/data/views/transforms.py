@@ -5,16 +5,18 @@ evaluation. It is called with the image and a random generator and keeps no stat
 depends on these alone. Colour jitter, mixup and normalising belong to the device.
 """
 
+import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from kornia_rs import imgproc
 from PIL import Image
 
+from tinymim_jax.data.sources.examples import Example
 from tinymim_jax.data.views.decoding import Picture
 from tinymim_jax.data.views.randaugment import RandAugment
 
@@ -29,18 +31,47 @@ _MAX_RESIZED = 1 << 26
 
 
 class View(Protocol):
-    """An image of any size to one of `size` (height, width)."""
+    """From one example to its row in each array of a batch."""
 
     @property
-    def size(self) -> tuple[int, int]: ...
+    def arrays(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
+        """(shape, dtype) of a row of each array, by name; "image" is one of them. The pipeline adds `label`."""
+        ...
 
-    def __call__(self, image: Picture | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A picture, or its pixels uint8 `[any, any, 3]`, to uint8 `[*size, 3]`."""
+    def make(self, picture: Picture, example: Example, rng: np.random.Generator) -> Mapping[str, np.ndarray]:
+        """One row of each of `arrays`, a function of these arguments alone.
+
+        Args:
+          picture: the example's image, not yet decoded.
+          example: the record that the source gave, for what else it holds, such as a mask.
+
+        Raises Undecodable where a part of the example is damaged: another example then takes its place.
+        """
         ...
 
 
+class ImageView(abc.ABC):
+    """A view that needs nothing but the image, and makes nothing but an image of one size."""
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the result."""
+
+    @abc.abstractmethod
+    def __call__(self, image: Picture | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A picture, or its pixels uint8 `[any, any, 3]`, to uint8 `[*size, 3]`."""
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        return {"image": ((*self.size, 3), np.uint8)}
+
+    def make(self, picture: Picture, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"image": self(picture, rng)}
+
+
 @dataclasses.dataclass(frozen=True)
-class Augment:
+class Augment(ImageView):
     """The training view: a random resized crop, then a horizontal flip of every second image, then RandAugment.
 
     image_size: side of the square result, or (height, width).
@@ -85,7 +116,7 @@ class Augment:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalView:
+class EvalView(ImageView):
     """The evaluation view: the short side resized to `resize` pixels, then the central `image_size` of it.
 
     Bit for bit what torchvision's Resize (bicubic, antialiased) and CenterCrop give for a Pillow image.

@@ -21,9 +21,10 @@ from tinymim_jax.ops.losses import binary_cross_entropy, soft_cross_entropy, sof
 from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
 from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.tasks.classify.last_block import check_last_block, with_last_block, without_last_block
-from tinymim_jax.tasks.classify.teacher import supervised_teacher
+from tinymim_jax.tasks.classify.teacher import supervised_teacher, teacher_stand_in
 from tinymim_jax.tasks.pretrained import Loaded, build_encoder, class_order, fill_encoder, load
-from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, nothing_frozen
+from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
+from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType, nothing_frozen
 
 log = logging.getLogger(__name__)
 
@@ -178,3 +179,17 @@ def _loaded_heads(params: Params, loaded: Loaded, network: Classifier, class_nam
     found = {name: jax.tree.map(np.asarray, loaded.params[name]) for name in params if name != "encoder"}
     heads = {name: jax.tree.map(lambda leaf: leaf[..., order], found[name]) for name in _HEADS if name in found}
     return found | heads
+
+
+def _for_evaluation(config: ConfigDict) -> ConfigDict:
+    """Without the supervised teacher, which may no longer be there: evaluation compares with the labels alone."""
+    if config.classify.get("distillation", "none") != "none":
+        config.classify.distillation, config.classify.teacher.path = "none", ""
+    return config
+
+
+def _stand_ins(config: ConfigDict, classes: int) -> list[StandIn]:
+    return teacher_stand_in(config.classify, classes) + init_stand_in(config)
+
+
+TASK = TaskType(build=build, needs_labels=True, for_evaluation=_for_evaluation, stand_ins=_stand_ins)

@@ -16,6 +16,7 @@ from tinymim_jax.ops.color import IMAGENET_MEAN, IMAGENET_STD, normalize
 from tinymim_jax.ops.losses import hard_distillation, soft_distillation
 from tinymim_jax.ops.token_grid import resize_images
 from tinymim_jax.tasks.pretrained import Loaded, compute_dtype, fit_positions, load
+from tinymim_jax.tasks.stand_in import VIT_B, StandIn, classifier_zeros, is_missing
 from tinymim_jax.tasks.task import Params
 
 DISTILLATION = ("none", "soft", "hard")
@@ -99,6 +100,15 @@ def supervised_teacher(config: ConfigDict, classes: int) -> SupervisedTeacher | 
         shown=_numbers(config.data.mean, config.data.std),
         own=_numbers(seen.get("mean", IMAGENET_MEAN), seen.get("std", IMAGENET_STD)),
     )
+
+
+def teacher_stand_in(classify: ConfigDict, classes: int) -> list[StandIn]:
+    """For the missing teacher of `config.classify`, if it asks for one: a ViT-B classifier of zeros."""
+    if classify.distillation == "none" or not is_missing(classify.teacher.path):
+        return []
+    path = classify.teacher.path or "a classifier"
+    loaded = classifier_zeros(path, Classifier(VIT_B.clone(final_norm=False), classes))
+    return [StandIn("classify.teacher.path", loaded, f"classify.teacher.path={path} is not here: taken as a ViT-B")]
 
 
 def _load(kind: str, path: str) -> Loaded:

@@ -15,10 +15,11 @@ from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.decoder import PixelPrediction, decoder_record, fill_decoder, pixel_prediction
 from tinymim_jax.tasks.distill.pairs import adapter_record, align_heads, compare, find_blocks, init_adapters, make_pairs
 from tinymim_jax.tasks.distill.targets import find_target
-from tinymim_jax.tasks.distill.teachers import find_teacher, how_to_get
+from tinymim_jax.tasks.distill.teachers import find_teacher, how_to_get, teacher_stand_in
 from tinymim_jax.tasks.distill.views import build_inputs, compared
 from tinymim_jax.tasks.pretrained import Loaded, build_encoder, compute_dtype, fill_encoder, fit_positions, load
-from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
+from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
+from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
@@ -150,3 +151,11 @@ def _teacher(loaded: Loaded, config: ConfigDict) -> tuple[ViT, int]:
             "student's grid"
         )
     return teacher, tap
+
+
+def _stand_ins(config: ConfigDict, classes: int) -> list[StandIn]:
+    del classes
+    return teacher_stand_in(config.distill.teacher) + init_stand_in(config)
+
+
+TASK = TaskType(build=build, stand_ins=_stand_ins)

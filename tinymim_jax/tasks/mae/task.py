@@ -14,7 +14,7 @@ from tinymim_jax.ops.masking import random_masking
 from tinymim_jax.ops.patches import patchify
 from tinymim_jax.tasks.decoder import build_decoder, check_no_dist_token, decoder_record, fill_decoder
 from tinymim_jax.tasks.pretrained import build_encoder, fill_encoder, load
-from tinymim_jax.tasks.task import Batch, Params, PerExample, Task
+from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
@@ -51,3 +51,6 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         names=("loss",),
         start=start if config.init else None,
     )
+
+
+TASK = TaskType(build=build)

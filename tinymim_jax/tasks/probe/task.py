@@ -22,7 +22,8 @@ from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
 from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.tasks.pretrained import Loaded, class_order, compute_dtype, load
-from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
+from tinymim_jax.tasks.stand_in import VIT_B, StandIn, encoder_zeros, is_missing
+from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task, TaskType
 
 log = logging.getLogger(__name__)
 
@@ -112,3 +113,15 @@ def probe_record(loaded: Loaded) -> dict[str, str]:
         return loaded.model["probe"]
     path = loaded.path if "://" in loaded.path else os.path.abspath(os.path.expanduser(loaded.path))
     return {"checkpoint": path, "digest": digest(loaded.params["encoder"])}
+
+
+def _stand_ins(config: ConfigDict, classes: int) -> list[StandIn]:
+    """A ViT-B for a missing encoder: the config does not say what size the probed encoder has."""
+    del classes
+    if not is_missing(config.init):
+        return []
+    path = config.init or "an encoder"
+    return [StandIn("init", encoder_zeros(path, VIT_B), f"init={path} is not here: taken as a ViT-B")]
+
+
+TASK = TaskType(build=build, needs_labels=True, stand_ins=_stand_ins)
