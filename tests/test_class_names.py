@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tinymim_jax.class_names import ClassMismatch, describe_difference, match_classes, same_names
+from tinymim_jax.data.sources.imagenet import imagenet_classes
 
 PETS = ("cat", "dog", "emu")
 
@@ -93,6 +94,12 @@ def test_a_classifier_without_names_and_numbers(caplog):
     assert match_classes([], ["1", "2", "3"], classes=3).tolist() == [0, 1, 2]  # not from 0: by position
     with pytest.raises(ClassMismatch, match="lacks 7 of the 11 classes of the checkpoint: '3', '4'"):
         match_classes([], ["0", "1", "10", "2"], classes=11)
+
+
+def test_imagenets_numbers_as_indices():
+    # ImageNet-V2's folders are numbers, which sort as words.
+    indices = match_classes(imagenet_classes(), ["0", "1", "10", "2"], numbers_are_indices=True, subset=True)
+    assert indices.tolist() == [0, 1, 10, 2]
 
 
 def test_numbers_as_indices_of_a_classifier_that_has_names():

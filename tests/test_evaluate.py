@@ -1,6 +1,7 @@
 """Evaluation of a classifier on a folder of images, against the network applied by hand."""
 
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,18 @@ from PIL import Image
 from runs import small_config
 
 from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.evaluation.collect import count_substituted
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
+from tinymim_jax.evaluation.knn import evaluate_knn
+from tinymim_jax.evaluation.linear_probe import evaluate_probe
+from tinymim_jax.evaluation.suites.classifier import SuiteClassifier
+from tinymim_jax.evaluation.suites.registry import parse_suites
+from tinymim_jax.evaluation.suites.run import evaluate_suites
+from tinymim_jax.experiment import build_experiment, evaluation_batch_size, evaluation_batches
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.tasks import TASKS
+from tinymim_jax.train import train
 
 PETS = ("cat", "dog", "emu")
 # Each image has a color of its own, so that answers differ.
@@ -136,3 +145,102 @@ def test_fine_tuning_keeps_a_head_in_the_order_of_its_own_classes(tmp_path, clas
     assert (head["bias"] == 0.25).all()
     assert "is initialized anew" in caplog.text
     assert "'gnu'" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ damaged images
+
+
+def large_set(root, count, damaged):
+    """`count` test images of three classes, the first ones damaged; and nine training images."""
+    source = write_folders(root)
+    for i in range(9, count):
+        Image.fromarray(IMAGES[i % 9]).save(root / "test" / PETS[i % 3] / f"{i}.png")
+    files = sorted((root / "test").rglob("*.png"))
+    assert len(files) == count
+    for path in files[:damaged]:
+        path.write_bytes(b"not an image")
+    return source
+
+
+def evaluation_of(command, config, checkpoint, source, monkeypatch):
+    if command == "evaluate":
+        return evaluate_checkpoint(config, checkpoint)
+    if command == "knn":
+        return evaluate_knn(config, checkpoint, neighbors=(1,))
+    if command == "probe":
+        return evaluate_probe(config, checkpoint, base_lrs=(0.1,), epochs=1)
+    monkeypatch.setattr("tinymim_jax.evaluation.suites.classifier._TIMED_SECONDS", 0.001)
+    suites = parse_suites([f"{source}@test"])
+    found = evaluate_suites(SuiteClassifier(checkpoint), suites)["suites"][f"{source}@test"]
+    if found["status"] == "failed":
+        raise RuntimeError(found["reason"])
+    return found
+
+
+COMMANDS = ["evaluate", "knn", "probe", "suites"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_damaged_image_in_a_small_split_is_an_error(tmp_path, classifier, monkeypatch, command):
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), PETS)
+    source = write_folders(tmp_path / "images")
+    config = config_of(source)
+    assert evaluation_of(command, config, checkpoint, source, monkeypatch)["substituted"] == 0
+    (tmp_path / "images" / "test" / "dog" / "4.png").write_bytes(b"not an image")
+    with pytest.raises(RuntimeError, match=r"(?s)1 of 9 records cannot be decoded, more than the 0\.1 % .*dog/4\.png"):
+        evaluation_of(command, config, checkpoint, source, monkeypatch)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_up_to_a_thousandth_of_damaged_images_is_counted(tmp_path, classifier, monkeypatch, command):
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), PETS)
+    source = large_set(tmp_path / "images", 1999, damaged=1)
+    found = evaluation_of(command, config_of(source, "train.batch_size=512"), checkpoint, source, monkeypatch)
+    assert found["examples"] == 1999
+    assert found["substituted"] == 1
+
+
+def test_damaged_images_of_an_evaluation_during_training(tmp_path):
+    source = write_folders(tmp_path / "images")
+    (tmp_path / "images" / "test" / "dog" / "4.png").write_bytes(b"not an image")
+    with pytest.raises(RuntimeError, match="1 of 9 records cannot be decoded"):
+        train(config_of(source, "train.duration=2 steps"), tmp_path / "run")
+
+
+def test_substitutions_of_all_hosts_are_added(monkeypatch):
+    batches = types.SimpleNamespace(substitutions=2)
+    assert count_substituted(batches, 2000) == 2
+    with pytest.raises(RuntimeError, match="2 of 1999 images cannot be decoded"):
+        count_substituted(batches, 1999)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        "tinymim_jax.evaluation.collect.multihost_utils.process_allgather", lambda count: np.array([count, 1])
+    )
+    assert count_substituted(batches, 3000) == 3
+    with pytest.raises(RuntimeError, match="3 of 2000 images cannot be decoded"):
+        count_substituted(batches, 2000)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "devices", "wanted"),
+    [
+        (4096, 1, 64, 4096),  # 64 for each device, as in training
+        (4096, 1, 1, 256),
+        (4096, 1, 8, 2048),
+        (4096, 32, 1, 128),  # a micro-batch
+        (8, 1, 3, 9),  # a multiple of the devices
+        (8, 2, 8, 8),
+    ],
+)
+def test_evaluation_batches_fit_the_devices(pets, batch_size, accumulate, devices, wanted):
+    config = config_of(pets, f"train.batch_size={batch_size}", f"train.accumulate={accumulate}")
+    assert evaluation_batch_size(config, devices) == wanted
+
+
+def test_evaluation_takes_batches_of_that_size(pets):
+    experiment = build_experiment(config_of(pets, "train.batch_size=65536"))
+    with evaluation_batches(experiment, workers=0) as batches:
+        assert next(batches)["image"].shape[0] == 256 * jax.device_count()

@@ -62,7 +62,7 @@ def run(tmp_path_factory, data_dir):
 def test_any_checkpoint_has_neighbours(run, pool, data_dir):
     config, workdir = run
     result = evaluate_knn(config, workdir, neighbors=(1, 10), pool=pool, data_dir=data_dir)
-    assert set(result) == {"knn1_top1", "knn1_top5", "knn10_top1", "knn10_top5", "examples"}
+    assert set(result) == {"knn1_top1", "knn1_top5", "knn10_top1", "knn10_top5", "examples", "substituted"}
     assert result["examples"] == 13  # a ragged last batch, each example once
     if pool == "mean":
         assert result["knn10_top1"] > 0.5  # digits are told apart by almost any features; chance is 0.1
@@ -72,7 +72,7 @@ def test_mistakes_are_told(run, data_dir):
     config, workdir = run
     with pytest.raises(ValueError, match=r"pool='max' is unknown.*'mean'"):
         evaluate_knn(config, workdir, neighbors=(1,), pool="max", data_dir=data_dir)
-    with pytest.raises(ValueError, match="k=2000: split 'train' has 1297 images only"):
+    with pytest.raises(ValueError, match="k=2000: split 'train' has only 1297 images"):
         evaluate_knn(config, workdir, neighbors=(2000,), data_dir=data_dir)
     for mistake in ({"neighbors": (5, 0)}, {"neighbors": ()}, {"neighbors": (5,), "temperature": 0.0}):
         with pytest.raises(ValueError, match="choose k from 1 and a temperature above 0"):

@@ -13,7 +13,7 @@ from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.cli.main import main
 from tinymim_jax.evaluation import linear_probe
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
-from tinymim_jax.evaluation.linear_probe import evaluate_probe, fit_heads, judge
+from tinymim_jax.evaluation.linear_probe import evaluate_probe, fit_heads, head_figures
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.sharding import make_mesh
 
@@ -41,7 +41,7 @@ def test_the_optimum_is_scikit_learns():
     theirs = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit((x - mean) / scale, y)
     log_p = theirs.predict_log_proba((x - mean) / scale)
     least = -log_p[np.arange(len(y)), y].mean()
-    ours = judge(heads, x, y)
+    ours = head_figures(heads, x, y)
     # Convex, and the rate falls to 0: what is left is the last steps' noise. C leaves a little regularisation.
     assert least * 0.999 < ours["loss"][0] < least * 1.01
     logits = new_x @ heads["kernel"][0] + heads["bias"][0]
@@ -50,7 +50,7 @@ def test_the_optimum_is_scikit_learns():
 
 def test_a_separable_problem_is_solved():
     (x, y), (judged_x, judged_y) = clouds(1, 400, 0.1), clouds(2, 100, 0.1)
-    assert judge(fit(x, y, (1.0,)), judged_x, judged_y)["top1"] == 1
+    assert head_figures(fit(x, y, (1.0,)), judged_x, judged_y)["top1"] == 1
 
 
 def test_heads_side_by_side_are_those_trained_alone():
@@ -69,7 +69,7 @@ def test_each_example_is_judged_once(monkeypatch):
     x, y = clouds(3, 150, 1.0, classes=8)
     rng = np.random.default_rng(0)
     heads = {"kernel": rng.normal(size=(2, 6, 8)).astype(np.float32), "bias": np.zeros((2, 8), np.float32)}
-    got = judge(heads, x, y)
+    got = head_figures(heads, x, y)
     for i in range(2):
         logits = (x @ heads["kernel"][i]).astype(np.float64)
         shifted = logits - logits.max(axis=1, keepdims=True)

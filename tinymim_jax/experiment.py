@@ -19,6 +19,8 @@ from tinymim_jax.tasks import TASKS
 from tinymim_jax.tasks.task import Task, TaskType
 from tinymim_jax.tasks.views import Views
 
+_EVALUATED_PER_DEVICE = 256  # images at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -189,14 +191,24 @@ def training_batches(experiment: Experiment, *, start_step: int, workers: int) -
     )
 
 
+def evaluation_batch_size(config: ConfigDict, devices: int) -> int:
+    """Images of one evaluation batch over all devices: a training micro-batch, but at most 256 for each device.
+
+    The limit is for an evaluation on fewer devices than the config's batch size was chosen for.
+    """
+    micro_batch = config.train.batch_size // config.train.accumulate
+    return min(-(-micro_batch // devices), _EVALUATED_PER_DEVICE) * devices
+
+
 def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
-    """This process's rows of the evaluation split, padded to whole batches of the size of a training micro-batch."""
+    """This process's rows of the evaluation split, in batches of `evaluation_batch_size`; the last one is padded."""
     config = experiment.config
     return eval_batches(
         experiment.eval_source,
         view=experiment.views.eval,
-        batch_size=experiment.batch_size // config.train.accumulate,
+        batch_size=evaluation_batch_size(config, jax.device_count()),
         upright=config.data.upright,
+        tolerated=0,
         workers=workers,
         **_this_process(),
     )

@@ -51,12 +51,12 @@ def run(options: argparse.Namespace) -> int:
     """Prints the table and returns the exit status: 1 where a set failed or none was there to be evaluated."""
     import jax
 
-    from tinymim_jax.evaluation.suites.classifier import Judge
+    from tinymim_jax.evaluation.suites.classifier import SuiteClassifier
     from tinymim_jax.evaluation.suites.report import markdown
     from tinymim_jax.evaluation.suites.run import evaluate_suites
 
     suites = parse_suites(options.suite)
-    model = Judge(
+    model = SuiteClassifier(
         options.checkpoint,
         batch_size=options.batch_size,
         dtype=options.dtype or "float32",

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _QUIET = "ignore:resource_tracker:UserWarning"
 Batch = dict[str, np.ndarray]
+TOLERATED = 3  # damaged records that do not stop a training, however small its set is
 
 
 def train_batches(
@@ -88,6 +89,7 @@ def eval_batches(
     view: View,
     batch_size: int,
     upright: bool = False,
+    tolerated: int = TOLERATED,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -96,7 +98,8 @@ def eval_batches(
 ) -> "Batches":
     """Every example of `source` exactly once, in order; the last batch is padded with rows not valid.
 
-    Each process gets `ceil(len(source) / batch_size)` batches. Arguments and errors as for `train_batches`.
+    Each process gets `ceil(len(source) / batch_size)` batches. Arguments and errors as for `train_batches`, and
+    `tolerated` as for `Batches`: 0 where figures are computed, since one record in place of another falsifies them.
     """
     rows = Rows(
         source,
@@ -107,7 +110,12 @@ def eval_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    return Batches(rows, start_step=0, workers=workers, threads=threads, prefetch=prefetch)
+    return Batches(rows, start_step=0, workers=workers, threads=threads, prefetch=prefetch, tolerated=tolerated)
+
+
+def allowed_substitutions(records: int) -> int:
+    """How many records of a source may be replaced by others: 0.1 %."""
+    return records // 1000
 
 
 class Batches(Iterator[Batch]):
@@ -115,11 +123,13 @@ class Batches(Iterator[Batch]):
 
     A record that cannot be read or decoded is replaced by the next one that can, image and label, and logged
     with its name and the reason when first met. RuntimeError is raised, and the iterator closed, once more
-    than 0.1 % of the source's records, and more than three, have been met in this process; also when a worker
+    than 0.1 % of the source's records, and more than `tolerated`, have been met in this process; also when a worker
     dies.
     """
 
-    def __init__(self, rows: Rows, *, start_step: int, workers: int, threads: int, prefetch: int):
+    def __init__(
+        self, rows: Rows, *, start_step: int, workers: int, threads: int, prefetch: int, tolerated: int = TOLERATED
+    ):
         for name, value, least in (
             ("start_step", start_step, 0),
             ("workers", workers, 0),
@@ -130,6 +140,7 @@ class Batches(Iterator[Batch]):
                 raise ValueError(f"{name}={value} must be at least {least}")
         self._rows = rows
         self._step = start_step
+        self._tolerated = tolerated
         self._damaged: dict[int, str] = {}
         self._substitutions = 0
         self._parts = _read_ahead(rows, start_step * rows.parts_per_batch, workers, threads, prefetch)
@@ -189,10 +200,11 @@ class Batches(Iterator[Batch]):
                 self._damaged[index] = f"{self._rows.source.describe(index)}: {self._rows.failure(index)}"
                 log.warning("cannot decode %s; the next good record stands in", self._damaged[index])
         total = len(self._rows.source)
-        if len(self._damaged) > max(3, total // 1000):
+        if len(self._damaged) > max(self._tolerated, allowed_substitutions(total)):
+            least = f" (or {self._tolerated})" if self._tolerated else ""
             raise RuntimeError(
-                f"{len(self._damaged)} of {total} records cannot be decoded, more than the 0.1 % (or three) "
-                "that others may stand in for; repair the set or prepare it again:\n  "
+                f"{len(self._damaged)} of {total} records cannot be decoded, more than the 0.1 %{least} that other "
+                "records may be used in place of; repair or remove them, or prepare the set again:\n  "
                 + "\n  ".join(list(self._damaged.values())[:100])
             )
 

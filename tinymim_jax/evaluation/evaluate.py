@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.checkpoints.params import load_params
 from tinymim_jax.class_names import match_classes
 from tinymim_jax.data.pipeline import Batches
+from tinymim_jax.evaluation.collect import count_substituted
 from tinymim_jax.experiment import build_experiment, evaluation_batches, task_type
 from tinymim_jax.metrics import Metric, Tally
 from tinymim_jax.sharding import make_mesh, place_batch
@@ -30,7 +31,7 @@ def evaluate(
     seed: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The figures of `metric` over a split, and "examples".
+    """The figures of `metric` over a split, "examples", and how many of these were "substituted".
 
     Args:
       eval_step: state.make_eval_step(metric, mesh).
@@ -38,6 +39,8 @@ def evaluate(
       examples: length of the split. Counting another number of examples is an error.
       seed: for tasks whose loss is random (which patches are hidden).
       on_batch: called after each batch.
+
+    Raises RuntimeError where more than 0.1 % of the images cannot be decoded; in place of fewer others are counted.
     """
     root = jax.random.key(seed)
     tally = Tally(metric)
@@ -48,7 +51,7 @@ def evaluate(
     figures, counted = tally.result()
     if counted != examples:
         raise RuntimeError(f"evaluation counted {counted} examples, but the split has {examples}")
-    return figures | {"examples": counted}
+    return figures | {"examples": counted, "substituted": count_substituted(batches, examples)}
 
 
 def evaluate_checkpoint(

@@ -35,6 +35,8 @@ def evaluate_knn(
 ) -> dict[str, float]:
     """Top-1 and top-5 of k-NN on `config.data`: neighbours from its training split, queries from its evaluation split.
 
+    "substituted" counts the images of both splits that could not be decoded, so that another one was used instead.
+
     Args:
       config: any experiment; its data, image size, dtype and batch size are used.
       checkpoint: a run, or a converted file; its encoder alone is used.
@@ -47,9 +49,9 @@ def evaluate_knn(
     """
     if not neighbors or min(neighbors) < 1 or temperature <= 0:
         raise ValueError(f"k={list(neighbors)}, temperature={temperature}: choose k from 1 and a temperature above 0")
-    bank_source, query_source = labelled_splits(config, data_dir=data_dir, purpose="k-NN counts by them")
-    if max(neighbors) > len(bank_source):
-        raise ValueError(f"k={max(neighbors)}: split {config.data.train_split!r} has {len(bank_source)} images only")
+    splits = labelled_splits(config, data_dir=data_dir, purpose="k-NN votes by them")
+    if max(neighbors) > len(splits.train):
+        raise ValueError(f"k={max(neighbors)}: split {config.data.train_split!r} has only {len(splits.train)} images")
 
     mesh = make_mesh()
     loaded = load(str(checkpoint))
@@ -58,17 +60,24 @@ def evaluate_knn(
     params = place_frozen(fit_positions(loaded, encoder), mesh)
     bank, queries = (
         split_features(config, source, encoder, params, mesh, pool=pool, workers=workers)
-        for source in (bank_source, query_source)
+        for source in (splits.train, splits.evaluated)
     )
     scores = knn_scores(
-        *bank, queries[0], classes=bank_source.classes, neighbors=neighbors, temperature=temperature, mesh=mesh
+        bank.features,
+        bank.labels,
+        queries.features,
+        classes=splits.train.classes,
+        neighbors=neighbors,
+        temperature=temperature,
+        mesh=mesh,
     )
+    labels = splits.class_order[queries.labels]
     result: dict[str, float] = {}
     for k, votes in scores.items():
         order = np.argsort(-votes, axis=1, kind="stable")[:, :5]
-        hits = order == queries[1][:, None]
+        hits = order == labels[:, None]
         result |= {f"knn{k}_top1": float(hits[:, 0].mean()), f"knn{k}_top5": float(hits.any(axis=1).mean())}
-    return result | {"examples": len(queries[1])}
+    return result | {"examples": len(labels), "substituted": bank.substituted + queries.substituted}
 
 
 def knn_scores(

@@ -39,7 +39,7 @@ BASE_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 EPOCHS, BATCH_SIZE = 90, 1024  # with the momentum, the SGD recipe of MoCo v3 (main_lincls.py)
 HELD_OUT = 0.1  # of the training split, where there are several rates to choose from
 _MOMENTUM, _HEAD_STD = 0.9, 0.01
-_ROWS = 4096  # judged at a time
+_ROWS = 4096  # evaluated at a time
 
 Head = dict[str, Any]  # kernel [dim, classes], bias [classes]; of several heads with a leading dimension
 
@@ -57,6 +57,8 @@ def evaluate_probe(
     workers: int = 0,
 ) -> dict[str, Any]:
     """Loss, top-1 and top-5 on `config.data`'s evaluation split of a linear head trained on its training split.
+
+    "substituted" counts the images of both splits that could not be decoded, so that another one was used instead.
 
     Args:
       config: any experiment; its data, image size, dtype and seed are used.
@@ -76,39 +78,42 @@ def evaluate_probe(
         )
     if output is not None:
         check_free(output)
-    sources = labelled_splits(config, data_dir=data_dir, purpose="a head is trained and judged by them")
-    classes, mesh = sources[0].classes, make_mesh()
+    splits = labelled_splits(config, data_dir=data_dir, purpose="a head is trained and evaluated by them")
+    classes, mesh = splits.train.classes, make_mesh()
     loaded = load(str(checkpoint))
     network = probed_network(loaded, config.model, pool, classes)
     frozen = frozen_parts(loaded.model, loaded.params, image_size=network.encoder.image_size, pool=pool)
     placed = place_frozen(frozen["encoder"], mesh)
-    (x, y), (judged_x, judged_y) = (
-        split_features(config, source, network.encoder, placed, mesh, pool=pool, workers=workers) for source in sources
+    trained, evaluated = (
+        split_features(config, source, network.encoder, placed, mesh, pool=pool, workers=workers)
+        for source in (splits.train, splits.evaluated)
     )
+    x, y, eval_x, eval_y = trained.features, trained.labels, evaluated.features, splits.class_order[evaluated.labels]
     if pool == "mean":
         norm = jax.jit(lambda x: layer_norm(x, frozen["fc_norm"]["scale"], frozen["fc_norm"]["bias"]))
-        x, judged_x = np.asarray(norm(x)), np.asarray(norm(judged_x))
+        x, eval_x = np.asarray(norm(x)), np.asarray(norm(eval_x))
     fit = functools.partial(
         fit_heads, classes=classes, epochs=epochs, batch_size=batch_size, seed=config.seed, mesh=mesh
     )
     tried: dict[str, float] = {}
     if len(base_lrs) > 1:
         held, kept = _held_out(len(x), config.seed)
-        tops = judge(fit(x[kept], y[kept], base_lrs=base_lrs), x[held], y[held])["top1"]
+        tops = head_figures(fit(x[kept], y[kept], base_lrs=base_lrs), x[held], y[held])["top1"]
         tried = {f"{rate:g}": float(top) for rate, top in zip(base_lrs, tops)}
         log.info("top-1 on %d held-out images by base_lr: %s", len(held), tried)
     best = base_lrs[int(np.argmax(list(tried.values())))] if tried else base_lrs[0]
     if tried and best in (min(base_lrs), max(base_lrs)):
         log.warning("base_lr %g is the best and at the end of those tried: try others beyond it (--base_lr)", best)
     heads = fit(x, y, base_lrs=(best,))
-    figures = {name: float(values[0]) for name, values in judge(heads, judged_x, judged_y).items()}
-    result = figures | {"examples": len(judged_y), "base_lr": best, "held_out_top1": tried}
+    result: dict[str, Any] = {name: float(values[0]) for name, values in head_figures(heads, eval_x, eval_y).items()}
+    result |= {"examples": len(eval_y), "substituted": trained.substituted + evaluated.substituted}
+    result |= {"base_lr": best, "held_out_top1": tried}
     if output is not None and jax.process_index() == 0:
         model = {
             "encoder": network.encoder.record(),
             "classifier": {"classes": classes, "pool": pool},
             "probe": probe_record(loaded),
-            "preprocessing": preprocessing(config, sources[0].class_names),
+            "preprocessing": preprocessing(config, splits.train.class_names),
         }
         save_params(output, frozen | {"head": jax.tree.map(lambda leaf: leaf[0], heads)}, model)
         (pathlib.Path(output) / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -179,7 +184,7 @@ def fit_heads(
     return jax.tree.map(lambda *leaves: np.stack(leaves), *folded)
 
 
-def judge(heads: Head, features: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+def head_figures(heads: Head, features: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Means over all examples, each counted once, of every head: {"loss", "top1", "top5"}, float64 `[heads]`."""
 
     @jax.jit

@@ -27,7 +27,7 @@ _TOP = 5
 _TIMED_SECONDS = 1.0
 
 
-class Judge:
+class SuiteClassifier:
     """The classifier of a checkpoint, on all devices and compiled once for all sets.
 
     Args:
@@ -65,8 +65,8 @@ class Judge:
         self._params = place_frozen(jax.device_get(model.params), self.mesh)
         self._step = row_step(self._answer, self.mesh)
 
-    def answers(self, source: Source, *, allowed: np.ndarray | None = None, whole: bool = False) -> Answers:
-        """Of every image of `source`, once, in its order; labels are the source's.
+    def answers(self, source: Source, *, allowed: np.ndarray | None = None, whole: bool = False) -> tuple[Answers, int]:
+        """Answers for all images of `source`, in its order and with its labels; and how many were substituted.
 
         `allowed`, bool `[classes]`: the classes to choose among; None: all. `whole`: see suites.Suite.
         """
@@ -76,12 +76,14 @@ class Judge:
             view=EvalView(size, max(size) if whole else self.preprocessing["resize"]),
             batch_size=self.batch_size,
             upright=self.preprocessing["upright"],
+            tolerated=0,
             workers=self.workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
         arguments = (self._params, self._mask(allowed))
-        return Answers(*collect(self._step, arguments, batches, self.mesh, examples=len(source)))
+        rows, substituted = collect(self._step, arguments, batches, self.mesh, examples=len(source))
+        return Answers(*rows), substituted
 
     def images_per_second(self) -> float:
         """Of the compiled forward pass alone, on images that lie on the devices; it is warm when it is timed."""

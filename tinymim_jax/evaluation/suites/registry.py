@@ -143,37 +143,6 @@ def _own(word: str) -> tuple[str, str | None]:
     return (name, split) if at and split and "/" not in split else (word, None)
 
 
-def class_indices(known: Sequence[str], classes: int, given: Sequence[str]) -> np.ndarray:
-    """int32 `[len(given)]`: which class of the model each class of a set is.
-
-    By name; where the model names none, or a set's names are numbers, by number.
-
-    Args:
-      known: the model's class names, or none.
-      classes: how many it has.
-      given: the set's class names.
-
-    Raises ValueError where the set has a class that the model does not know.
-    """
-    if tuple(known) == tuple(given) or (not known and len(given) == classes and not _numbers(given)):
-        return np.arange(classes, dtype=np.int32)
-    places = {name: place for place, name in enumerate(known)}
-    if known and all(name in places for name in given):
-        return np.array([places[name] for name in given], np.int32)
-    if _numbers(given) and max(map(int, given)) < classes:
-        return np.array([int(name) for name in given], np.int32)
-    if not known:
-        raise ValueError(
-            f"the set has {len(given)} classes and the checkpoint, which does not name its own, {classes}: they cannot "
-            "be told to be the same"
-        )
-    strange = [name for name in given if name not in places]
-    raise ValueError(
-        f"the checkpoint does not know {len(strange)} of the set's {len(given)} classes, such as {strange[:3]}; it "
-        f"knows {', '.join(map(repr, known[:3]))} and so on, {classes} in all"
-    )
-
-
 def corruption_errors(errors: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """By corruption, the sum of top-1 errors over the severities divided by AlexNet's; their mean is the mCE.
 
@@ -183,7 +152,3 @@ def corruption_errors(errors: Mapping[str, Sequence[float]]) -> dict[str, float]
         if len(each) != len(SEVERITIES):
             raise ValueError(f"{name} has errors of {len(each)} severities, but AlexNet's are of {len(SEVERITIES)}")
     return {name: float(np.sum(each) / (len(SEVERITIES) * ALEXNET_ERRORS[name])) for name, each in errors.items()}
-
-
-def _numbers(names: Sequence[str]) -> bool:
-    return bool(names) and all(name.isdecimal() for name in names)

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from tinymim_jax.class_names import match_classes
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.sources.imagenet import WORDNET_ID, imagenet_classes
 from tinymim_jax.data.sources.sources import open_source, splits
-from tinymim_jax.evaluation.suites.classifier import Judge
-from tinymim_jax.evaluation.suites.registry import Suite, class_indices, corruption_errors
+from tinymim_jax.evaluation.suites.classifier import SuiteClassifier
+from tinymim_jax.evaluation.suites.registry import Suite, corruption_errors
 from tinymim_jax.evaluation.suites.scores import score
 from tinymim_jax.runtime.progress import format_seconds
 
@@ -21,13 +22,13 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_suites(
-    model: Judge,
+    model: SuiteClassifier,
     suites: Mapping[str, Suite],
     *,
     data_dir: str | None = None,
     on_result: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """The figures of `model` on `suites`, as plain JSON: what `Judge.describe` gives, and `suites` by name.
+    """The figures of `model` on `suites`, as plain JSON: what `SuiteClassifier.describe` gives, and `suites` by name.
 
     Each has a `status`: 'evaluated', with the figures of `scores.score`; 'missing' or 'failed', with a `reason`; or, of
     several sets, 'incomplete'. One that is missing or fails does not stop the others.
@@ -55,7 +56,7 @@ def evaluate_suites(
     return results
 
 
-def _part(model: Judge, suite: Suite, part: str, data_dir: str | None) -> dict[str, Any]:
+def _part(model: SuiteClassifier, suite: Suite, part: str, data_dir: str | None) -> dict[str, Any]:
     began = time.perf_counter()
     try:
         source = _open(suite, part, data_dir)
@@ -128,13 +129,21 @@ def _failed(error: Exception) -> dict[str, Any]:
     return {"status": "failed", "reason": str(error)}
 
 
-def _figures(model: Judge, suite: Suite, source: Source) -> dict[str, Any]:
+def _figures(model: SuiteClassifier, suite: Suite, source: Source) -> dict[str, Any]:
     if source.classes == 0:
         raise ValueError(f"{source.name!r}, split {source.split!r}, has no labels to judge by")
     known = _class_names(model, suite)
-    indices = class_indices(known, model.classes, source.class_names)
+    indices = match_classes(
+        known,
+        source.class_names,
+        classes=model.classes,
+        subset=True,
+        numbers_are_indices=suite.imagenet,  # ImageNet-V2's folders are numbers
+        classifier=model.checkpoint,
+        data=f"{source.name}@{source.split}",
+    )
     allowed = _subset(suite, source, indices, model.classes) if suite.subset else None
-    answers = model.answers(source, allowed=allowed, whole=suite.whole)
+    answers, substituted = model.answers(source, allowed=allowed, whole=suite.whole)
     if answers.label.min() < 0 or answers.label.max() >= len(indices):
         raise ValueError(f"{source.name!r}, split {source.split!r}, has images without a label")
     names = list(known) or [str(index) for index in range(model.classes)]
@@ -144,15 +153,16 @@ def _figures(model: Judge, suite: Suite, source: Source) -> dict[str, Any]:
     several = None
     if "labels" in source[0]:
         several = [[int(indices[label]) for label in source[i].get("labels", ())] for i in range(len(source))]
-    return score(answers._replace(label=indices[answers.label]), names, several=several)
+    figures = score(answers._replace(label=indices[answers.label]), names, several=several)
+    return figures | {"substituted": substituted}
 
 
-def _class_names(model: Judge, suite: Suite) -> tuple[str, ...]:
+def _class_names(model: SuiteClassifier, suite: Suite) -> tuple[str, ...]:
     """By class; of a model that does not call them by WordNet ids they are taken to be in ImageNet's order."""
     return imagenet_classes() if suite.imagenet and not _has_wordnet_ids(model) else model.class_names
 
 
-def _has_wordnet_ids(model: Judge) -> bool:
+def _has_wordnet_ids(model: SuiteClassifier) -> bool:
     return bool(model.class_names) and all(WORDNET_ID.fullmatch(name) for name in model.class_names)
 
 
@@ -191,7 +201,8 @@ def _together(suite: Suite, parts: Mapping[str, dict[str, Any]]) -> dict[str, An
     whole["corruption_errors"] = corruption_errors(complete)
     for key in ("top1", "top5", "ece"):
         whole[key] = float(np.mean([found[key] for found in done.values()]))
-    whole["examples"] = sum(found["examples"] for found in done.values())
+    for key in ("examples", "substituted"):
+        whole[key] = sum(found[key] for found in done.values())
     whole["classes"] = max(found["classes"] for found in done.values())
     if len(done) == len(suite.sets):
         whole["mce"] = float(np.mean(list(whole["corruption_errors"].values())))
