@@ -35,7 +35,7 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
         (b"hello", "neither a torch.save nor"),
         (b"<!DOCTYPE html>" + b" " * 100, "neither a torch.save nor"),
         (pickle.dumps({"a": 1}), "neither a torch.save nor"),
-        (LEGACY, "PyTorch before 1.6.*torch.save"),
+        (LEGACY, "PyTorch before 1.6.*torch.save.*weights_only=False.*file that you trust"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
         (b"PK\x03\x04" + b"\0" * 50, "cut off or damaged"),
         (b"PK", "cut off or damaged"),
@@ -84,6 +84,13 @@ def test_a_flipped_bit_in_the_weights(path, golden):
 def test_archives_of_another_kind(path, members, message):
     save(path, {"x": 1}, **members)
     with pytest.raises(ConvertError, match=message):
+        read(path)
+
+
+def test_archives_of_numpy(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("Transformer/encoder_norm/scale.npy", b"")
+    with pytest.raises(ConvertError, match=r"google-research.*timm reads those: .*m\.load_pretrained.*--from vit"):
         read(path)
 
 

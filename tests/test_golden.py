@@ -136,9 +136,9 @@ def complete(some: dict, student_file: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def golden_student_file(golden):
-    from tinymim_jax.convert import torch_file
+    from tinymim_jax.convert import read
 
-    return {name: np.asarray(value) for name, value in torch_file.read(golden.path("student.pth"))["model"].items()}
+    return {name: np.asarray(value) for name, value in read(golden.path("student.pth"))["model"].items()}
 
 
 def prefixed(data: dict, prefix: str) -> dict:

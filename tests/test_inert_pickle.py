@@ -148,6 +148,10 @@ def deep(depth: int) -> bytes:
 LONG = b"](" + b"K\x01" * 50_000 + b"e"  # a list of 50,000 numbers
 HUGE = b"\x8b" + (100_000).to_bytes(4, "little") + b"\x7f" * 100_000  # an integer of 800,000 bits
 
+MANY = b"\x80\x04(" + b"N" * 50_000 + b"t"  # a tuple of 50,000, to be copied by NEWOBJ_EX
+NAME = b"\x80\x04\x8d" + (1 << 20).to_bytes(8, "little") + b"a" * (1 << 20)  # a name of a million letters
+TUPLE_KEY = b"I%d\n\x85Ns"
+
 
 @pytest.mark.parametrize(
     ("code", "message"),
@@ -159,6 +163,13 @@ HUGE = b"\x8b" + (100_000).to_bytes(4, "little") + b"\x7f" * 100_000  # an integ
         (b"\x80\x02" + HUGE + b".", "integer of 799999 bits"),
         (b"\x80\x02}(" + b"K\x01" * 20 + b"tNs.", "key of 20 parts"),
         (b"\x80\x02}X\xd0\x07\x00\x00" + b"a" * 2000 + b"Ns.", "key of 2000 characters"),
+        (b"\x80\x02}" + b"\x8a\x09" + (1 << 64).to_bytes(9, "little") + b"Ns.", "integer of 65 bits in a key"),
+        (b"\x80\x02}" + b"".join(TUPLE_KEY % i for i in range(3000)) + b".", "more than 1000000 steps"),
+        (b"\x80\x02}" + b"ca\nb\n" * 300 + b"N" + b"\x85R" * 300 + b"Ns.", "nested more than 200 deep"),
+        (NAME + b"q\x000" + b"h\x00h\x00\x930" * 1000 + b"N.", "names a class by 2097152 characters"),
+        (b"\x80\x02c" + b"m" * 2000 + b"\nf\n.", "names a class by 2001 characters"),
+        (b"\x80\x02(i" + b"m" * 2000 + b"\nf\n.", "damaged|names a class by 2001 characters"),
+        (MANY + b"q\x000" + b"cos\nsystem\nq\x010" + b"h\x01h\x00}\x920" * 100 + b"N.", "more than 1000000 steps"),
         (b"\x80\x02}]Ns.", "a list in a key"),
         (b"\x80\x02}})s.", "a dict in a key"),
         (b"\x80\x02}K\x01\x85\x85Ns.", "a tuple in a key"),
@@ -195,3 +206,22 @@ def test_pickles_that_look_harmful_and_are_not(path):
     assert data[0] is data
     save(path, code=b"\x80\x02]" + b"2\x86" * 100 + b".")
     assert len(read(path)) == 2
+
+
+def test_repeated_elements_are_limited_in_total(path):
+    """Strides of 0: 64 tensors of 64 MiB each, made of 16 bytes. Reading takes no memory, copying would take 4 GB."""
+    repeated = tensor(FLOAT, 0, (4096, 4096), (0, 0))
+    save(path, {f"x{i}": repeated for i in range(64)}, {"0": np.zeros(4, np.float32)})
+    with pytest.raises(ConvertError, match=r"its tensors claim more than 67108864 bytes"):
+        read(path)
+    save(path, {"x": repeated}, {"0": np.zeros(4, np.float32)})
+    assert read(path)["x"].shape == (4096, 4096)
+
+
+def test_a_flat_parameter_and_its_views_are_read(path):
+    """FSDP keeps one storage that every parameter looks into."""
+    flat = np.arange(1 << 16, dtype=np.float32)
+    whole = storage("0", "float32", flat.size)
+    views = {f"x{i}": tensor(whole, i * 1024, (1024,), (1,)) for i in range(64)}
+    save(path, {"flat": tensor(whole, 0, flat.shape, (1,)), **views}, {"0": flat})
+    assert read(path)["x63"].tolist() == flat[-1024:].tolist()

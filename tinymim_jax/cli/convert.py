@@ -4,40 +4,89 @@ import argparse
 
 HELP = "read a PyTorch checkpoint (.pth or .safetensors), without PyTorch"
 
-FAMILIES = ("mae", "tinymim", "tinymim_star", "vit")  # convert.FAMILIES, which takes a second to import
+# The keys of convert.FAMILIES and convert.INTERPOLATIONS: importing that package would make --help slow.
+FAMILIES = ("mae", "tinymim", "vit", "tinymim_star")
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Of the `convert` command."""
-    command.add_argument("--from", dest="family", required=True, choices=FAMILIES, help="whose names it has")
+    """Adds the options of the `convert` command."""
+    command.add_argument(
+        "--from",
+        dest="family",
+        required=True,
+        choices=FAMILIES,
+        help="which model's tensor names the file has: those of MAE's or TinyMIM's release, of the fine-tuned "
+        "TinyMIM*-T, or of timm's and DeiT's classifiers (vit)",
+    )
     command.add_argument("--input", required=True, metavar="FILE")
     command.add_argument("--output", required=True, metavar="DIR")
     command.add_argument(
-        "--heads", help="attention heads, one number or one for each block (2,2,2,4); default by width"
+        "--use",
+        metavar="NETWORK",
+        help="which of several networks in the file: ema, teacher, student, momentum, or the key that it is under; "
+        "default: the model itself, else the teacher",
     )
-    command.add_argument("--decoder_heads", type=int, metavar="N", help="of a full MAE file; default by width")
-    command.add_argument(
+    command.add_argument("--prefix", help="take the names that begin with this; default: found by itself")
+    shape = command.add_argument_group("what tensors do not show")
+    shape.add_argument(
+        "--heads", help="attention heads, one number or one for each block (2,2,2,4 or 2*3,4); default by width"
+    )
+    shape.add_argument("--decoder_heads", type=int, metavar="N", help="of a full MAE file; default by width")
+    shape.add_argument(
         "--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="when the grid is not square"
     )
+    images = command.add_argument_group(
+        "how the model wants its images",
+        "Default: what `tinymim export` put into the file, else config.json of timm or Hugging Face beside it, else "
+        "ImageNet's mean and std, resize to 8/7 of the image size, bicubic. It is kept in model.json.",
+    )
+    images.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0..1")
+    images.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
+    images.add_argument("--resize", type=int, metavar="PIXELS", help="the short side before the central crop")
+    images.add_argument("--interpolation", choices=INTERPOLATIONS)
+    images.add_argument(
+        "--classes", metavar="FILE", help="class names in the order of the outputs: a line each, or a JSON list"
+    )
+    images.add_argument("--config", metavar="FILE", help="config.json to read; `none` ignores the one beside the file")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes --output and prints what it holds."""
-    from tinymim_jax.checkpoints.params import save_params
-    from tinymim_jax.convert import convert_file
+    """Writes --output and prints what it holds and what was assumed."""
+    from tinymim_jax.checkpoints.params import check_free, save_params
+    from tinymim_jax.convert import Given, convert_file, described, read_class_names
 
-    image_size = tuple(options.image_size) if options.image_size else None
+    check_free(options.output)
     model, params = convert_file(
         options.family,
         options.input,
         heads=options.heads,
         decoder_heads=options.decoder_heads,
-        image_size=image_size,
+        image_size=tuple(options.image_size) if options.image_size else None,
+        use=options.use,
+        prefix=options.prefix,
+        given=Given(
+            mean=options.mean,
+            std=options.std,
+            resize=options.resize,
+            interpolation=options.interpolation,
+            class_names=read_class_names(options.classes) if options.classes else None,
+        ),
+        config=options.config,
     )
     save_params(options.output, params, model)
-    encoder = model["encoder"]
+    encoder, source = model["encoder"], model["source"]
     parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
+    assumed = " (assumed: those of the published model of this width)" * ("heads" in source.get("assumed", []))
     print(
         f"{options.output}: {parts}; width {encoder['embed_dim']}, {encoder['depth']} blocks, heads {encoder['heads']}"
+        f"{assumed}"
     )
+    if "taken" in source:
+        print(f"  taken: {source['taken']}")
+    for text in source.get("left_out", []):
+        print(f"  left out: {text}")
+    for text in source.get("notes", []):
+        print(f"  note: {text}")
+    print("\n".join(described(model["preprocessing"], classifier="classifier" in model)))
     return 0

@@ -1,4 +1,4 @@
-"""The architecture record: made from the sizes that tensors show and the heads that they do not, and read back."""
+"""The architecture record (model.json): made of the sizes that tensors show and the heads that they do not show."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinymim_jax.convert.errors import ConvertError
-from tinymim_jax.convert.names import DECODER_HEADS, Family, Sizes
+from tinymim_jax.convert.families.table import Family, Sizes
 
 Heads = int | str | Sequence[int]
 
@@ -19,7 +19,7 @@ def make_record(
     decoder_heads: int | None,
     image_size: tuple[int, int] | None,
 ) -> dict:
-    """The record of a model of `family` that has these optional parts and sizes (see names).
+    """The record of a model of `family` that has these optional parts and sizes (see families/table.py).
 
     Raises:
       ConvertError: heads or image_size do not fit, or are needed because they have no default.
@@ -35,7 +35,7 @@ def make_record(
             "depth": depth,
             "heads": parse_heads(heads, depth, sizes["d"]),
             "patch_size": sizes["p"],
-            "image_size": _image_size(sizes["n"] - (2 if dist_token else 1), sizes["p"], image_size),
+            "image_size": _image_size(sizes["n"], 2 if dist_token else 1, sizes["p"], image_size),
             "mlp_ratio": _ratio(sizes["m"], sizes["d"]),
             "pos_embed": "learned",
             "final_norm": "encoder/norm/scale" in paths,
@@ -45,7 +45,9 @@ def make_record(
         model["encoder"]["dist_token"] = True
     if "decoder" in parts:
         width = sizes["e"]
-        usual = _published(DECODER_HEADS, width, "--decoder_heads 16") if decoder_heads is None else decoder_heads
+        usual = decoder_heads
+        if usual is None:
+            usual = _published(family.decoder_heads, width, "--decoder_heads 16")
         (checked,) = parse_heads(usual, 1, width)
         model["decoder"] = {"embed_dim": width, "depth": sizes["decoder_blocks."], "heads": checked}
     if parts & {"mean", "head"} or "w" in sizes:
@@ -56,7 +58,7 @@ def make_record(
 
 
 def _widened(sizes: Sizes) -> dict[str, Any]:
-    """The classifier's numbers of a TinyMIM*-T; the width of its norm shows on which side of the widening it stands."""
+    """What the classifier of TinyMIM*-T has; the width of its norm shows if it is before or behind the widening."""
     wide, narrow, norm = sizes["w"], sizes["d"], sizes.get("f", sizes["w"])
     if norm not in (wide, narrow):
         raise ConvertError(f"fc_norm is {norm} wide: expected {wide} as behind conv1x1, or {narrow} as before it")
@@ -72,7 +74,7 @@ def parts_of(model: Mapping) -> set[str]:
 
 
 def whole_parts(parts: set[str]) -> set[str]:
-    """With what follows from them: two tokens have two heads, and a second head has a first one and a token to read."""
+    """`parts` completed: two tokens have two heads, and a second head needs a first one and a second token."""
     both = {"dist", "head", "head_dist"}
     return parts | both if "head_dist" in parts or {"dist", "head"} <= parts else parts
 
@@ -129,26 +131,41 @@ def _published(table: Mapping[int, Any], width: int, remedy: str) -> Any:
     return table[width]
 
 
-def _image_size(patches: int, patch_size: int, image_size: tuple[int, int] | None) -> list[int]:
-    """[height, width] in pixels of images that a position table for so many patches is meant for."""
+def _image_size(rows: int, prefix: int, patch_size: int, image_size: tuple[int, int] | None) -> list[int]:
+    """[height, width] in pixels of the images that a position table of so many rows is for.
+
+    prefix: the rows before those of the patches.
+    """
+    patches = rows - prefix
+    side = math.isqrt(max(patches, 0))
+    without_cls = ""
+    if patches > 0 and math.isqrt(rows) ** 2 == rows:
+        without_cls = (
+            f". Its {rows} rows are a square, so it seems to have none for the CLS token (timm's no_embed_class): put "
+            "a row of zeros before them, state['pos_embed'] = torch.cat([torch.zeros_like(state['pos_embed'][:, :1]), "
+            "state['pos_embed']], 1)"
+        )
     if image_size is None:
-        side = math.isqrt(patches)
         if not patches or side * side != patches:
-            raise ConvertError(
-                f"the position table is for {patches} patches, which is no square: name the image size, for example "
-                f"--image_size {patch_size} {patches * patch_size}"
-            )
+            remedy = without_cls or f": name the image size, for example --image_size {_oblong(patches, patch_size)}"
+            raise ConvertError(f"the position table is for {patches} patches, which is no square{remedy}")
         return [side * patch_size, side * patch_size]
     height, width = image_size
     if height % patch_size or width % patch_size or height * width != patches * patch_size**2:
         raise ConvertError(
             f"image_size={height}x{width} does not fit: the position table is for {patches} patches of {patch_size} "
-            "pixels"
+            f"pixels{without_cls}"
         )
     return [height, width]
 
 
+def _oblong(patches: int, patch_size: int) -> str:
+    """'HEIGHT WIDTH' in pixels of the grid that is nearest to a square."""
+    height = next((n for n in range(math.isqrt(max(patches, 1)), 1, -1) if patches % n == 0), 1)
+    return f"{height * patch_size} {patches // height * patch_size}"
+
+
 def _ratio(hidden: int, width: int) -> float:
-    """mlp_ratio such that int(width * ratio), by which models are built, gives `hidden` again."""
+    """mlp_ratio such that int(width * ratio), with which models are built, gives `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -1,8 +1,9 @@
 """Reads a pickle as data: nothing that it names is imported, called or given attributes.
 
-A pickle is a program, and `pickle.Unpickler` runs it. This interpreter follows the same instructions (decoded
-by pickletools, of the standard library) but has no operation that could execute anything: classes, functions
-and instances become `Opaque` records, save for names in a table of our own. Work and memory are bounded.
+A pickle is a program, and `pickle.Unpickler` runs it. This interpreter follows the same instructions (decoded by
+pickletools, of the standard library) but has no operation that could execute anything: classes, functions and instances
+become `Opaque` records, except for the names in `_CONTAINERS` and in the caller's table. Work and memory are bounded by
+the limits below, whatever the pickle says.
 """
 
 import dataclasses
@@ -12,13 +13,19 @@ from typing import Any
 
 from tinymim_jax.convert.errors import ConvertError, printable
 
-# Generous: a tensor takes some 40 instructions, an MAE of ViT-L with its optimizer 50,000.
+# One unit is an instruction or a copied element. A tensor takes about 40 instructions, an MAE of ViT-L with its
+# optimizer 50,000.
 MAX_WORK = 1_000_000
 MAX_DEPTH = 200
-# Tuples and integers are hashed afresh at each use, equal strings compared byte by byte: long keys cost time.
+_MAX_NAME_LENGTH = 1024  # of a class or function: joining its two parts copies them
+_MAX_INTEGER_BITS = 4096
+# Keys are hashed and compared, which must take a short time: equal strings are compared character by character. The
+# hashes of integers are known (the value modulo 2^61 - 1), so long ones can be made to collide, thousands in one dict.
 _MAX_KEY_LENGTH = 1024
 _MAX_KEY_PARTS = 16
-_MAX_INTEGER_BITS = 4096
+_MAX_KEY_BITS = 64
+# Those of tuples of integers can be made to collide too: each tuple costs so much that 2,000 of them are the limit.
+_TUPLE_KEY_WORK = 500
 
 
 @dataclasses.dataclass(eq=False, slots=True, repr=False)
@@ -26,9 +33,9 @@ class Opaque:
     """What a pickle says about something that is not plain data.
 
     name: dotted name of the class or function.
-    args: what it was called with; None where the pickle means the class or function itself.
-    state: what would have become the attributes of the instance.
-    items: what would have been appended to it, or set as (key, value).
+    args: the arguments of the call; None where the pickle means the class or function itself.
+    state: what unpickling would have set as attributes of the instance.
+    items: what unpickling would have appended to it, or set as (key, value).
     """
 
     name: str
@@ -50,8 +57,9 @@ def load(
 
     Args:
       data: one pickle, protocol 0 to 5.
-      rebuild: by dotted name, what stands in for a call of that name; it gets the arguments as one tuple.
-      persistent: takes a persistent id, returns the value to put there.
+      rebuild: functions to use in place of those that the pickle calls, by dotted name; each gets the arguments as
+        one tuple.
+      persistent: returns the value for a persistent id.
 
     Raises:
       ConvertError: the pickle is damaged, or needs more work or nesting than any checkpoint does.
@@ -71,10 +79,10 @@ class _Machine:
     """The stack machine of the pickle format: a method for each group of instructions, listed in `_STEPS`."""
 
     def __init__(self, rebuild: Mapping[str, Callable[[tuple], Any]], persistent: Callable[[Any], Any]):
-        self.rebuild = {**_CONTAINERS, **rebuild}
+        self.rebuild = rebuild
         self.resolve = persistent
         self.stack: list = []
-        self.outer: list[list] = []  # stacks set aside by MARK
+        self.outer: list[list] = []  # MARK begins a new stack and keeps the old one here
         self.memo: dict[int, Any] = {}
         self.work = 0
 
@@ -87,7 +95,7 @@ class _Machine:
         return self.stack.pop()
 
     def spend(self, amount: int) -> None:
-        """Accounts for work, copying included: a short pickle can name one long list again and again."""
+        """Accounts for work. Copied elements count, because a short pickle can copy one long list again and again."""
         self.work += amount
         if self.work > MAX_WORK:
             raise ConvertError(f"the pickle inside takes more than {MAX_WORK} steps, which no checkpoint needs")
@@ -129,7 +137,7 @@ class _Machine:
         elif isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
-            target.update(_key(value) for value in values)
+            target.update(self.key(value) for value in values)
         else:
             raise ConvertError(f"the pickle inside appends to a {type(target).__name__}")
 
@@ -138,7 +146,7 @@ class _Machine:
         if isinstance(target, Opaque):
             target.items.extend(pairs)
         elif isinstance(target, dict):
-            target.update((_key(key), value) for key, value in pairs)
+            target.update((self.key(key), value) for key, value in pairs)
         else:
             raise ConvertError(f"the pickle inside sets items of a {type(target).__name__}")
 
@@ -148,7 +156,7 @@ class _Machine:
         self.set_items(flat)
 
     def build(self, _: None) -> None:
-        """Keeps the attributes of what is opaque. Those of a dict are torch's `_metadata`, and dropped."""
+        """Keeps the attributes of an Opaque. Those of a dict are torch's `_metadata`; they are dropped."""
         (state,) = self.pop(1)
         if isinstance(self.stack[-1], Opaque):
             self.stack[-1].state = state
@@ -156,42 +164,61 @@ class _Machine:
     def call(self, function: Any, args: Any) -> None:
         if not isinstance(function, Opaque) or not isinstance(args, tuple):
             raise ConvertError("the pickle inside calls something that is not a function")
-        known = self.rebuild.get(function.name) if function.args is None else None
-        if known is None:
-            self.stack.append(Opaque(function.name, args))
-        else:
+        container = _CONTAINERS.get(function.name) if function.args is None else None
+        rebuild = self.rebuild.get(function.name) if function.args is None else None
+        if container is not None:
             self.spend(sum(len(part) for part in args if isinstance(part, _COLLECTIONS)))
-            self.stack.append(known(args))
+            self.stack.append(container(self.key, args))
+        elif rebuild is not None:
+            self.stack.append(rebuild(args))
+        else:
+            self.stack.append(Opaque(function.name, args))
 
     def call_with_keywords(self, _: None) -> None:
         function, args, keywords = self.pop(3)
-        self.call(function, (*args, keywords) if isinstance(args, tuple) else args)
+        if isinstance(args, tuple):
+            self.spend(len(args))
+            args = (*args, keywords)
+        self.call(function, args)
+
+    def push_global(self, dotted: str) -> None:
+        """The argument of GLOBAL and INST as pickletools gives it: module and name with a space between them."""
+        self.stack.append(_named(*dotted.split(" ", 1)))
 
     def stack_global(self, _: None) -> None:
         module, name = self.pop(2)
         if not isinstance(module, str) or not isinstance(name, str):
             raise ConvertError("the pickle inside names a class by something else than text")
-        self.stack.append(Opaque(f"{module}.{name}"))
+        self.stack.append(_named(module, name))
+
+    def key(self, value: Any) -> Any:
+        """`value`, if it can be hashed and compared as a dictionary key or set member in a short, fixed time."""
+        if isinstance(value, tuple):
+            self.spend(_TUPLE_KEY_WORK)
+        parts = value if isinstance(value, tuple) else (value,)
+        if len(parts) > _MAX_KEY_PARTS:
+            raise ConvertError(f"the pickle inside has a key of {len(parts)} parts")
+        for part in parts:
+            if not (part is None or isinstance(part, int | float | str | bytes | Opaque)):
+                raise ConvertError(f"the pickle inside has a {type(part).__name__} in a key")
+            if isinstance(part, str | bytes) and len(part) > _MAX_KEY_LENGTH:
+                raise ConvertError(f"the pickle inside has a key of {len(part)} characters")
+            if isinstance(part, int) and part.bit_length() > _MAX_KEY_BITS:
+                raise ConvertError(f"the pickle inside has an integer of {part.bit_length()} bits in a key")
+        return value
 
 
 _COLLECTIONS = (list, tuple, dict, set, frozenset)
 
 
-def _key(value: Any) -> Any:
-    """`value`, if it can be hashed and compared as a dictionary key or set member in a short, fixed time."""
-    parts = value if isinstance(value, tuple) else (value,)
-    if len(parts) > _MAX_KEY_PARTS:
-        raise ConvertError(f"the pickle inside has a key of {len(parts)} parts")
-    for part in parts:
-        if not (part is None or isinstance(part, int | float | str | bytes | Opaque)):
-            raise ConvertError(f"the pickle inside has a {type(part).__name__} in a key")
-        if isinstance(part, str | bytes) and len(part) > _MAX_KEY_LENGTH:
-            raise ConvertError(f"the pickle inside has a key of {len(part)} characters")
-    return value
+def _named(module: str, name: str) -> Opaque:
+    if len(module) > _MAX_NAME_LENGTH or len(name) > _MAX_NAME_LENGTH:
+        raise ConvertError(f"the pickle inside names a class by {len(module) + len(name)} characters")
+    return Opaque(f"{module}.{name}")
 
 
 def _check_depth(root: Any) -> None:
-    """Refuses nesting that would overflow the stack of whoever walks the result; visits shared parts once."""
+    """Refuses nesting so deep that recursive code would overflow the stack. Shared parts are visited once."""
     level, seen = [root], {id(root)}
     for _ in range(MAX_DEPTH):
         below = {id(child): child for value in level for child in _children(value)}
@@ -204,7 +231,7 @@ def _check_depth(root: Any) -> None:
 
 def _children(value: Any) -> Iterable:
     if isinstance(value, dict):
-        return value.values()
+        return (*value.keys(), *value.values())
     if isinstance(value, Opaque):
         return (value.args, value.state, value.items)
     return value if isinstance(value, _COLLECTIONS) else ()
@@ -220,27 +247,27 @@ def _content(args: tuple) -> Any:
     raise ConvertError("the pickle inside builds a container from something else")
 
 
-def _dict(args: tuple) -> dict:
+def _dict(key: Callable[[Any], Any], args: tuple) -> dict:
     content = _content(args)
     pairs = list(content.items() if isinstance(content, dict) else content)
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise ConvertError("the pickle inside builds a dict from something else than pairs")
-    return {_key(key): value for key, value in pairs}
+    return {key(name): value for name, value in pairs}
 
 
-# Containers that are built by calls. A default factory is dropped: what is missing stays missing.
-_CONTAINERS: dict[str, Callable[[tuple], Any]] = {
+# Containers that pickles build by a call: functions of (check of keys, arguments). A default factory is dropped.
+_CONTAINERS: dict[str, Callable[[Callable[[Any], Any], tuple], Any]] = {
     "collections.OrderedDict": _dict,
-    "collections.defaultdict": lambda args: _dict(args[1:]),
-    "torch.Size": lambda args: tuple(_content(args)),
+    "collections.defaultdict": lambda key, args: _dict(key, args[1:]),
+    "torch.Size": lambda key, args: tuple(_content(args)),
 }
 for _module in ("builtins", "__builtin__"):  # the latter up to protocol 2
     _CONTAINERS |= {
         f"{_module}.dict": _dict,
-        f"{_module}.list": lambda args: list(_content(args)),
-        f"{_module}.tuple": lambda args: tuple(_content(args)),
-        f"{_module}.set": lambda args: set(map(_key, _content(args))),
-        f"{_module}.frozenset": lambda args: frozenset(map(_key, _content(args))),
+        f"{_module}.list": lambda key, args: list(_content(args)),
+        f"{_module}.tuple": lambda key, args: tuple(_content(args)),
+        f"{_module}.set": lambda key, args: set(map(key, _content(args))),
+        f"{_module}.frozenset": lambda key, args: frozenset(map(key, _content(args))),
     }
 
 # Instructions whose argument, as pickletools decodes it, is the value itself.
@@ -271,18 +298,18 @@ _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
     "TUPLE1": lambda m, _: m.push(m.pop(1)),
     "TUPLE2": lambda m, _: m.push(m.pop(2)),
     "TUPLE3": lambda m, _: m.push(m.pop(3)),
-    "FROZENSET": lambda m, _: m.push(frozenset(map(_key, m.pop_mark()))),
+    "FROZENSET": lambda m, _: m.push(frozenset(map(m.key, m.pop_mark()))),
     "APPEND": lambda m, _: m.append(m.pop(1)),
     "APPENDS": lambda m, _: m.append(m.pop_mark()),
     "ADDITEMS": lambda m, _: m.append(m.pop_mark()),
     "SETITEM": lambda m, _: m.set_items(m.pop(2)),
     "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),
-    "GLOBAL": lambda m, name: m.push(Opaque(name.replace(" ", ".", 1))),
+    "GLOBAL": _Machine.push_global,
     "STACK_GLOBAL": _Machine.stack_global,
     "REDUCE": lambda m, _: m.call(*m.pop(2)),
     "NEWOBJ": lambda m, _: m.call(*m.pop(2)),
     "NEWOBJ_EX": _Machine.call_with_keywords,
-    "INST": lambda m, name: m.call(Opaque(name.replace(" ", ".", 1)), tuple(m.pop_mark())),
+    "INST": lambda m, dotted: m.call(_named(*dotted.split(" ", 1)), tuple(m.pop_mark())),
     "OBJ": lambda m, _: m.call(m.stack[0], tuple(m.pop_mark()[1:])),
     "BUILD": _Machine.build,
     "BINPERSID": lambda m, _: m.push(m.resolve(*m.pop(1))),

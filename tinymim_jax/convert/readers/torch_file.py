@@ -1,7 +1,7 @@
-"""Reads weights files (torch.save in its zip format, safetensors) without torch.
+"""Reads files of torch.save (the zip format of PyTorch 1.6 and later) without torch.
 
-Tensors are read-only numpy arrays that look straight into the mapped file, so reading takes no memory.
-Nothing in a file is executed (see inert_pickle); sizes, strides, offsets and checksums are verified.
+Tensors are read-only numpy views of the mapped file, so reading takes no memory. Nothing in a file is executed (see
+inert_pickle); sizes, strides, offsets and checksums are verified.
 """
 
 import dataclasses
@@ -9,24 +9,32 @@ import pathlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from tinymim_jax.convert import inert_pickle, safetensors_file
 from tinymim_jax.convert.errors import ConvertError, printable
-from tinymim_jax.convert.inert_pickle import Opaque
-from tinymim_jax.convert.mapped import DTYPES, counts, map_file, view
+from tinymim_jax.convert.readers import inert_pickle
+from tinymim_jax.convert.readers.inert_pickle import Opaque
+from tinymim_jax.convert.readers.mapped import DTYPES, counts, map_file, view
 
-_SAVE_AGAIN = "load it with PyTorch and save it again: torch.save(torch.load('OLD'), 'NEW')"
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# PyTorch 2.6 and later load plain tensors only unless told otherwise, and training checkpoints hold more than that.
+SAVE_AGAIN = (
+    "load it with PyTorch and save it again: torch.save(torch.load('OLD', map_location='cpu', weights_only=False), "
+    "'NEW'). That runs code which the file contains, so do it only with a file that you trust"
+)
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ENCRYPTED = 0x1
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MAX_PICKLE = 1 << 26
-# Storages are stored as they are; a file that was packed again may be compressed, but weights hardly shrink.
+# torch.save does not compress; a file that was packed again may be compressed, but weights hardly shrink.
 _MAX_UNPACKED = 1 << 26
 _MAX_RATIO = 20
+# Tensors may share a storage (a flat parameter and its views; strides of 0), so that their sizes add up to more than
+# what is stored: at most this many times the stored bytes, or 64 MiB, in the whole file.
+_MAX_SHARING = 8
+_MAX_SHARED = 1 << 26
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -45,49 +53,30 @@ _STORAGES = {
 }
 
 
-def read(path: str | pathlib.Path) -> Any:
-    """What a weights file holds, as plain data.
-
-    Tensors and parameters are read-only numpy arrays; dicts (ordered or not), lists, tuples, sets and
-    plain values are themselves; everything else is an `Opaque` record.
-
-    Args:
-      path: a file of torch.save (PyTorch 1.6 or later), or a safetensors file.
+def read(path: pathlib.Path) -> Any:
+    """What a file of torch.save holds, as plain data (see `readers.Contents`).
 
     Raises:
-      ConvertError: it is neither, or it is damaged.
+      ConvertError: the file is damaged, or of another kind.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ConvertError(f"cannot read {path}: " + ("it is a folder" if path.is_dir() else "no such file"))
-    try:
-        if not path.stat().st_size:
-            raise ConvertError("the file is empty")
-        data = map_file(path)
-        head = bytes(data[:16])
-        if head.startswith(b"PK"):
-            return _Archive(path, data).load()
-        if path.suffix == ".safetensors" or safetensors_file.recognise(data):
-            return safetensors_file.read(data)
-        raise ConvertError(_what_else(head))
-    except (ConvertError, OSError) as error:
-        raise ConvertError(f"cannot read {path}: {error}") from error
-
-
-def _what_else(head: bytes) -> str:
-    if head.startswith(_LEGACY_MAGIC):
-        return f"this is the format of PyTorch before 1.6; {_SAVE_AGAIN}"
-    if head.startswith(b"version https://"):
-        return "this is a Git LFS pointer, not the file it stands for; fetch that with `git lfs pull`"
-    return f"neither a torch.save nor a safetensors file: it begins with {head!r}. Is the download complete?"
+    return _Archive(path, map_file(path)).load()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Storage:
-    """What a persistent id stands for: the bytes that tensors look into."""
+    """The bytes that tensors look into; a persistent id of the pickle names them.
+
+    count_bytes: called with the size of each tensor that is made of it.
+    """
 
     dtype: np.dtype
     data: memoryview
+    count_bytes: Callable[[int], None]
+
+    def tensor(self, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+        array = view(self.data, dtype, offset, shape, strides)
+        self.count_bytes(array.nbytes)
+        return array
 
 
 class _Archive:
@@ -98,11 +87,12 @@ class _Archive:
         self.members = _members(path)
         pickles = [name for name in self.members if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise ConvertError("this zip file does not come from torch.save: it holds no single data.pkl")
+            raise ConvertError(_other_archive(self.members))
         self.root = pickles[0].removesuffix("/data.pkl")
         self.contents: dict[str, memoryview] = {}
         self.unpacked = 0
-        # torch.serialization.set_crc32_options(False) writes zeros.
+        self.viewed = 0
+        # After torch.serialization.set_crc32_options(False), all checksums are 0.
         self.checksums = self.members[pickles[0]].CRC != 0
 
     def load(self) -> Any:
@@ -114,7 +104,7 @@ class _Archive:
             )
         order = f"{self.root}/byteorder"
         if order in self.members and bytes(self.content(order)) != b"little":
-            raise ConvertError(f"it was written on a big-endian machine; on a little-endian one, {_SAVE_AGAIN}")
+            raise ConvertError(f"it was written on a big-endian machine; on a little-endian one, {SAVE_AGAIN}")
         name = f"{self.root}/data.pkl"
         if self.members[name].file_size > _MAX_PICKLE:
             raise ConvertError(f"its data.pkl has {self.members[name].file_size} bytes; no checkpoint needs as many")
@@ -133,7 +123,15 @@ class _Archive:
         data = self.content(f"{self.root}/data/{key}")
         if counts("size", (count,))[0] * dtype.itemsize != len(data):
             raise ConvertError(f"storage {printable(key)} has {len(data)} bytes and should have {count} elements")
-        return _Storage(dtype, data)
+        return _Storage(dtype, data, self.count_bytes)
+
+    def count_bytes(self, size: int) -> None:
+        """Limits the total size of all tensors: whoever copies them must not need far more memory than the file has."""
+        self.viewed += size
+        stored = min(sum(info.file_size for info in self.members.values()), _MAX_RATIO * len(self.data))
+        limit = max(_MAX_SHARED, _MAX_SHARING * stored)
+        if self.viewed > limit:
+            raise ConvertError(f"its tensors claim more than {limit} bytes, and {stored} are stored of them")
 
     def content(self, name: str) -> memoryview:
         """The bytes of a member; checked once."""
@@ -153,7 +151,7 @@ class _Archive:
         if self.unpacked > max(_MAX_UNPACKED, _MAX_RATIO * len(self.data)):
             raise ConvertError(f"it would unpack to more than {_MAX_RATIO} times its size")
         if info.flag_bits & _ENCRYPTED or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ConvertError(f"{printable(info.filename)} in it is encrypted or packed; {_SAVE_AGAIN}")
+            raise ConvertError(f"{printable(info.filename)} in it is encrypted or packed; {SAVE_AGAIN}")
         if info.compress_type == zipfile.ZIP_STORED:
             return packed
         try:
@@ -163,7 +161,7 @@ class _Archive:
         return memoryview(unpacked)
 
     def _packed(self, info: zipfile.ZipInfo) -> memoryview:
-        """The member as it lies in the file. Only its own header there says where it begins."""
+        """The stored bytes of a member. Where they begin is written only in the member's own header."""
         start = info.header_offset
         if not 0 <= start <= len(self.data) - _LOCAL_HEADER.size:
             raise ConvertError("its table of contents points outside the file")
@@ -174,11 +172,23 @@ class _Archive:
         return self.data[start : start + info.compress_size]
 
 
+def _other_archive(members: Mapping[str, zipfile.ZipInfo]) -> str:
+    """What a zip file that does not come from torch.save is, and what to do about it."""
+    if any(name.endswith(".npy") for name in members):
+        return (
+            "this is an .npz of numpy arrays, as google-research/vision_transformer and big_vision publish their "
+            "models. timm reads those: m = timm.create_model('vit_tiny_patch16_224', num_classes=10) with the name and "
+            "the number of classes of your model, m.load_pretrained('FILE.npz'), "
+            "torch.save(m.state_dict(), 'NEW.pth'); then convert NEW.pth with --from vit"
+        )
+    return "this zip file does not come from torch.save: it holds no single data.pkl"
+
+
 def _members(path: pathlib.Path) -> dict[str, zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    # zipfile does not keep to its own class of errors when the table of contents is damaged.
+    # zipfile raises other errors than its own when the table of contents is damaged.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, EOFError) as error:
         raise ConvertError(f"it is cut off or damaged ({printable(error)}); copy or download it again") from error
     members = {info.filename: info for info in infos}
@@ -190,24 +200,24 @@ def _members(path: pathlib.Path) -> dict[str, zipfile.ZipInfo]:
 def _tensor(args: tuple) -> Any:
     """(storage, offset, shape, strides, requires_grad, hooks, metadata)"""
     match args:
-        # Metadata are bits such as "conjugate", by which the numbers are not what they seem.
-        case (_Storage(dtype=dtype, data=data), offset, shape, strides, *rest) if not any(rest[2:]):
-            return view(data, dtype, offset, shape, strides)
+        # Metadata are flags such as "conjugate", with which the stored numbers are not the values of the tensor.
+        case (_Storage() as storage, offset, shape, strides, *rest) if not any(rest[2:]):
+            return storage.tensor(storage.dtype, offset, shape, strides)
     return Opaque("torch._utils._rebuild_tensor_v2", args)
 
 
 def _typed_tensor(args: tuple) -> Any:
     """(untyped storage, offset, shape, strides, requires_grad, hooks, dtype, metadata)"""
     match args:
-        case (_Storage(data=data), offset, shape, strides, _, _, Opaque(name=name), *metadata):
+        case (_Storage() as storage, offset, shape, strides, _, _, Opaque(name=name), *metadata):
             dtype = DTYPES.get(name.removeprefix("torch."))
             if dtype is not None and not any(metadata):
-                return view(data, dtype, offset, shape, strides)
+                return storage.tensor(dtype, offset, shape, strides)
     return Opaque("torch._utils._rebuild_tensor_v3", args)
 
 
 def _first(args: tuple) -> Any:
-    """A parameter is its tensor."""
+    """A parameter: its first argument is the tensor."""
     if not args:
         raise ConvertError("the pickle inside has a parameter without a tensor")
     return args[0]

@@ -34,14 +34,14 @@ DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype("?"),
 }
 
-# A stride of 0 repeats an element, so that a tensor may be larger than what is stored of it: up to 64 MiB.
+# With strides of 0 a tensor can be larger than its storage: up to 64 MiB is accepted.
 _MAX_EXPANDED = 1 << 26
 _MAX_DIMENSIONS = 64
 _MAX_COUNT = 1 << 62
 
 
 def map_file(path: pathlib.Path) -> memoryview:
-    """The bytes of a file that is not empty, read from the disk when they are used."""
+    """The bytes of a file (not an empty one), read from the disk when they are accessed."""
     with path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
@@ -76,7 +76,7 @@ def view(storage: memoryview, dtype: np.dtype, offset: Any, shape: Any, strides:
 
 
 def counts(what: str, values: Any) -> tuple[int, ...]:
-    """`values` as a tuple of sizes, or an error that says which of them is none."""
+    """`values` as a tuple, if they are sizes or positions; `what` names them in the error if they are not."""
     if not isinstance(values, tuple | list) or len(values) > _MAX_DIMENSIONS:
         raise ConvertError(f"the {what} of a tensor is not a short list of numbers")
     for value in values:

@@ -1,6 +1,7 @@
-"""Conversion of state dicts to our parameters and back, strict in names, shapes and bits."""
+"""Conversion of state dicts to our parameters and back, strict about names and shapes, without a change of any bit."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,15 +10,26 @@ import numpy as np
 
 from tinymim_jax.convert.architecture import Heads, grid_of, make_record, parts_of, sizes_of, whole_parts
 from tinymim_jax.convert.errors import ConvertError, printable
-from tinymim_jax.convert.inert_pickle import Opaque
-from tinymim_jax.convert.names import FAMILIES, Family, Leaf, Shape, leaves, sizes_shown
+from tinymim_jax.convert.families import FAMILIES
+from tinymim_jax.convert.families.table import Family, Leaf, Shape, leaves, sizes_shown
+from tinymim_jax.convert.readers.inert_pickle import Opaque
+from tinymim_jax.convert.state_dict import find_state_dict
 from tinymim_jax.errors import unknown
 
 _FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 _MAX_LISTED = 8
-# Where training programs put the state dict in what they save, and what wrappers put before its names.
-_NESTS = ("model", "state_dict")
-_PREFIXES = ("module.", "_orig_mod.")
+# What other models have and ours have not, by the names of its tensors.
+_UNSUPPORTED = {
+    r"\.ls[12]\.gamma$|\.gamma_[12]$": "LayerScale (DINOv2, DeiT III, BEiT)",
+    r"(^|\.)(register_tokens|reg_token)$": "register tokens",
+    r"^blocks\.\d+\.\d+\.": "blocks in chunks (training checkpoints of DINOv2)",
+    r"relative_position_|rel_pos_": "relative position biases (BEiT, MViT)",
+    r"\.[qk]_norm\.": "normalised queries and keys",
+    r"\.mlp\.(w12|fc1_g|w1)\.": "gated MLPs (SwiGLU)",
+    r"\.attention\.(attention\.)?query\.": "names of Hugging Face's transformers; timm's copy of the model has others",
+    r"^layers\.\d+\.(blocks|downsample)\.": "stages (Swin)",
+    r"\.in_proj_weight$": "names of CLIP; timm's copy of the model has others",
+}
 
 
 def from_torch(
@@ -27,17 +39,19 @@ def from_torch(
     heads: Heads | None = None,
     decoder_heads: int | None = None,
     image_size: tuple[int, int] | None = None,
+    use: str | None = None,
+    prefix: str | None = None,
 ) -> tuple[dict, dict]:
     """Our architecture record and parameters from a PyTorch state dict.
 
     Args:
       family: a name in FAMILIES.
-      data: numpy arrays by name; or what a training program saves, with that under 'model' or 'state_dict'. Names
-        may begin with 'module.'.
-      heads: attention heads, which no tensor shows: one number, or one for each block ([2, 2, 4], '2,2,4',
-        '2*11,4'). The default is that of the published model of this width.
+      data: numpy arrays by name; or what a training program saves, with that somewhere in it (see state_dict).
+      heads: attention heads, which no tensor shows: one number, or one for each block ([2, 2, 4], '2,2,4', '2*11,4').
+        The default is that of the published model of this width.
       decoder_heads: the same for the decoder of an MAE.
       image_size: (height, width) in pixels; by default the grid of the position table is taken to be square.
+      use, prefix: which network of several to take, and how its names begin; see `find_state_dict`.
 
     Returns:
       The record (plain JSON; see `model.json`) and the nested dict of float32 arrays, which own their memory.
@@ -46,12 +60,22 @@ def from_torch(
     Raises:
       ConvertError: a name is missing, unexpected or misshapen (all are listed), or heads or image_size do not fit.
     """
-    state = _state_dict(data)
-    plan = _plan(_family(family), state)
+    found = find_state_dict(data, family_of(family).anchor, use=use, prefix=prefix)
+    return from_state_dict(family, found.state, heads=heads, decoder_heads=decoder_heads, image_size=image_size)
+
+
+def from_state_dict(
+    family: str,
+    state: Mapping[str, Any],
+    *,
+    heads: Heads | None = None,
+    decoder_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> tuple[dict, dict]:
+    """As `from_torch`, of a state dict alone."""
+    plan = _plan(family_of(family), state)
     if plan.problems:
-        others = [name for name in FAMILIES if name != family and not _plan(FAMILIES[name], state).problems]
-        hint = f"\nIt looks like {others[0]!r}: use --from {others[0]}" if others else ""
-        raise ConvertError(_listed(f"the file does not hold a {family!r} model", plan.problems) + hint)
+        raise ConvertError(_listed(f"the file does not hold a {family!r} model", plan.problems) + _hint(family, state))
     model = make_record(FAMILIES[family], plan.parts, plan.sizes, heads, decoder_heads, image_size)
     params: dict = {}
     for leaf in plan.leaves:
@@ -59,7 +83,7 @@ def from_torch(
         node = params
         for folder in folders:
             node = node.setdefault(folder, {})
-        # Always a copy: the file may go, and nobody can write through to it.
+        # A copy in every case: the file may be deleted, and its arrays are read-only.
         node[name] = np.array(leaf.layout.ours(state[leaf.torch]), np.float32, order="C", copy=True)
     return model, params
 
@@ -70,7 +94,7 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
     Args:
       family: a name in FAMILIES.
       model: the architecture record.
-      params: nested dict of arrays (numpy or jax). Fixed position tables, which are no parameters of ours, are put in.
+      params: nested dict of arrays (numpy or jax). Fixed position tables, which are no parameters here, are computed.
 
     Returns:
       float32 arrays by name, contiguous, in the order of PyTorch's state dict.
@@ -78,8 +102,8 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
     Raises:
       ConvertError: the parameters are not those of this model in this family; all differences are listed.
     """
-    expected = leaves(_family(family).rows_with(parts_of(model)), sizes_of(model))
-    # What the record says that distillation added for the time of its training has no name in PyTorch.
+    expected = leaves(family_of(family).rows_with(parts_of(model)), sizes_of(model))
+    # The adapter of a distillation is used in its training only; PyTorch's families have no name for it.
     added = {"adapter"} & set(model)
     arrays = dict(_flatten({part: tree for part, tree in params.items() if part not in added}))
     arrays |= _fixed_tables(model, arrays)
@@ -107,7 +131,7 @@ class _Plan:
 def _plan(family: Family, state: Mapping[str, Any]) -> _Plan:
     shapes = {name: value.shape for name, value in state.items() if isinstance(value, np.ndarray)}
     parts = {row.part for row in family.rows if row.torch.format(i=0) in state}
-    # Of the two ways to pool, the state dict shows one: the norm of the other is then unexpected.
+    # A state dict shows one of the two ways to pool; the norm of the other one is then unexpected.
     parts = whole_parts(parts - {"cls"} if "mean" in parts else parts | {"cls"})
     rows = family.rows_with(parts)
     sizes = sizes_shown(rows, shapes)
@@ -117,7 +141,7 @@ def _plan(family: Family, state: Mapping[str, Any]) -> _Plan:
 
 
 def _described(value: Any) -> Shape | str:
-    """The shape of a tensor of real numbers; what else it is, in words."""
+    """The shape of a tensor of real numbers; for other values a description."""
     if not isinstance(value, np.ndarray):
         return f"({printable(value.name) if isinstance(value, Opaque) else type(value).__name__}, not a tensor)"
     if value.dtype not in _FLOATS or not value.size:
@@ -146,36 +170,30 @@ def _listed(what: str, problems: list[str]) -> str:
     return "\n  ".join([f"{what}:", *problems])
 
 
-def _family(name: str) -> Family:
+def family_of(name: str) -> Family:
+    """The row of FAMILIES; a ValueError with the choices if there is none."""
     if name not in FAMILIES:
         raise unknown("family", name, FAMILIES)
     return FAMILIES[name]
 
 
-def _state_dict(data: Any) -> dict[str, Any]:
-    """The names and tensors in what a file holds, without what wrappers added."""
-    for _ in _NESTS:
-        inner = [data[nest] for nest in _NESTS if nest in data] if isinstance(data, dict) else []
-        # Beside the weights, 'model' may be the name of the architecture, or the pickled model itself.
-        inner = [x for x in inner if isinstance(x, dict)] or [x for x in inner if isinstance(x, Opaque)]
-        data = inner[0] if inner else data
-    if isinstance(data, Opaque):
-        raise ConvertError(
-            f"the file holds a whole pickled object ({printable(data.name)}), not its state dict: load it where that "
-            "class is defined and save torch.save({'model': model.state_dict()}, 'NEW')"
+def _hint(family: str, state: Mapping[str, Any]) -> str:
+    """What the file may be instead, or what it has that no family here has."""
+    for name, other in FAMILIES.items():
+        if name != family and not _plan(other, state).problems:
+            return f"\nIt looks like {name!r}: use --from {name}"
+    if any(isinstance(value, Opaque) and value.name.startswith("numpy.") for value in state.values()):
+        return (
+            "\nIt holds numpy arrays, not tensors: save {name: torch.from_numpy(x) for name, x in state.items()}, or "
+            "use safetensors.numpy.save_file"
         )
-    if not isinstance(data, dict) or not data:
-        found = "nothing" if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise ConvertError(f"the file holds no state dict but {found}")
-    for prefix in _PREFIXES:
-        if all(isinstance(name, str) and name.startswith(prefix) for name in data):
-            data = {name.removeprefix(prefix): value for name, value in data.items()}
-    return {name if isinstance(name, str) else f"{name!r} (not a text)": value for name, value in data.items()}
+    found = [what for pattern, what in _UNSUPPORTED.items() if any(re.search(pattern, name) for name in state)]
+    return f"\nThe models here do not have: {'; '.join(found)}. Such a file cannot be converted" if found else ""
 
 
 def _fixed_tables(model: Mapping, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The position tables that PyTorch keeps among its tensors and we compute: those that `arrays` does not have."""
-    tables = {}  # width, and tokens before the patches
+    """The fixed position tables that PyTorch's state dicts contain, except for those that are in `arrays`."""
+    tables = {}  # by path: the width, and the number of tokens before the patches
     if model["encoder"]["pos_embed"] == "sincos":
         prefix = 2 if model["encoder"].get("dist_token") else 1
         tables["encoder/pos_embed"] = (model["encoder"]["embed_dim"], prefix)
@@ -184,7 +202,7 @@ def _fixed_tables(model: Mapping, arrays: Mapping[str, Any]) -> dict[str, np.nda
     absent = {path: table for path, table in tables.items() if path not in arrays}
     if not absent:
         return {}
-    # Here, because it brings jax along, which nothing else in this package needs.
+    # Imported here because it imports jax, which nothing else in this package needs.
     from tinymim_jax.ops.posembed import sincos_table
 
     grid = grid_of(model["encoder"])

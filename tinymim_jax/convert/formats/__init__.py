@@ -1,0 +1,14 @@
+"""What `tinymim export --to` writes: one file each. A new format is a file with a writer and a row here and in cli."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tinymim_jax.convert.families import FAMILIES
+from tinymim_jax.convert.formats.safetensors import write_family
+
+Writer = Callable[[str | pathlib.Path, Mapping[str, Any], Mapping], list[str]]
+"""(path, architecture record, parameters) -> warnings for the user; it writes the file at `path`."""
+
+FORMATS: dict[str, Writer] = {family: functools.partial(write_family, family) for family in FAMILIES}
