@@ -141,14 +141,16 @@ def _image_size(rows: int, prefix: int, patch_size: int, image_size: tuple[int, 
     without_cls = ""
     if patches > 0 and math.isqrt(rows) ** 2 == rows:
         without_cls = (
-            f". Its {rows} rows are a square, so it seems to have none for the CLS token (timm's no_embed_class): put "
-            "a row of zeros before them, state['pos_embed'] = torch.cat([torch.zeros_like(state['pos_embed'][:, :1]), "
+            f". Or, as its {rows} rows are a square, it has none for the CLS token (timm's no_embed_class): put a row "
+            "of zeros before them, state['pos_embed'] = torch.cat([torch.zeros_like(state['pos_embed'][:, :1]), "
             "state['pos_embed']], 1)"
         )
     if image_size is None:
         if not patches or side * side != patches:
-            remedy = without_cls or f": name the image size, for example --image_size {_oblong(patches, patch_size)}"
-            raise ConvertError(f"the position table is for {patches} patches, which is no square{remedy}")
+            raise ConvertError(
+                f"the position table is for {patches} patches, which is no square: name the image size, for example "
+                f"--image_size {_oblong(patches, patch_size)}{without_cls}"
+            )
         return [side * patch_size, side * patch_size]
     height, width = image_size
     if height % patch_size or width % patch_size or height * width != patches * patch_size**2:

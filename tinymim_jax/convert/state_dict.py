@@ -104,7 +104,9 @@ class _Network:
         """The command-line option that takes this network."""
         if self.role:
             return f"--use {self.role}"
-        return f"--prefix {printable(self.prefix)}" if self.prefix else f"--use {printable(self.keys[-1])}"
+        if self.prefix or not self.keys:
+            return f"--prefix {printable(self.prefix) or repr('')}"
+        return f"--use {printable(self.keys[-1])}"
 
 
 def _dicts(data: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:

@@ -70,7 +70,9 @@ class Model:
         self._classifier = None
         if record.get("classifier", {}).get("classes") and "head" in params:
             self._classifier = Classifier(encoder, **record["classifier"])
-        self._view = EvalView(tuple(self.preprocessing["image_size"]), self.preprocessing["resize"])
+        self._view = EvalView(
+            tuple(self.preprocessing["image_size"]), self.preprocessing["resize"], self.preprocessing["interpolation"]
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:

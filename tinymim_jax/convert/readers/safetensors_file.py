@@ -27,8 +27,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return file.get_tensors(), file.metadata() or {}
     except AttributeError as error:  # of numpy, which lacks the type
         raise ConvertError(
-            f"it holds tensors of a type that numpy does not have ({printable(error)}); save it as float16, bfloat16 or "
-            "float32"
+            f"it holds tensors of a type that numpy does not have ({printable(error)}); save it as float16, bfloat16 "
+            "or float32"
         ) from error
     except (SafetensorError, TypeError, ValueError) as error:
         raise ConvertError(

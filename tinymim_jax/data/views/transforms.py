@@ -19,6 +19,7 @@ from PIL import Image
 from tinymim_jax.data.sources.examples import Example
 from tinymim_jax.data.views.decoding import Picture
 from tinymim_jax.data.views.randaugment import RandAugment
+from tinymim_jax.errors import unknown
 
 # Below this many pixels the borders, which kornia weighs in its own way, are too large a part of the result.
 _FAST_RESIZE_MIN = 64
@@ -28,6 +29,7 @@ _REDUCING_GAP = 2
 # A strip of 30000 x 2 pixels resized to a short side of 256 would take a gigabyte: larger than this, only what the
 # crop keeps of it is made.
 _MAX_RESIZED = 1 << 26
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class View(Protocol):
@@ -119,13 +121,18 @@ class Augment(ImageView):
 class EvalView(ImageView):
     """The evaluation view: the short side resized to `resize` pixels, then the central `image_size` of it.
 
-    Bit for bit what torchvision's Resize (bicubic, antialiased) and CenterCrop give for a Pillow image.
+    Bit for bit what torchvision's Resize (antialiased) and CenterCrop give for a Pillow image.
+
+    interpolation: 'bicubic' or 'bilinear'.
     """
 
     image_size: int | tuple[int, int]
     resize: int
+    interpolation: str = "bicubic"
 
     def __post_init__(self):
+        if self.interpolation not in _FILTERS:
+            raise unknown("interpolation", self.interpolation, _FILTERS)
         if self.resize < max(self.size):
             raise ValueError(f"resize={self.resize} must be at least the larger side of {self.image_size}")
 
@@ -137,8 +144,8 @@ class EvalView(ImageView):
         pixels = Picture.of(image).pixels()
         resized = short_side_size(pixels.shape[:2], self.resize)
         if resized[0] * resized[1] > _MAX_RESIZED:
-            return _resized_center(pixels, resized, self.size)
-        return center_crop(resize_exact(pixels, resized), self.size)
+            return _resized_center(pixels, resized, self.size, self.interpolation)
+        return center_crop(resize_exact(pixels, resized, self.interpolation), self.size)
 
 
 def random_resized_crop_params(
@@ -197,9 +204,9 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resize_exact(image, size)
 
 
-def resize_exact(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Pillow's antialiased bicubic resize of uint8 `[height, width, 3]` to `size` (height, width)."""
-    return image if size == image.shape[:2] else _pillow_resize(image, size)
+def resize_exact(image: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> np.ndarray:
+    """Pillow's antialiased resize of uint8 `[height, width, 3]` to `size` (height, width)."""
+    return image if size == image.shape[:2] else _pillow_resize(image, size, interpolation=interpolation)
 
 
 def short_side_size(size: Sequence[int], short: int) -> tuple[int, int]:
@@ -223,18 +230,23 @@ def flip_horizontally(image: np.ndarray) -> np.ndarray:
 
 
 def _pillow_resize(
-    image: np.ndarray, size: tuple[int, int], corners: tuple[float, float, float, float] | None = None
+    image: np.ndarray,
+    size: tuple[int, int],
+    corners: tuple[float, float, float, float] | None = None,
+    interpolation: str = "bicubic",
 ) -> np.ndarray:
     """Of the part between `corners` (left, top, right, bottom), in pixels; None is all."""
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC, corners))
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), _FILTERS[interpolation], corners))
 
 
-def _resized_center(image: np.ndarray, resized: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def _resized_center(
+    image: np.ndarray, resized: tuple[int, int], size: tuple[int, int], interpolation: str
+) -> np.ndarray:
     """`center_crop` of `image` at `resized`, without making the rest."""
     down, across = image.shape[0] / resized[0], image.shape[1] / resized[1]
     top, left = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
     corners = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
-    return _pillow_resize(image, size, corners)
+    return _pillow_resize(image, size, corners, interpolation)
 
 
 def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -73,7 +73,9 @@ class SuiteClassifier:
         size = tuple(self.preprocessing["image_size"])
         batches = eval_batches(
             source,
-            view=EvalView(size, max(size) if whole else self.preprocessing["resize"]),
+            view=EvalView(
+                size, max(size) if whole else self.preprocessing["resize"], self.preprocessing["interpolation"]
+            ),
             batch_size=self.batch_size,
             upright=self.preprocessing["upright"],
             tolerated=0,
