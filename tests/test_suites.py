@@ -22,7 +22,9 @@ from tinymim_jax.evaluation.suites import run as suite_run
 from tinymim_jax.evaluation.suites.classifier import SuiteClassifier
 from tinymim_jax.evaluation.suites.registry import (
     ALEXNET_ERRORS,
+    PAPER_MODELS,
     SUITES,
+    Suite,
     corruption_errors,
     parse_suites,
 )
@@ -206,7 +208,7 @@ def test_what_is_missing_or_fails_stops_nothing_and_is_told(evaluated, sets):
     assert results["suites"]["r"]["status"] == "failed"
     assert "| sketch | missing |" in table
     assert "| r | failed |" in table
-    assert "images of 5 classes, but the benchmark of 200: is it whole?" in table
+    assert "images of 5 classes, but the benchmark has 200: is the set complete?" in table
     assert "tinymim prepare imagenet_sketch" in table
     assert "c, 69 sets missing (gaussian_noise/1, gaussian_noise/2, gaussian_noise/3, ...)" in table
     assert f"DATA_DIR: {sets[0]}" in table
@@ -289,7 +291,7 @@ def test_classes_with_names_of_their_own_are_in_imagenets_order(sets, checkpoint
         model = SuiteClassifier(str(tmp_path / "named"), batch_size=8)
         results = suite_run.evaluate_suites(model, parse_suites(["imagenet"]), data_dir=sets[0])
     check_figures(results["suites"]["imagenet"], *sets[1]["imagenet"][1:])
-    assert "calls its classes thing 0, thing 1, ...: they are taken to be in ImageNet's order" in caplog.text
+    assert "calls its classes thing 0, thing 1, ...: they are assumed to be in ImageNet's order" in caplog.text
     assert "8/13 images | " in caplog.text
 
 
@@ -356,6 +358,40 @@ def test_classes_of_a_folder_are_found_by_name(tmp_path, capsys):
     assert "'emu'" in printed
 
 
+def test_a_suite_is_one_row(checkpoint, sets, monkeypatch):
+    """Two sets whose figures are averaged, and a figure of the paper for this width."""
+    row = Suite(
+        "twins", {"first": ("imagenet2012",), "second": ("imagenet_v2/matched-frequency",)}, None, "", paper={16: 12.5}
+    )
+    monkeypatch.setitem(SUITES, "twins", row)
+    monkeypatch.setitem(PAPER_MODELS, 16, "Tiny")
+    model = SuiteClassifier(checkpoint, batch_size=16)
+    results = suite_run.evaluate_suites(model, parse_suites(["twins"]), data_dir=sets[0])
+    found = results["suites"]["twins"]
+    tops = [(logits.argmax(1) == labels).mean() for _, logits, labels in (sets[1]["imagenet"], sets[1]["v2"])]
+    assert found["top1"] == pytest.approx(np.mean(tops))
+    assert (found["status"], found["examples"], found["substituted"]) == ("evaluated", 26, 0)
+    assert "mce" not in found
+    table = markdown(results, sets[0])
+    assert f"| twins | 26 | {found['classes']} | {100 * found['top1']:.1f} |" in table
+    assert "| - | 12.5 |" in table
+    assert "Of twins: top-1, top-5 and ECE are means over its sets." in table
+
+
+def test_class_names_that_are_numbers_are_imagenets(checkpoint, sets, tmp_path):
+    """Of a model that was trained on folders 0 to 999, which sort as words."""
+    names = sorted(map(str, range(1000)))
+    order = [int(name) for name in names]
+    record, params = load_params(checkpoint)
+    params["head"] = {name: leaf[..., order] for name, leaf in params["head"].items()}
+    save_params(tmp_path / "numbers", params, record | {"preprocessing": {"class_names": names}})
+    model = SuiteClassifier(str(tmp_path / "numbers"), batch_size=16)
+    found = suite_run.evaluate_suites(model, parse_suites(["imagenet"]), data_dir=sets[0])["suites"]["imagenet"]
+    _, logits, labels = sets[1]["imagenet"]
+    check_figures(found, logits, labels)
+    assert {each["name"] for each in found["per_class"]} == {imagenet_classes()[label] for label in labels}
+
+
 def test_how_suites_are_written():
     assert list(parse_suites(["a", "all"])) == ["a", "imagenet", "real", "v2", "r", "sketch", "c"]
     own = parse_suites(["cifar10@test[:5]", "folder:/data/x@y/pets", "folder:/data/pets@val", "digits@"])
@@ -394,7 +430,7 @@ def test_mce_is_the_mean_over_the_corruptions():
 
     suite = SUITES["c"]
     parts = {part: figures(part) for part in suite.sets}
-    whole = suite_run._together(suite, parts)
+    whole = suite_run._combined(suite, parts)
     assert whole["status"] == "evaluated"
     assert whole["mce"] == pytest.approx(0.5)
     assert whole["top1"] == pytest.approx(1 - 0.5 * np.mean(list(ALEXNET_ERRORS.values())))
@@ -427,7 +463,7 @@ def test_mistakes_are_told_before_anything_is_computed(checkpoint, tmp_path, cap
     encoder = save_params(tmp_path / "encoder", {"encoder": params["encoder"]}, {"encoder": record["encoder"]})
     assert encoder is None
     cases = [
-        ((ten, "--suite", "imagenet", "a"), "tells 10 classes apart, but --suite imagenet a has ImageNet's 1,000"),
+        ((ten, "--suite", "imagenet", "a"), "has 10 classes, but --suite imagenet a has ImageNet's 1,000"),
         ((checkpoint, "--output", "x.json"), "--output needs --suite"),
         ((checkpoint, "--suite", "a", "--config", "configs/digits.py"), "--config: a --suite is evaluated without"),
         ((checkpoint, "--suite", "a", "seed=1"), "seed=1: a --suite is evaluated without a config"),

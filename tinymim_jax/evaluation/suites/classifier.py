@@ -1,4 +1,4 @@
-"""A checkpoint's classifier on all devices: its answers for every image of a set, its size and its speed."""
+"""A checkpoint's classifier on all devices: its predictions for a data set, its size and its speed."""
 
 import time
 from typing import Any
@@ -23,22 +23,23 @@ from tinymim_jax.state import place_frozen
 from tinymim_jax.tasks.pretrained import DTYPES
 
 BATCH, CPU_BATCH = 256, 64  # for each device, unless another is asked for
-_TOP = 5
+_TOP = 5  # predictions kept of each image
 _TIMED_SECONDS = 1.0
 
 
 class SuiteClassifier:
-    """The classifier of a checkpoint, on all devices and compiled once for all sets.
+    """The classifier of a checkpoint on all devices, compiled once for all data sets.
+
+    Images are preprocessed as the checkpoint's record says, or as published where it says nothing.
 
     Args:
-      checkpoint: workdir of a run, or what `tinymim convert` wrote; how images are prepared for it is in its record,
-        and for converted files as published.
-      batch_size: over all devices; None: 256 for each, on CPUs 64.
+      checkpoint: workdir of a run, or what `tinymim convert` wrote.
+      batch_size: over all devices; by default 256 for each, 64 on CPUs.
       dtype: of the computation, 'float32' or 'bfloat16'.
       workers: processes that decode images.
-      mesh: None: of all devices.
+      mesh: by default of all devices.
 
-    Raises ValueError where it has no classifier.
+    Raises ValueError where the checkpoint has no classifier.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class SuiteClassifier:
     def answers(self, source: Source, *, allowed: np.ndarray | None = None, whole: bool = False) -> tuple[Answers, int]:
         """Answers for all images of `source`, in its order and with its labels; and how many were substituted.
 
-        `allowed`, bool `[classes]`: the classes to choose among; None: all. `whole`: see suites.Suite.
+        Args:
+          allowed: bool `[classes]`, the classes to choose among; by default all.
+          whole: see registry.Suite.
         """
         size = tuple(self.preprocessing["image_size"])
         batches = eval_batches(
@@ -88,7 +91,7 @@ class SuiteClassifier:
         return Answers(*rows), substituted
 
     def images_per_second(self) -> float:
-        """Of the compiled forward pass alone, on images that lie on the devices; it is warm when it is timed."""
+        """Throughput of the compiled forward pass alone, after a first call, on images that are on the devices."""
         size = (self.batch_size // jax.process_count(), *self.preprocessing["image_size"], 3)
         images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
         batch = {"image": images, "label": np.zeros(len(images), np.int32), "valid": np.ones(len(images), bool)}
@@ -98,19 +101,19 @@ class SuiteClassifier:
         while True:
             began = time.perf_counter()
             for _ in range(steps):
-                # As in `collect`, one step waits while another runs, and no more than that.
+                # As in `collect`, at most two steps are in flight.
                 after = self._step(arguments, placed)
                 jax.block_until_ready(before)
                 before = after
             jax.block_until_ready(before)
-            # One clock decides for all hosts: the step is theirs together.
+            # All hosts must take part in the same number of steps, so one clock decides.
             seconds = float(multihost_utils.broadcast_one_to_all(np.float32(time.perf_counter() - began)))
             if seconds >= _TIMED_SECONDS:
                 return steps * self.batch_size / seconds
             steps *= 2
 
     def describe(self) -> dict[str, Any]:
-        """The model's size and speed, and on what it was measured, as plain JSON."""
+        """The model's size, preprocessing and throughput, with the device it was measured on, as plain JSON."""
         encoder, (height, width) = self.record["encoder"], self.preprocessing["image_size"]
         image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
         kept = ("embed_dim", "depth", "heads", "patch_size")
@@ -138,7 +141,7 @@ class SuiteClassifier:
         logits = self.classifier(params, pixels).astype(jnp.float32)
         finite = jnp.isfinite(logits).all(axis=1)
         logits = jnp.where(allowed, logits, -jnp.inf)
-        # Of equal scores the first class ranks first, as in training's evaluation.
+        # Among equal logits the first class ranks first, as in the evaluation during training.
         best = jax.lax.top_k(logits, min(_TOP, self.classes))[1]
         confidence = jax.nn.softmax(logits).max(axis=1)
         return Answers(batch["label"], jnp.where(finite[:, None], best, -1), jnp.where(finite, confidence, 0.0))

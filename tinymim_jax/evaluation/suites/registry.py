@@ -1,13 +1,13 @@
-"""What a classifier can be judged on: ImageNet's test sets by short names, and any labelled set of one's own."""
+"""Test suites for classifiers: one row of SUITES for each of ImageNet's test sets, and labelled sets of the user."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# AlexNet's top-1 errors, means over the five severities: what corruption errors are relative to (Hendrycks and
-# Dietterich, arXiv 1903.12261; the spreadsheet
-# that github.com/hendrycks/robustness links to, whose figures imagenet.py of google-research/augmix has as well).
+# AlexNet's top-1 errors, averaged over the five severities, which corruption errors are divided by (Hendrycks and
+# Dietterich, arXiv 1903.12261). The numbers are those of the spreadsheet linked from github.com/hendrycks/robustness
+# and of imagenet.py in google-research/augmix.
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -27,26 +27,23 @@ ALEXNET_ERRORS = {
 }
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# The paper's figures in per cent, by the encoder's width: top-1, of c the mCE.
-PAPER: dict[int, tuple[str, dict[str, float]]] = {
-    192: ("TinyMIM-T", {"imagenet": 75.8, "a": 11.0, "r": 39.8, "c": 50.1}),
-    384: ("TinyMIM-S", {"imagenet": 83.0, "a": 27.5, "r": 48.8, "c": 35.8}),
-    768: ("TinyMIM-B", {"imagenet": 85.0, "a": 43.0, "r": 54.6, "c": 32.7}),
-}
+# Models of the paper by the width of their encoder; their figures are in SUITES.
+PAPER_MODELS = {192: "TinyMIM-T", 384: "TinyMIM-S", 768: "TinyMIM-B"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Sets whose figures belong together.
+    """A benchmark: one test set, or several whose figures are combined.
 
     about: a line for --help.
-    sets: by their names within the suite (the only one of most is ""), what they may be called on disk: the first that
-        is there counts.
-    split: a split that is taken where there is one; otherwise the only one is. None: see `choose_split`.
+    sets: for each part of the benchmark the names its data set may have, tried in order. A single set is the part "".
+    split: the split to evaluate if the set has it, else its only split; None: see `run._split`.
     remedy: what to do where a set is missing.
-    imagenet: its labels are ImageNet's 1,000 classes.
-    subset: answers are restricted to the classes that have images, of which there must be so many; 0: they are not.
-    whole: its pictures have the size that models see: they are not resized to a larger short side and cropped.
+    imagenet: the labels are ImageNet's 1,000 classes.
+    subset: if not 0, the number of classes that have images; predictions are restricted to these.
+    whole: the images already have the size that models see, so they are not resized and cropped.
+    corruptions: parts are called CORRUPTION/SEVERITY, and the mCE is computed of them.
+    paper: figures of the paper in per cent by the width of the encoder: top-1, or the mCE of `corruptions`.
     """
 
     about: str
@@ -56,11 +53,13 @@ class Suite:
     imagenet: bool = True
     subset: int = 0
     whole: bool = False
+    corruptions: bool = False
+    paper: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 _TENSORFLOW = "once, with tensorflow-cpu installed"
 _UNPACKED = (
-    "or, without TensorFlow, of the unpacked archive: tinymim prepare folder:/data/{} --output DATA_DIR --name {}"
+    "or, without TensorFlow, from the unpacked archive: tinymim prepare folder:/data/{} --output DATA_DIR --name {}"
 )
 
 SUITES = {
@@ -69,9 +68,10 @@ SUITES = {
         {"": ("imagenet2012",)},
         "validation",
         f"tinymim prepare imagenet2012 ({_TENSORFLOW}; its archives are downloaded by hand, TFDS says where to)",
+        paper={192: 75.8, 384: 83.0, 768: 85.0},
     ),
     "real": Suite(
-        "the same images with the labels of ImageNet ReaL (any of several is right)",
+        "the same images with the labels of ImageNet ReaL (any of several counts as correct)",
         {"": ("imagenet2012_real",)},
         "validation",
         f"tinymim prepare imagenet2012_real ({_TENSORFLOW}; ILSVRC2012_img_val.tar is downloaded by hand)",
@@ -83,18 +83,20 @@ SUITES = {
         f"tinymim prepare imagenet_v2/matched-frequency ({_TENSORFLOW})",
     ),
     "a": Suite(
-        "ImageNet-A, answers among its 200 classes",
+        "ImageNet-A, predictions restricted to its 200 classes",
         {"": ("imagenet_a",)},
         "test",
         f"tinymim prepare imagenet_a ({_TENSORFLOW}); {_UNPACKED.format('imagenet-a', 'imagenet_a')}",
         subset=200,
+        paper={192: 11.0, 384: 27.5, 768: 43.0},
     ),
     "r": Suite(
-        "ImageNet-R, answers among its 200 classes",
+        "ImageNet-R, predictions restricted to its 200 classes",
         {"": ("imagenet_r",)},
         "test",
         f"tinymim prepare imagenet_r ({_TENSORFLOW}); {_UNPACKED.format('imagenet-r', 'imagenet_r')}",
         subset=200,
+        paper={192: 39.8, 384: 48.8, 768: 54.6},
     ),
     "sketch": Suite(
         "ImageNet-Sketch",
@@ -103,22 +105,24 @@ SUITES = {
         f"tinymim prepare imagenet_sketch; {_UNPACKED.format('sketch', 'imagenet_sketch')}",
     ),
     "c": Suite(
-        "ImageNet-C: 15 corruptions of 5 severities, mCE against AlexNet",
+        "ImageNet-C: 15 corruptions at 5 severities, mCE relative to AlexNet",
         {f"{name}/{s}": (f"imagenet2012_corrupted/{name}_{s}",) for name in ALEXNET_ERRORS for s in SEVERITIES},
         "validation",
-        "of the published pictures, each of the 75: tinymim prepare folder:/data/imagenet-c/fog/1 "
-        "--output DATA_DIR/imagenet2012_corrupted --name fog_1; or made anew by TFDS, in its own way: tinymim prepare "
-        "imagenet2012_corrupted/fog_1 (with tensorflow-cpu, opencv-python, scipy and scikit-image installed)",
+        "for each of the 75 published folders: tinymim prepare folder:/data/imagenet-c/fog/1 "
+        "--output DATA_DIR/imagenet2012_corrupted --name fog_1; or generated by TFDS, slightly differently: tinymim "
+        "prepare imagenet2012_corrupted/fog_1 (with tensorflow-cpu, opencv-python, scipy and scikit-image installed)",
         whole=True,
+        corruptions=True,
+        paper={192: 50.1, 384: 35.8, 768: 32.7},
     ),
 }
 
 
 def parse_suites(words: Sequence[str]) -> dict[str, Suite]:
-    """The suites that `words` name: rows of SUITES, `all` of them, and sets of one's own.
+    """The suites for the words after --suite, by name; nothing is opened.
 
-    One's own are written NAME@SPLIT or, where files lie (`folder:/data/pets`), with or without @SPLIT: see
-    `data.sources.open_source`. Nothing is opened. Raises ValueError for anything else.
+    A word is a key of SUITES, `all`, or a labelled set of the user: NAME@SPLIT, or the place of files with or without
+    @SPLIT (`folder:/data/pets`, see `data.sources.open_source`). Raises ValueError for anything else.
     """
     found: dict[str, Suite] = {}
     for word in words:
@@ -127,8 +131,8 @@ def parse_suites(words: Sequence[str]) -> dict[str, Suite]:
         elif word in SUITES:
             found[word] = SUITES[word]
         elif "@" in word or ":" in word:
-            name, split = _own(word)
-            found[word] = Suite("a set of one's own", {"": (name,)}, split, "", imagenet=False)
+            name, split = _name_and_split(word)
+            found[word] = Suite("a set of the user", {"": (name,)}, split, "", imagenet=False)
         else:
             raise ValueError(
                 f"--suite {word!r} is unknown. Choices: {', '.join(SUITES)}, all; or a labelled set of your own as "
@@ -137,18 +141,19 @@ def parse_suites(words: Sequence[str]) -> dict[str, Suite]:
     return found
 
 
-def _own(word: str) -> tuple[str, str | None]:
-    name, at, split = word.rpartition("@")
-    # A place may have an @ of its own; a split has no slash.
-    return (name, split) if at and split and "/" not in split else (word, None)
-
-
 def corruption_errors(errors: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """By corruption, the sum of top-1 errors over the severities divided by AlexNet's; their mean is the mCE.
+    """By corruption, the sum of the top-1 errors over the severities divided by AlexNet's; their mean is the mCE.
 
-    `errors` are fractions, one for each severity; AlexNet's are of all five. Raises ValueError for another number.
+    Args:
+      errors: by corruption, a fraction for each of the five severities. Another number raises ValueError.
     """
     for name, each in errors.items():
         if len(each) != len(SEVERITIES):
             raise ValueError(f"{name} has errors of {len(each)} severities, but AlexNet's are of {len(SEVERITIES)}")
     return {name: float(np.sum(each) / (len(SEVERITIES) * ALEXNET_ERRORS[name])) for name, each in errors.items()}
+
+
+def _name_and_split(word: str) -> tuple[str, str | None]:
+    name, at, split = word.rpartition("@")
+    # Paths may contain an @; names of splits contain no slash.
+    return (name, split) if at and split and "/" not in split else (word, None)

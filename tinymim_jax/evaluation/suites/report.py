@@ -1,27 +1,33 @@
-"""Results of suites as people read them: a Markdown table against the paper's figures, and what is missing."""
+"""Results of suites as Markdown: a table beside the paper's figures, weakest classes, confusions, missing sets."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from tinymim_jax.evaluation.suites.registry import PAPER, SUITES
+from tinymim_jax.evaluation.suites.registry import PAPER_MODELS, SUITES
 
 _NAMED = 5
 _HEAD = ("suite", "images", "classes", "top-1", "top-5", "ECE", "mCE")
 
 
 def markdown(results: Mapping[str, Any], data_dir: str | None = None) -> str:
-    """What `suite_run.evaluate_suites` gave, in per cent. `data_dir` is where sets were looked for."""
-    suites = results["suites"]
-    name, figures = PAPER.get(results["model"]["embed_dim"], ("", {}))
+    """The results of `run.evaluate_suites`, in per cent.
+
+    Args:
+      data_dir: where data sets were looked for.
+    """
+    suites, width = results["suites"], results["model"]["embed_dim"]
     head, rows = [*_HEAD], [_row(suite, found) for suite, found in suites.items()]
-    if name:
-        head.append(f"{name}, paper")
+    if width in PAPER_MODELS:
+        head.append(f"{PAPER_MODELS[width]}, paper")
         for suite, row in zip(suites, rows):
-            row.append(f"{figures[suite]:.1f}" if suite in figures else "-")
+            figure = SUITES[suite].paper.get(width) if suite in SUITES else None
+            row.append("-" if figure is None else f"{figure:.1f}")
     lines = [" | ".join(cell.replace("|", "/") for cell in row) for row in [head, ["---"] * len(head), *rows]]
     parts = [_description(results), "\n".join(f"| {line} |" for line in lines)]
-    if "top1" in suites.get("c", {}):
-        parts.append("Of c: top-1, top-5 and ECE are means over its sets; the paper's figure is the mCE.")
+    for suite, found in suites.items():
+        if "top1" in found and "sets" in found:
+            paper = "; the paper's figure is the mCE" if "mce" in found else ""
+            parts.append(f"Of {suite}: top-1, top-5 and ECE are means over its sets{paper}.")
     parts += _listed("Weakest classes (top-1, images):", {suite: _weakest(found) for suite, found in suites.items()})
     parts += _listed(
         "Most confused (of a class's images):", {suite: _confused(found) for suite, found in suites.items()}

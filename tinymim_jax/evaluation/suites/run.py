@@ -1,4 +1,4 @@
-"""Suites of test sets, one after another: one forward pass of each image, all figures from its answers."""
+"""Evaluates a classifier on test suites: one forward pass of each image, all figures from its predictions."""
 
 import logging
 import time
@@ -28,30 +28,33 @@ def evaluate_suites(
     data_dir: str | None = None,
     on_result: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """The figures of `model` on `suites`, as plain JSON: what `SuiteClassifier.describe` gives, and `suites` by name.
+    """The results of `model` on `suites` as plain JSON: `SuiteClassifier.describe`, and under "suites" one by name.
 
-    Each has a `status`: 'evaluated', with the figures of `scores.score`; 'missing' or 'failed', with a `reason`; or, of
-    several sets, 'incomplete'. One that is missing or fails does not stop the others.
-    `on_result` is called with what there is so far, after each set.
+    Each suite has a `status`: 'evaluated', with the figures of `scores.score` and "substituted" (images that could not
+    be decoded, so that another one was used); 'missing' or 'failed', with a `reason`; or 'incomplete', where some of
+    its sets are missing or failed. The other suites are evaluated all the same.
 
-    Raises ValueError where a suite's classes are not the model's in number.
+    Args:
+      on_result: called after each set with the results so far.
+
+    Raises ValueError for one of ImageNet's suites and a model that has not 1,000 classes.
     """
     imagenet = [name for name, suite in suites.items() if suite.imagenet]
     if imagenet and model.classes != len(imagenet_classes()):
         raise ValueError(
-            f"{model.checkpoint} tells {model.classes} classes apart, but --suite {' '.join(imagenet)} has ImageNet's "
+            f"{model.checkpoint} has {model.classes} classes, but --suite {' '.join(imagenet)} has ImageNet's "
             f"{len(imagenet_classes()):,}: give a checkpoint that was fine-tuned on ImageNet, or a set of your own, "
             "such as --suite folder:/data/pets@test"
         )
-    if imagenet and model.class_names and not _has_wordnet_ids(model):
+    if imagenet and model.class_names and not _imagenet_names(model):
         named = ", ".join(model.class_names[:2])
-        log.warning("%s calls its classes %s, ...: they are taken to be in ImageNet's order", model.checkpoint, named)
+        log.warning("%s calls its classes %s, ...: they are assumed to be in ImageNet's order", model.checkpoint, named)
     results = model.describe() | {"suites": {}}
     for name, suite in suites.items():
         parts: dict[str, dict[str, Any]] = {}
         for part in suite.sets:
             parts[part] = _part(model, suite, part, data_dir)
-            results["suites"][name] = parts[""] if "" in parts else _together(suite, parts)
+            results["suites"][name] = parts[""] if "" in parts else _combined(suite, parts)
             on_result(results)
     return results
 
@@ -67,7 +70,8 @@ def _part(model: SuiteClassifier, suite: Suite, part: str, data_dir: str | None)
     try:
         figures = _figures(model, suite, source)
     except (ValueError, OSError, RuntimeError) as error:
-        # The device's trouble is not the set's; and other hosts may be in the middle of a step that waits for this one.
+        # Errors of the device are not the set's. And with several hosts the others may be waiting in a collective
+        # operation for this one, so it cannot go on with the next set.
         if type(error).__name__ == "JaxRuntimeError" or jax.process_count() > 1:
             raise
         return _failed(error)
@@ -84,11 +88,11 @@ def _part(model: SuiteClassifier, suite: Suite, part: str, data_dir: str | None)
 
 
 def _find(suite: Suite, part: str, data_dir: str | None) -> tuple[str, str]:
-    """(name, split) of a set that is there. Raises FileNotFoundError where none is."""
+    """(name, split) of the first set that exists. Raises FileNotFoundError where none does."""
     missing = None
     for name in suite.sets[part]:
         if not suite.imagenet and suite.split:
-            return name, suite.split  # may be a part of a split: whether there is one shows when it is opened
+            return name, suite.split  # may be a slice of a split, which only opening it can check
         try:
             return name, _split(name, suite.split, splits(name, data_dir))
         except FileNotFoundError as error:
@@ -97,7 +101,7 @@ def _find(suite: Suite, part: str, data_dir: str | None) -> tuple[str, str]:
 
 
 def _split(name: str, wanted: str | None, offered: Mapping[str, int]) -> str:
-    """`wanted` where it is offered, or a test or validation split, or the only one. Raises ValueError otherwise."""
+    """`wanted` if the set offers it, else its test or validation split, else its only one; otherwise ValueError."""
     usual = (wanted, "test", "validation", "val")
     split = next((each for each in usual if each in offered), None)
     if split is None and len(offered) == 1:
@@ -108,7 +112,7 @@ def _split(name: str, wanted: str | None, offered: Mapping[str, int]) -> str:
 
 
 def _open(suite: Suite, part: str, data_dir: str | None) -> Source:
-    """The part's source; with several processes, on all hosts or on none."""
+    """The data set of a part. With several hosts all of them open it, or an error is raised on all."""
     source, error = None, None
     try:
         name, split = _find(suite, part, data_dir)
@@ -158,52 +162,67 @@ def _figures(model: SuiteClassifier, suite: Suite, source: Source) -> dict[str, 
 
 
 def _class_names(model: SuiteClassifier, suite: Suite) -> tuple[str, ...]:
-    """By class; of a model that does not call them by WordNet ids they are taken to be in ImageNet's order."""
-    return imagenet_classes() if suite.imagenet and not _has_wordnet_ids(model) else model.class_names
+    """The model's class names; for ImageNet's suites WordNet ids, in ImageNet's order where they are not known."""
+    return (_imagenet_names(model) or imagenet_classes()) if suite.imagenet else model.class_names
 
 
-def _has_wordnet_ids(model: SuiteClassifier) -> bool:
-    return bool(model.class_names) and all(WORDNET_ID.fullmatch(name) for name in model.class_names)
+def _imagenet_names(model: SuiteClassifier) -> tuple[str, ...]:
+    """WordNet ids of the model's classes where its class names are these, or numbers from 0 to 999; else ()."""
+    names, classes = model.class_names, imagenet_classes()
+    if names and all(WORDNET_ID.fullmatch(name) for name in names):
+        return names
+    if all(name.isdecimal() for name in names) and sorted(map(int, names)) == list(range(len(classes))):
+        return tuple(classes[int(name)] for name in names)  # sorted as words: 0, 1, 10, 100, 101
+    return ()
 
 
 def _subset(suite: Suite, source: Source, indices: np.ndarray, classes: int) -> np.ndarray:
-    """bool `[classes]`: those that the set has images of, found in its labels, which are read for it."""
+    """bool `[classes]`: the classes that the set has images of. Reads all of its labels where that is needed."""
     if source.classes == suite.subset:
         present = indices
     else:
         present = indices[np.unique([source[i]["label"] for i in range(len(source))])]
     if len(present) != suite.subset:
         raise ValueError(
-            f"{source.name!r}, split {source.split!r}, has images of {len(present)} classes, but the benchmark of "
-            f"{suite.subset}: is it whole?"
+            f"{source.name!r}, split {source.split!r}, has images of {len(present)} classes, but the benchmark has "
+            f"{suite.subset}: is the set complete?"
         )
     return np.isin(np.arange(classes), present)
 
 
-def _together(suite: Suite, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Of ImageNet-C's sets: figures by set, without their classes; corruption errors of whole corruptions; means."""
+def _combined(suite: Suite, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The result of a suite of several sets: means of their figures, and the figures by set without those by class.
+
+    Of `corruptions`, also the corruption errors of those with all severities, and the mCE once all sets are done.
+    """
     done = {part: found for part, found in parts.items() if found["status"] == "evaluated"}
-    left = {"per_class", "confusions"}
+    omitted = {"per_class", "confusions"}
     statuses = [found["status"] for found in parts.values()]
     nothing = "failed" if "failed" in statuses else "missing"
     whole: dict[str, Any] = {
         "status": "evaluated" if len(done) == len(suite.sets) else "incomplete" if done else nothing,
-        "sets": {part: {key: v for key, v in found.items() if key not in left} for part, found in parts.items()},
-        "mce": None,
+        "sets": {part: {key: v for key, v in found.items() if key not in omitted} for part, found in parts.items()},
     }
+    if suite.corruptions:
+        whole["mce"] = None
     if not done:
         return whole | {"reason": next(iter(parts.values()))["reason"]}
-    errors: dict[str, list[float]] = {}
-    for part, found in done.items():
-        errors.setdefault(part.split("/")[0], []).append(1 - found["top1"])
-    severities = [part.split("/")[0] for part in suite.sets]
-    complete = {name: each for name, each in errors.items() if len(each) == severities.count(name)}
-    whole["corruption_errors"] = corruption_errors(complete)
     for key in ("top1", "top5", "ece"):
         whole[key] = float(np.mean([found[key] for found in done.values()]))
     for key in ("examples", "substituted"):
         whole[key] = sum(found[key] for found in done.values())
     whole["classes"] = max(found["classes"] for found in done.values())
-    if len(done) == len(suite.sets):
-        whole["mce"] = float(np.mean(list(whole["corruption_errors"].values())))
+    if suite.corruptions:
+        whole["corruption_errors"] = _corruption_errors(suite, done)
+        if len(done) == len(suite.sets):
+            whole["mce"] = float(np.mean(list(whole["corruption_errors"].values())))
     return whole
+
+
+def _corruption_errors(suite: Suite, done: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+    """Of the corruptions whose severities are all done."""
+    errors: dict[str, list[float]] = {}
+    for part, found in done.items():
+        errors.setdefault(part.split("/")[0], []).append(1 - found["top1"])
+    severities = [part.split("/")[0] for part in suite.sets]
+    return corruption_errors({name: each for name, each in errors.items() if len(each) == severities.count(name)})

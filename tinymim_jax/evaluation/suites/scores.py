@@ -1,4 +1,4 @@
-"""Figures of a classifier from what it answered for each image: accuracy, calibration, confusions. Numpy alone."""
+"""Accuracy, calibration and confusions of a classifier from its prediction for each image; numpy only."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ CONFUSIONS = 20
 
 
 class Answers(NamedTuple):
-    """What a classifier said of `n` images.
+    """Predictions for `n` images.
 
-    label: int `[n]`, the right class.
-    best: int `[n, k]`, the k most probable classes, best first; -1 where the logits are not finite: always wrong.
-    confidence: float `[n]`, probability of the first of them.
+    label: int `[n]`, the correct class.
+    best: int `[n, k]`, the k most probable classes, best first; -1 where the logits are not finite, which is wrong.
+    confidence: float `[n]`, the probability of the first of them.
     """
 
-    label: Any  # numpy's; within a jitted step jax's
+    label: Any  # numpy arrays; jax arrays inside a jitted step
     best: Any
     confidence: Any
 
@@ -25,14 +25,14 @@ class Answers(NamedTuple):
 def score(
     answers: Answers, class_names: Sequence[str], *, several: Sequence[Sequence[int]] | None = None
 ) -> dict[str, Any]:
-    """All figures, as plain JSON; fractions of 1.
+    """All figures as plain JSON; accuracies are fractions of 1.
 
-    top1, top5: of all images. mean_class_top1: mean over the classes, whatever their sizes. ece, calibration: see
-    `reliability`. per_class: of each class that has images. confusions: see `confusions`.
+    top1, top5: over all images. mean_class_top1: unweighted mean over the classes. ece: `expected_calibration_error`.
+    calibration: `reliability`. per_class: for each class that has images. confusions: see `confusions`.
 
     Args:
-      class_names: by class; those beyond its end are called by their numbers.
-      several: for each image the classes that are all right (ImageNet ReaL); images for which none is are left out.
+      class_names: by class; further classes are called by their numbers.
+      several: for each image the classes that count as correct (ImageNet ReaL); images without any are left out.
     """
     if several is not None:
         kept = np.array([len(classes) > 0 for classes in several], bool)
@@ -63,9 +63,9 @@ def score(
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
-    """Bins of equal width over the confidence, each without its lower end: how many, how sure, how often right.
+    """Images grouped by confidence into `bins` intervals of equal width that exclude their lower end, given as "above".
 
-    Empty bins have neither confidence nor top1 (None).
+    Of each: the number of images, their mean confidence and their top-1, both None where there are no images.
     """
     places = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(int) - 1, 0, bins - 1)
     counts = np.bincount(places, minlength=bins)
@@ -90,7 +90,7 @@ def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
 def confusions(
     label: np.ndarray, first: np.ndarray, right: np.ndarray, class_names: Sequence[str], most: int = CONFUSIONS
 ) -> list[dict[str, Any]]:
-    """The pairs (true class, wrong answer) that occur most often, with their share of the true class's images."""
+    """The `most` frequent pairs of a true class and a wrong prediction, with their share of the true class's images."""
     wrong = ~right & (first >= 0)
     pairs, counts = np.unique(np.stack([label[wrong], first[wrong]]), axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:most]
