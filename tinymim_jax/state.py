@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from tinymim_jax import optim
 from tinymim_jax.metrics import Averages, Metric, averages, merge, reduce_batch
+from tinymim_jax.ops.placement import splitting_batches
 from tinymim_jax.sharding import replicated, state_sharding
 from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
 
@@ -117,7 +118,8 @@ def make_train_step(
             values = task.losses(optim.join(trained, fixed), frozen, batch, key, True)
             return jnp.mean(values["loss"]), values
 
-        (_, values), grads = jax.value_and_grad(mean_loss, has_aux=True)(trained)
+        with splitting_batches(mesh):
+            (_, values), grads = jax.value_and_grad(mean_loss, has_aux=True)(trained)
         return values, optim.join(fixed, values.pop(RUNNING, {})), grads
 
     def step(state: TrainState, recorded: Averages, frozen: Params, batch: Batch, root: jax.Array):
@@ -161,7 +163,9 @@ def make_eval_step(
 
     def step(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         valid = batch["valid"]
-        return reduce_batch(metric, metric.values(params, frozen, batch, key), valid), valid
+        with splitting_batches(mesh):
+            values = metric.values(params, frozen, batch, key)
+        return reduce_batch(metric, values, valid), valid
 
     # Replicated: every process reads the whole result and adds it up for itself.
     return jax.jit(step, out_shardings=replicated(mesh))

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinymim_jax.data.pipeline import Batches, allowed_substitutions
+from tinymim_jax.ops.placement import splitting_batches
 from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.sharding import place_batch, replicated
 
@@ -28,7 +29,8 @@ def row_step(function: Callable[[Any, dict[str, jax.Array]], Any], mesh: Mesh) -
     """
 
     def step(arguments: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
-        return function(arguments, batch), batch["valid"]
+        with splitting_batches(mesh):
+            return function(arguments, batch), batch["valid"]
 
     return jax.jit(step, out_shardings=replicated(mesh))
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from tinymim_jax.ops.attention import attention
 from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.layer_norm import EPS, layer_norm
+from tinymim_jax.ops.placement import split_batch
 from tinymim_jax.ops.platform import on_cpu
 
 Tokens = Float[Array, "batch tokens dim"]
@@ -126,10 +127,11 @@ class Block(nn.Module):
 
     def __call__(self, x: Tokens, path_scales: PathScales | None = None) -> Tap:
         """`path_scales` multiply the two residual branches image by image (drop path); None leaves them whole."""
+        x = split_batch(x)
         q, k, v, attended = self.attn(self.norm1(x))
-        middle = x + _scaled(attended, path_scales, 0)
+        middle = split_batch(x + _scaled(attended, path_scales, 0))
         ffn = self.mlp(self.norm2(middle))
-        output = middle + _scaled(ffn, path_scales, 1)
+        output = split_batch(middle + _scaled(ffn, path_scales, 1))
         return Tap(q=q, k=k, v=v, attention=attended, middle=middle, ffn=ffn, output=output)
 
 
