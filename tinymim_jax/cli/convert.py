@@ -1,12 +1,15 @@
 """`tinymim convert`: reads a PyTorch checkpoint, without PyTorch."""
 
 import argparse
+from typing import Any
 
-HELP = "read a PyTorch checkpoint (.pth or .safetensors), without PyTorch"
+HELP = "read a PyTorch checkpoint (.pth or .safetensors), a hub folder or an exported ONNX file, without PyTorch"
 
 # The keys of convert.FAMILIES and convert.INTERPOLATIONS: importing that package would make --help slow.
 FAMILIES = ("mae", "tinymim", "vit", "tinymim_star")
 INTERPOLATIONS = ("bicubic", "bilinear")
+# What `tinymim export` wrote, and in the case of the hub what timm saved: these say themselves what they are.
+EXPORTS = ("hub", "onnx")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -15,11 +18,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--from",
         dest="family",
         required=True,
-        choices=FAMILIES,
+        choices=(*FAMILIES, *EXPORTS),
         help="which model's tensor names the file has: those of MAE's or TinyMIM's release, of the fine-tuned "
-        "TinyMIM*-T, or of timm's and DeiT's classifiers (vit)",
+        "TinyMIM*-T, or of timm's and DeiT's classifiers (vit). hub: a folder that `tinymim export` or timm's "
+        "save_for_hf wrote; onnx: a float32 file of `tinymim export`",
     )
-    command.add_argument("--input", required=True, metavar="FILE")
+    command.add_argument("--input", required=True, metavar="FILE", help="for the hub a folder")
     command.add_argument("--output", required=True, metavar="DIR")
     command.add_argument(
         "--use",
@@ -57,23 +61,25 @@ def run(options: argparse.Namespace) -> int:
     from tinymim_jax.convert import Given, convert_file, described, read_class_names
 
     check_free(options.output)
-    model, params = convert_file(
-        options.family,
-        options.input,
-        heads=options.heads,
-        decoder_heads=options.decoder_heads,
-        image_size=tuple(options.image_size) if options.image_size else None,
-        use=options.use,
-        prefix=options.prefix,
-        given=Given(
-            mean=options.mean,
-            std=options.std,
-            resize=options.resize,
-            interpolation=options.interpolation,
-            class_names=read_class_names(options.classes) if options.classes else None,
-        ),
-        config=options.config,
+    arguments: dict[str, Any] = {
+        "heads": options.heads,
+        "decoder_heads": options.decoder_heads,
+        "image_size": tuple(options.image_size) if options.image_size else None,
+        "use": options.use,
+        "prefix": options.prefix,
+        "config": options.config,
+    }
+    given = Given(
+        mean=options.mean,
+        std=options.std,
+        resize=options.resize,
+        interpolation=options.interpolation,
+        class_names=read_class_names(options.classes) if options.classes else None,
     )
+    if options.family in EXPORTS:
+        model, params = _read_export(options, arguments, given)
+    else:
+        model, params = convert_file(options.family, options.input, given=given, **arguments)
     save_params(options.output, params, model)
     encoder, source = model["encoder"], model["source"]
     parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
@@ -90,3 +96,16 @@ def run(options: argparse.Namespace) -> int:
         print(f"  note: {text}")
     print("\n".join(described(model["preprocessing"], classifier="classifier" in model)))
     return 0
+
+
+def _read_export(options: argparse.Namespace, arguments: dict[str, Any], given: Any) -> tuple[dict, dict]:
+    """Reads what says its own architecture."""
+    if strange := [name for name, value in arguments.items() if value is not None]:
+        raise ValueError(f"--{strange[0]} has no meaning for --from {options.family}, which says it itself")
+    if options.family == "hub":
+        from tinymim_jax.convert.formats.hub import read_folder
+
+        return read_folder(options.input, given=given)
+    from tinymim_jax.convert.formats.onnx import read_file
+
+    return read_file(options.input, given=given)

@@ -3,28 +3,89 @@
 import argparse
 import sys
 
-HELP = "write a checkpoint with PyTorch's names, as .safetensors"
+from tinymim_jax.cli.convert import FAMILIES
 
-# The keys of convert.FORMATS: importing that package would make --help slow.
-FORMATS = ("mae", "tinymim", "vit", "tinymim_star")
+HELP = "write a checkpoint for another runtime (onnx, litert, stablehlo), the hub, or PyTorch"
+
+# evaluation.exporting.PROGRAMS, which takes seconds to import.
+PROGRAMS = ("onnx", "litert", "stablehlo", "hub")
+
+_EPILOG = """\
+onnx       one graph for any batch size, opset 17 or 23; needs 'tinymim-jax[onnx]'
+litert     TensorFlow Lite for one batch size, without TensorFlow; needs 'tinymim-jax[litert]'
+stablehlo  what jax.export.deserialize loads, on CPU, GPU and TPU; needs 'tinymim-jax[stablehlo]'
+hub        a folder that timm, transformers and `tinymim convert --from hub` load, with a model card
+others     .safetensors with the tensor names of PyTorch code: those of MAE's or TinyMIM's release, of TinyMIM*-T, or of
+           timm (vit). Its metadata have head counts, preprocessing and class names, which `tinymim convert` reads back
+
+The exported program is run in its own runtime, where that is installed, against jax; the largest difference is printed,
+and a float32 file that differs by more than 2e-6 of the largest output is not kept.
+
+  tinymim export runs/b_finetuned --to onnx --output tinymim_b.onnx
+  tinymim export runs/b_finetuned --to onnx --int8 --data imagenet2012@validation --output tinymim_b_int8.onnx
+  tinymim export runs/b --to stablehlo --features mean --output features.stablehlo
+  tinymim export runs/b_finetuned --to hub --suites results.json --output tinymim-b
+"""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of the `export` command."""
+    command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, _EPILOG
     command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
-    command.add_argument(
-        "--to",
-        dest="format",
-        required=True,
-        choices=FORMATS,
-        help="which model's tensor names to use: those of MAE's or TinyMIM's release, of TinyMIM*-T, or of timm (vit). "
-        "The file's metadata have head counts, preprocessing and class names, which `tinymim convert` reads back",
+    command.add_argument("--to", dest="format", required=True, choices=(*PROGRAMS, *FAMILIES), help="format, see below")
+    command.add_argument("--output", required=True, metavar="PATH", help="file to write; for the hub a new folder")
+    programs = command.add_argument_group("onnx, litert, stablehlo, hub")
+    programs.add_argument(
+        "--features",
+        choices=("mean", "cls", "tokens"),
+        help="export the encoder: the mean of its patch tokens, its CLS token, or all tokens (default: class logits)",
     )
-    command.add_argument("--output", required=True, metavar="FILE.safetensors")
+    programs.add_argument(
+        "--int8", action="store_true", help="onnx, litert: int8 weights, one scale per channel; inputs rounded in use"
+    )
+    programs.add_argument("--opset", type=int, choices=(17, 23), help="onnx: 17 (default), or 23 with Attention")
+    programs.add_argument("--batch", type=int, metavar="N", help="litert: images of one call (default 1)")
+    programs.add_argument("--licence", help="hub: of the weights, as the hub writes it: apache-2.0, cc-by-nc-4.0")
+    programs.add_argument("--suites", nargs="+", metavar="FILE", help="hub: results of `tinymim evaluate --suite`")
+    compared = command.add_argument_group("what the exported program is compared with jax on")
+    compared.add_argument("--data", metavar="NAME@SPLIT", help="a data set (default: the run's evaluation split)")
+    compared.add_argument("--images", nargs="+", metavar="FILE", help="image files")
+    compared.add_argument("--data_dir", help="where data sets are (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes --output; warnings go to standard error."""
+    """Writes --output and prints what it is and how far it is from jax."""
+    if options.format in PROGRAMS:
+        from tinymim_jax.evaluation.exporting import export
+
+        lines = export(
+            options.checkpoint,
+            options.format,
+            options.output,
+            features=options.features,
+            int8=options.int8,
+            data=options.data,
+            images=options.images or (),
+            data_dir=options.data_dir,
+            licence=options.licence,
+            suites=options.suites or (),
+            opset=options.opset,
+            batch=options.batch,
+        )
+        for line in lines:
+            print(line, flush=True)
+        return 0
+    given = [name for name in _ONLY_PROGRAMS if getattr(options, name)]
+    if given:
+        raise ValueError(f"--{given[0]} is for --to {', '.join(PROGRAMS)}, not for {options.format}")
+    return _write_weights(options)
+
+
+_ONLY_PROGRAMS = ("features", "int8", "opset", "batch", "licence", "suites", "data", "images", "data_dir")
+
+
+def _write_weights(options: argparse.Namespace) -> int:
+    """Writes a safetensors file; warnings go to standard error."""
     from tinymim_jax.checkpoints.params import load_params
     from tinymim_jax.convert import FORMATS
 

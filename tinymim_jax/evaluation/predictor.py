@@ -124,6 +124,10 @@ class Model:
 
         return self._run(pool, images, pooled)
 
+    def views(self, images: Sequence[AnyImage]) -> np.ndarray:
+        """The images resized and cropped as the network sees them: uint8 [images, height, width, 3]."""
+        return np.stack([self._view(self._picture(image)) for image in images])
+
     def _run(self, name: str, images: Any, function: Any) -> np.ndarray:
         several = isinstance(images, Sequence) and not isinstance(images, str)
         several = several or (isinstance(images, np.ndarray) and images.ndim == 4)

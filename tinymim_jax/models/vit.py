@@ -188,7 +188,7 @@ class ViT(nn.Module):
         tokens = self.patch_embed(patches.astype(self.dtype)) + patch_positions
         leading = jnp.concatenate([self.cls_token, self.dist], axis=1) if self.dist_token else self.cls_token
         leading = leading.astype(self.dtype) + positions[:, : self.prefix]
-        return jnp.concatenate([jnp.broadcast_to(leading, (len(tokens), *leading.shape[1:])), tokens], axis=1)
+        return jnp.concatenate([jnp.broadcast_to(leading, (tokens.shape[0], *leading.shape[1:])), tokens], axis=1)
 
     def _path_scales(self, images: Images, drop_key: jax.Array | None) -> Array | None:
         if drop_key is None or self.drop_path == 0:

@@ -15,12 +15,17 @@ def on_cpu() -> bool:
     batch axes run at half speed: a ViT-Tiny's gradient at 224 px took 3.1 s of CPU time in plain form and 1.2 s in
     these (batch 8, float32, jax 0.10.2). Compilers for accelerators need none of it and know the plain forms best.
     """
-    return (_compiled_for or jax.default_backend()) == "cpu"
+    return target() == "cpu"
+
+
+def target() -> str:
+    """The platform that is traced for: that of `compiling_for`, or else jax's default backend."""
+    return _compiled_for or jax.default_backend()
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """What is traced inside the block is meant for `platform` ('tpu', 'gpu', 'cpu'), wherever the tracing is done."""
+    """What is traced in the block is meant for `platform` ('tpu', 'gpu', 'cpu', 'litert'), wherever that is done."""
     global _compiled_for
     before, _compiled_for = _compiled_for, platform
     try:

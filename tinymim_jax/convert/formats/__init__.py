@@ -1,4 +1,8 @@
-"""What `tinymim export --to` writes: one file each. A new format is a file with a writer and a row here and in cli."""
+"""What `tinymim export --to` writes: one file each. A new format is a file with a writer and a row here and in cli.
+
+FORMATS are weights files. Programs for other runtimes (onnx, litert, stablehlo, hub) have a module of their name with
+`write(path, network, **options)`; evaluation.exporting.PROGRAMS lists them. They import jax and are loaded on demand.
+"""
 
 import functools
 import pathlib

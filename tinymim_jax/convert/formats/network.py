@@ -1,0 +1,133 @@
+"""What is exported: a trained network, the function it computes, and how images are prepared for it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinymim_jax.convert.errors import ConvertError
+from tinymim_jax.models.heads import Classifier, pool_tokens
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.posembed import sincos_table
+
+# What an exported program returns: class scores, features of an image, or all tokens of the encoder.
+OUTPUTS = ("logits", "mean", "cls", "tokens")
+# Parts of a record that have parameters and are used in training only.
+_TRAINING_ONLY = ("decoder", "adapter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A trained network and which of its outputs is exported.
+
+    record: the architecture, as in model.json.
+    params: nested dicts of float32 numpy arrays: `encoder`, and the parts of a classifier where there is one.
+    preprocessing: how an image becomes the network's input, and `class_names`; see experiment.preprocessing.
+    output: 'logits'; 'mean' or 'cls' features, as `tinymim_jax.load(...).embed(pool=...)` gives them; or 'tokens',
+      [batch, prefix + patches, embed_dim] with the final norm where the encoder has one.
+    """
+
+    record: Mapping[str, Any]
+    params: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    output: str = "logits"
+
+    def __post_init__(self):
+        if self.output not in OUTPUTS:
+            raise ConvertError(f"output={self.output!r} is unknown. Choices: {', '.join(map(repr, OUTPUTS))}")
+        if self.output == "logits" and not ("head" in self.params and self.record.get("classifier")):
+            raise ConvertError(
+                "the checkpoint has no classifier, so there are no logits to export: choose --features mean, cls or "
+                "tokens to export the encoder, or fine-tune it first. Segmentation heads cannot be exported yet"
+            )
+
+    @property
+    def encoder(self) -> ViT:
+        return ViT.from_record(dict(self.record["encoder"]))
+
+    @property
+    def classifier(self) -> Classifier:
+        return Classifier(self.encoder, **self.record["classifier"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width = self.record["encoder"]["image_size"]
+        return height, width
+
+    @property
+    def class_names(self) -> list[str]:
+        """What the outputs are called; empty where they have no names, or are features."""
+        return list(self.preprocessing.get("class_names", [])) if self.output == "logits" else []
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The position table, learned or fixed: float32 [1, tokens, embed_dim]."""
+        encoder = self.encoder
+        if encoder.pos_embed == "learned":
+            return np.asarray(self.params["encoder"]["pos_embed"])
+        return sincos_table(encoder.embed_dim, encoder.grid, encoder.prefix)
+
+    def used_params(self) -> dict[str, Any]:
+        """The parameters that the output depends on."""
+        kept = {"encoder": self.params["encoder"]}
+        if self.output == "logits":
+            kept = {name: tree for name, tree in self.params.items() if name not in _TRAINING_ONLY}
+        return kept
+
+    def function(self) -> Callable[[jax.Array], jax.Array]:
+        """Normalised pixels float32 [batch, height, width, 3] to the output; the parameters are constants in it."""
+        params = self.used_params()
+        if self.output == "logits":
+            classifier: Any = self.classifier
+            return lambda pixels: classifier.apply({"params": params}, pixels)
+        encoder: Any = self.encoder
+
+        def features(pixels: jax.Array) -> jax.Array:
+            tokens = encoder.apply({"params": params["encoder"]}, pixels)
+            tokens = tokens.astype(jnp.float32)
+            return tokens if self.output == "tokens" else pool_tokens(tokens, self.output, encoder.prefix)
+
+        return features
+
+    def description(self) -> dict[str, str]:
+        """What travels with an exported file, by key; every value is a text, JSON where it is structured."""
+        prepared = {key: value for key, value in self.preprocessing.items() if key != "class_names"}
+        record = {key: self.record[key] for key in ("encoder", "classifier", "source") if key in self.record}
+        return {
+            "producer": "tinymim-jax",
+            "output": self.output,
+            "preprocessing": json.dumps(prepared),
+            "class_names": json.dumps(self.class_names),
+            "model": json.dumps(record),
+        }
+
+
+def check_params(record: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Raises ConvertError where `params` are not those of the network that `record` describes."""
+    encoder: Any = ViT.from_record(dict(record["encoder"]))
+    pixels = jax.ShapeDtypeStruct((1, *encoder.image_size, 3), jnp.float32)
+    network: Any = Classifier(encoder, **record["classifier"]) if "classifier" in record else encoder
+    expected = jax.eval_shape(network.init, jax.random.key(0), pixels)["params"]
+    expected = expected if "classifier" in record else {"encoder": expected}
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (expected, params)
+    ]
+    if shapes[0] != shapes[1]:
+        differing = sorted(
+            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+        )
+        raise ConvertError(f"its tensors are not those of the architecture in its metadata: {', '.join(differing[:8])}")
+
+
+def size_of(params: Mapping[str, Any]) -> int:
+    """Bytes of all arrays in nested dicts."""
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(dict(params)))

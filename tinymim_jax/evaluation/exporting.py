@@ -1,0 +1,224 @@
+"""Exports a checkpoint to another runtime's format and runs the file there against jax before it is kept."""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinymim_jax.convert.formats.hub import read_folder
+from tinymim_jax.convert.formats.network import Network, size_of
+from tinymim_jax.convert.formats.runners import RUNNERS, Runner
+from tinymim_jax.errors import unknown
+from tinymim_jax.evaluation.model_card import licence_of, model_card
+from tinymim_jax.evaluation.pictures import find_pictures
+from tinymim_jax.evaluation.predictor import Model, load
+from tinymim_jax.ops.color import normalize
+
+# One module each in convert/formats, with `write(path, network, **options)`; what runs the file is in its runners.py.
+PROGRAMS = ("onnx", "litert", "stablehlo", "hub")
+# Largest difference from jax in float32, of the largest output (or of 1, where all are smaller).
+LIMIT = 2e-6
+# With so few images, a difference that depends on the batch size shows; int8 needs more to count agreement.
+_BATCHES = (1, 3, 8)
+_IMAGES, _INT8_IMAGES = 8, 256
+_WITHOUT_METADATA = ("litert", "stablehlo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """An exported file against jax.
+
+    runtime: what ran it.
+    images: how many.
+    difference: largest |exported - jax|, divided by the largest |jax| where that is above 1.
+    equal: images of the same most probable class; None where the output is features.
+    cosine: smallest cosine between the two outputs of an image.
+    """
+
+    runtime: str
+    images: int
+    difference: float
+    equal: int | None
+    cosine: float
+
+
+def network_of(model: Model, output: str = "logits") -> Network:
+    """What is exported of a loaded model: float32 arrays on the host."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), jax.device_get(model.params))
+    return Network(model.record, params, model.preprocessing, output)
+
+
+def write_program(path: pathlib.Path, network: Network, to: str, **options: Any) -> None:
+    """Writes `network` in the format `to`; an option that this format does not have is an error."""
+    if to not in PROGRAMS:
+        raise unknown("format", to, PROGRAMS)
+    write = importlib.import_module(f"tinymim_jax.convert.formats.{to}").write
+    known = inspect.signature(write).parameters
+    for name, value in options.items():
+        if name not in known and value:
+            having = [each for each in PROGRAMS if name in _options(each)]
+            raise ValueError(f"--{name} has no meaning for --to {to}; it is an option of {', '.join(having)}")
+    write(path, network, **{name: value for name, value in options.items() if name in known})
+
+
+def export(
+    checkpoint: str,
+    to: str,
+    output: str | os.PathLike,
+    *,
+    features: str | None = None,
+    int8: bool = False,
+    data: str | None = None,
+    images: Sequence[str] = (),
+    data_dir: str | None = None,
+    licence: str | None = None,
+    suites: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """Writes `output` and yields what there is to say about it, line by line.
+
+    Args:
+      to: one of PROGRAMS.
+      features: 'mean', 'cls' or 'tokens' exports the encoder's features; None: the classifier's logits.
+      int8: weights and products in int8.
+      data, images, data_dir: what to compare on; see `find_pictures`.
+      licence: of the weights, for the hub; by default that of what they were made from, as far as it is known.
+      suites: files of `tinymim evaluate --suite --output`, for the hub's model card.
+      options: of the format: opset, batch.
+
+    Raises:
+      ValueError: the file differs from jax by more than LIMIT, and was not kept; or an option is not the format's.
+    """
+    output = pathlib.Path(output).expanduser()
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: {output.absolute().parent} is not a folder; create it first")
+    if to == "hub" and output.exists():
+        raise FileExistsError(f"--output {output} exists already; delete it, or choose another folder")
+    if to != "hub" and output.is_dir():
+        raise IsADirectoryError(f"--output {output} is a folder; name a file in it")
+    model = load(checkpoint)
+    network = network_of(model, features or "logits")
+    given = {name: value for name, value in options.items() if value is not None}
+    if to == "hub":
+        given["licence"] = licence_of(checkpoint, licence)
+        given["card"] = model_card(checkpoint, network, licence=given["licence"], suites=suites, name=output.name)
+    elif licence or suites:
+        raise ValueError(f"--{'licence' if licence else 'suites'} is for the model card of --to hub")
+    scratch = output.with_name(f".writing-{os.getpid()}-{output.name}")
+    try:
+        write_program(scratch, network, to, int8=int8, **given)
+        yield _description(scratch, output, network, to, int8)
+        count = _INT8_IMAGES if int8 else _IMAGES
+        views, named = find_pictures(model, checkpoint, count=count, data=data, images=images, data_dir=data_dir)
+        yield "  " + _check(scratch, network, to, int8, views, named)
+        scratch.replace(output)
+    finally:
+        _remove(scratch)
+    if to in _WITHOUT_METADATA:
+        beside = output.with_name(output.name + ".json")
+        beside.write_text(json.dumps(_readable(network), indent=2) + "\n")
+        yield f"  {beside.name} beside it: preprocessing, class names and architecture"
+    yield from _hints(output, to)
+
+
+def compare(runner: Runner, network: Network, views: np.ndarray) -> Comparison:
+    """Runs `views` (uint8, as Model.views gives them) through `runner` and through jax on the CPU.
+
+    The first images are run in batches of 1, 3 and 8, all in batches of 8.
+    """
+    mean, std = tuple(network.preprocessing["mean"]), tuple(network.preprocessing["std"])
+    with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.default_matmul_precision("highest"):
+        step = jax.jit(network.function())
+        pixels = np.asarray(normalize(jnp.asarray(views), mean, std))
+        parts = [slice(start, start + _BATCHES[-1]) for start in range(0, len(pixels), _BATCHES[-1])]
+        wanted = np.concatenate([np.asarray(step(pixels[part])) for part in parts])
+        found = np.concatenate([runner(pixels[part]) for part in parts])
+    difference = np.abs(found - wanted).max()
+    for size in _BATCHES[:-1] if runner.batch is None else ():
+        difference = max(difference, np.abs(runner(pixels[:size]) - wanted[:size]).max())
+    if not np.isfinite(found).all():
+        difference = np.inf
+    equal = int((found.argmax(-1) == wanted.argmax(-1)).sum()) if network.output == "logits" else None
+    rows = [x.reshape(len(x), -1).astype(np.float64) for x in (found, wanted)]
+    lengths = np.linalg.norm(rows[0], axis=1) * np.linalg.norm(rows[1], axis=1)
+    cosine = (rows[0] * rows[1]).sum(1) / np.maximum(lengths, 1e-30)
+    scale = max(1.0, float(np.abs(wanted).max()))
+    return Comparison(runner.runtime, len(views), float(difference) / scale, equal, float(cosine.min()))
+
+
+def _check(path: pathlib.Path, network: Network, to: str, int8: bool, views: np.ndarray, named: str) -> str:
+    """What the comparison gave, in words; ValueError where a float32 file differs too much."""
+    try:
+        runner = RUNNERS[to](path, None)
+    except ImportError as error:
+        if to != "hub":
+            return f"not run, and so not compared with jax: {error}"
+        runner = _read_back(path, network.output)
+    found = compare(runner, network, views)
+    answers = "" if found.equal is None else f", {found.equal} of {found.images} answers equal"
+    text = f"{found.runtime} against jax on {named}: largest difference {found.difference:.1e}{answers}"
+    if int8:
+        return f"{text}, smallest cosine {found.cosine:.4f}"
+    if not found.difference <= LIMIT:
+        raise ValueError(
+            f"{text}. That is more than {LIMIT:.0e} of the largest output, so the file was not kept; please report "
+            "it with the versions of jax and of the runtime"
+        )
+    return text
+
+
+def _read_back(path: pathlib.Path, output: str) -> Runner:
+    """The hub folder as this package reads it, where PyTorch is not installed."""
+    record, params = read_folder(path)
+    step = jax.jit(Network(record, params, record["preprocessing"], output).function())
+    name = "tinymim's own reader (timm is not installed)"
+    return Runner(name, np.asarray, lambda pixels: np.asarray(step(pixels)))
+
+
+def _description(path: pathlib.Path, output: pathlib.Path, network: Network, to: str, int8: bool) -> str:
+    height, width = network.image_size
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+    classes = network.record.get("classifier", {}).get("classes")
+    what = f"logits of {classes} classes" if network.output == "logits" else f"features ({network.output})"
+    stored = "weights as int8" if int8 else f"{size_of(network.used_params()) / 1e6:.2f} MB of them weights"
+    mean, std = (" ".join(f"{x:.4g}" for x in network.preprocessing[name]) for name in ("mean", "std"))
+    return (
+        f"{output}: {to}, {size / 1e6:.2f} MB, {stored}; {what}\n"
+        f"  input: images of {height}x{width}, float32, scaled to 0..1, then (x - mean) / std; mean {mean}, std {std}"
+    )
+
+
+def _hints(output: pathlib.Path, to: str) -> Iterator[str]:
+    if to == "stablehlo":
+        from tinymim_jax.convert.formats.stablehlo import loads_in
+
+        yield f"  jax.export.deserialize(bytearray(FILE.read())).call(pixels) runs it, in {loads_in()}"
+    if to == "hub":
+        yield f"  read README.md in it, then upload it: hf upload NAME/MODEL {output}"
+
+
+def _readable(network: Network) -> dict[str, Any]:
+    """The description of the network with its JSON texts as values."""
+    texts = network.description()
+    return {key: json.loads(text) if text[:1] in "[{" else text for key, text in texts.items()}
+
+
+def _options(to: str) -> set[str]:
+    module = importlib.import_module(f"tinymim_jax.convert.formats.{to}")
+    return set(inspect.signature(module.write).parameters)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
