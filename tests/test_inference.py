@@ -11,10 +11,11 @@ from PIL import Image
 from runs import small_config
 
 import tinymim_jax
-from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.cli import main as cli
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
+from tinymim_jax.evaluation.predictor import Model
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.train import train
@@ -107,7 +108,6 @@ def test_numbers_of_images_share_programs(run, files):
 
 
 def test_a_converted_file_is_seen_as_published(golden, tmp_path):
-    from tinymim_jax.checkpoints.params import save_params
     from tinymim_jax.convert import convert_file
 
     model, params = convert_file("vit", golden.path("vit_gap.pth"), heads=str(golden.meta["vit"]["heads"]))
@@ -128,6 +128,66 @@ def test_mistakes_are_told(run, files, tmp_path, data_dir):
     train(small_config("mae_teacher", "train.duration=2 steps"), tmp_path / "mae", data_dir=data_dir)
     with pytest.raises(ValueError, match="has no classifier: fine-tune it first"):
         tinymim_jax.load(tmp_path / "mae").classify(files[0])
+
+
+def test_odd_images_are_errors_that_say_what_to_do(run, files, tmp_path):
+    model = tinymim_jax.load(run)
+    (tmp_path / "empty.png").write_bytes(b"")
+    whole = files[0].read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    for image, message in [
+        (tmp_path / "gone.png", "gone.png does not exist"),
+        (tmp_path, "is a folder: name image files, such as"),
+        (tmp_path / "empty.png", "empty.png cannot be decoded"),
+        (tmp_path / "cut.png", "cut.png cannot be decoded"),
+        (np.zeros((0, 8, 3), np.uint8), "has no pixels"),
+        (np.zeros((8, 8), np.uint8), r"got uint8 \[8, 8\].*for grey np.repeat"),
+        (np.zeros((8, 8, 4), np.uint8), r"got uint8 \[8, 8, 4\]"),
+        (Image.fromarray(np.full((8, 8), 900, np.uint16)), "mode 'I;16' has more than 8 bits"),
+        (Image.fromarray(np.full((8, 8), 0.5, np.float32)), "mode 'F' has more than 8 bits"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            model.classify(image)
+        with pytest.raises((ValueError, OSError), match=message):
+            model.embed([files[0], image])
+    with pytest.raises(ValueError, match="top=0: ask for at least one"):
+        model.classify(files[0], top=0)
+
+
+def test_orientation_of_a_pillow_image_is_that_of_its_file(run, tmp_path):
+    record, params = load_params(run)
+    picture = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    for upright in (False, True):
+        seen = record | {"preprocessing": record["preprocessing"] | {"upright": upright}}
+        model = Model("x", seen, params)
+        want = np.rot90(picture, -1) if upright else picture
+        for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+            np.testing.assert_allclose(model.logits(image), model.logits(np.ascontiguousarray(want)), atol=1e-6)
+
+
+def test_predict_goes_on_after_a_broken_file_and_names_classes(run, files, tmp_path, capsys):
+    record, params = load_params(run)
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    named = record | {"preprocessing": record["preprocessing"] | {"class_names": words}}
+    save_params(tmp_path / "named", params, named)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    given = [str(files[0]), str(broken), str(files[1])]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["predict", str(tmp_path / "named"), *given, "--json", "--top", "3", "--compile_cache", ""])
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert "tinymim predict: " in printed.err
+    assert "broken.png cannot be decoded" in printed.err
+    rows = [json.loads(line) for line in printed.out.splitlines() if line.startswith("{")]
+    assert [row["image"] for row in rows] == [given[0], given[2]]
+    want = np.asarray(tinymim_jax.load(run).logits(files[:2])).argmax(axis=1)
+    for row, index in zip(rows, want):
+        assert row["predictions"][0]["index"] == index
+        assert all(each["name"] == words[each["index"]] for each in row["predictions"])
 
 
 def test_predict(run, files, capsys):

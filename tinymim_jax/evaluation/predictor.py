@@ -1,4 +1,4 @@
-"""A checkpoint that can be used: pictures in; classes, logits or features out."""
+"""A checkpoint for inference: images in; classes, logits or features out."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tinymim_jax.checkpoints.params import load_params
 from tinymim_jax.data.views.decoding import Picture, Undecodable
@@ -22,7 +22,7 @@ from tinymim_jax.tasks.pretrained import Loaded, fit_positions
 # A path, a Pillow image, or pixels uint8 [height, width, 3], RGB, of any size.
 AnyImage = str | os.PathLike | Image.Image | np.ndarray
 
-# What converted PyTorch files do not tell: the published evaluation on ImageNet.
+# Preprocessing of the published evaluation on ImageNet, for what a converted checkpoint does not record.
 _PUBLISHED = {
     "interpolation": "bicubic",
     "upright": False,
@@ -30,11 +30,11 @@ _PUBLISHED = {
     "std": [0.229, 0.224, 0.225],
     "class_names": [],
 }
-_LARGEST_BATCH = 64
+BATCH = 64  # images that are decoded and computed at a time
 
 
 class Prediction(NamedTuple):
-    """A class and its probability. A checkpoint that names no classes calls them by their numbers."""
+    """A class and its probability; `name` is the number of the class where the checkpoint has no class names."""
 
     name: str
     index: int
@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
 def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> "Model":
     """The model in `path`: the workdir of a run, or what `tinymim convert` wrote.
 
-    Raises CheckpointError where there is none, or it is damaged.
+    Raises CheckpointError where there is no checkpoint, or it is damaged.
     """
     record, params = load_params(path)
     return Model(str(path), record, params, dtype)
@@ -53,14 +53,14 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> "Model":
 class Model:
     """A trained encoder, with a classifier where the checkpoint has one.
 
-    preprocessing: what is done to an image first, as the checkpoint has it: `image_size` (height, width), `resize`
-        (short side before the centre crop), `interpolation`, `upright`, `mean`, `std`, and `class_names`.
+    preprocessing: how images are prepared, from the checkpoint's record: `image_size` (height, width), `resize` (short
+        side before the center crop), `interpolation`, `upright`, `mean`, `std`; and `class_names`.
     """
 
     def __init__(self, path: str, record: dict[str, Any], params: dict[str, Any], dtype: Any = jnp.float32):
         self._path, self._record = path, record
         encoder = ViT.from_record(record["encoder"], dtype=dtype)
-        # 224 -> 256, as published, and in proportion at other sizes.
+        # As published, 256 for images of 224; in proportion for other sizes.
         sizes = {"image_size": list(encoder.image_size), "resize": round(max(encoder.image_size) * 256 / 224)}
         self.preprocessing: dict[str, Any] = sizes | _PUBLISHED | record.get("preprocessing", {})
         self._encoder = encoder
@@ -76,11 +76,13 @@ class Model:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the classes are called; empty where there is no classifier, or no names came with it."""
+        """Names of the classes; empty where there is no classifier, or the checkpoint does not name its classes."""
         return tuple(self.preprocessing["class_names"]) if self._classifier else ()
 
     def classify(self, images: AnyImage | Sequence[AnyImage], *, top: int = 5) -> Any:
         """The `top` most probable classes, best first, as Predictions; for several images a list of such lists."""
+        if top < 1:
+            raise ValueError(f"top={top}: ask for at least one class")
         logits = self.logits(images)
         probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
         rows = [self._predictions(row, top) for row in np.atleast_2d(probabilities)]
@@ -92,7 +94,7 @@ class Model:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The record of the architecture: plain JSON."""
+        """The architecture and preprocessing as plain JSON (model.json)."""
         return self._record
 
     @property
@@ -114,7 +116,7 @@ class Model:
         return lambda params, pixels: network.apply({"params": params}, pixels)
 
     def embed(self, images: AnyImage | Sequence[AnyImage], *, pool: str = "mean") -> np.ndarray:
-        """Features float32 `[dim]`, of several images `[images, dim]`: mean of the patch tokens, or the 'cls' token."""
+        """Features float32 `[dim]`: the mean of the patch tokens, or the 'cls' token. Of several images a row each."""
         if pool not in POOLS:
             raise unknown("pool", pool, POOLS)
 
@@ -132,16 +134,15 @@ class Model:
         several = isinstance(images, Sequence) and not isinstance(images, str)
         several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
         given: Any = images if several else [images]
-        views = [self._view(self._picture(image)) for image in given]
-        step, found = self._compiled(name, function), []
-        for start in range(0, len(views), _LARGEST_BATCH):
-            some = views[start : start + _LARGEST_BATCH]
-            # Powers of two: seven programs at most, whatever numbers of images come.
-            padding = (1 << (len(some) - 1).bit_length()) - len(some)
-            batch = np.stack(some + [np.zeros_like(some[0])] * padding)
-            found.append(np.asarray(step(self._params, batch))[: len(some)])
-        if not found:
+        if len(given) == 0:
             raise ValueError("no images were given")
+        step, found = self._compiled(name, function), []
+        for start in range(0, len(given), BATCH):
+            views = [self._view(self._picture(image)) for image in given[start : start + BATCH]]
+            # Padding to powers of two bounds the number of programs to compile.
+            padding = (1 << (len(views) - 1).bit_length()) - len(views)
+            batch = np.stack(views + [np.zeros_like(views[0])] * padding)
+            found.append(np.asarray(step(self._params, batch))[: len(views)])
         result = np.concatenate(found)
         return result if several else result[0]
 
@@ -154,15 +155,25 @@ class Model:
     def _picture(self, image: AnyImage) -> Picture:
         if isinstance(image, (str, os.PathLike)):
             try:
-                picture = Picture(pathlib.Path(image).read_bytes(), upright=self.preprocessing["upright"])
+                picture = Picture(_read(pathlib.Path(image)), upright=self.preprocessing["upright"])
                 return Picture.of(picture.pixels())
             except Undecodable as error:
                 raise ValueError(f"{image} cannot be decoded: {error}") from error
-        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        if isinstance(image, Image.Image):
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"an image of mode {image.mode!r} has more than 8 bits for each pixel, which Pillow's conversion "
+                    "to RGB would clip: give the path of the file, or scale the pixels to 0..255 first"
+                )
+            image = ImageOps.exif_transpose(image) if self.preprocessing["upright"] else image
+            image = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(image)
+        if pixels.size == 0:
+            raise ValueError(f"an image of {list(pixels.shape)} has no pixels")
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise ValueError(
-                f"an image is uint8 [height, width, 3], RGB; got {pixels.dtype} {list(pixels.shape)}. Of floats in "
-                "0..1 give (255 * x).round().astype('uint8')"
+                f"an image is uint8 [height, width, 3], RGB; got {pixels.dtype} {list(pixels.shape)}. For floats in "
+                "0..1 give (255 * x).round().astype('uint8'); for grey np.repeat(x[..., None], 3, axis=-1)"
             )
         return Picture.of(pixels)
 
@@ -170,3 +181,12 @@ class Model:
         names = self.class_names
         order = np.argsort(-probabilities, kind="stable")[:top]
         return [Prediction(names[i] if names else str(i), int(i), float(probabilities[i])) for i in order]
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path} is a folder: name image files, such as {path}/*.jpg") from None
