@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -27,6 +28,7 @@ from tinymim_jax.data.sources import files, index
 from tinymim_jax.data.sources import folder as folder_source
 from tinymim_jax.data.sources import parquet as parquet_source
 from tinymim_jax.data.sources.examples import balanced_subset
+from tinymim_jax.data.sources.labels import labelled
 from tinymim_jax.data.sources.sources import open_source, splits
 from tinymim_jax.data.views.transforms import EvalView
 from tinymim_jax.experiment import build_experiment
@@ -427,7 +429,7 @@ def test_tar_is_what_tarfile_reads(tmp_path):
         ({"1.cls": b"3"}, "'1' of .*has a label but no image"),
         ({"1.jpg": b"", "1.cls": b"cat"}, r"1.cls of .*holds b'cat'; needed is a class number"),
         ({"1.jpg": b"", "1.json": b"{"}, r"holds b'{'"),
-        ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b""}, "1 of 2 samples of .*0.tar.* no label"),
+        ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b""}, "1 of 2 examples of split 'all' .*no label.*2.jpg of .*0.tar"),
         ({"1.jpg": b"", "1.png": b""}, "'1' of .*has 2 images: 1.jpg, 1.png"),
         ({"1.txt": b""}, "holds no image"),
     ],
@@ -439,7 +441,7 @@ def test_tar_mistakes(members, message, tmp_path):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     with pytest.raises(ValueError, match=message):
-        open_source(f"tar:{tmp_path}", split="all")
+        labelled(open_source(f"tar:{tmp_path}", split="all"))
 
 
 def test_damaged_tars_are_refused(tmp_path):
@@ -521,12 +523,13 @@ def test_parquet_columns_by_metadata(tmp_path):
         ({"picture": [b""], "n": [1]}, "has no column of images: it has picture, n; needed is one of image, img, jpg"),
         ({"image": ["a.png"]}, "column 'image' of .* holds string; needed are image files"),
         ({"image": [b""], "label": ["cat"]}, "column 'label' of .* holds string; needed are integers"),
+        ({"image": [b""], "label": [10**9]}, "the highest label is 1,000,000,000: not the number of a class"),
     ],
 )
 def test_parquet_mistakes(columns, message, tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=message):
-        open_source(f"parquet:{tmp_path}", split="train")
+        labelled(open_source(f"parquet:{tmp_path}", split="train"))
 
 
 def test_parquet_files_must_agree_and_be_whole(tmp_path):
@@ -602,12 +605,13 @@ def test_array_records_of_examples_under_other_names(tmp_path):
     assert source.class_names == ("ant", "bee")
     assert source[0] == {"image": LABELLED[0][0], "label": 0}
     for place, message in (
-        (2, "record 2 of .*train.arrayrecord has label 2, but there are 2 classes"),
         (12, r"no image among \['label', 'scan'\]"),
         (13, "neither an image file nor a tf.train.Example"),
     ):
         with pytest.raises(ValueError, match=message):
             source[place]
+    with pytest.raises(ValueError, match=r"record 2 of .*train.arrayrecord has label 2, none of the 2 classes"):
+        labelled(source)
 
 
 def test_array_records_must_be_whole_and_local(tmp_path):
@@ -676,7 +680,7 @@ def test_an_index_is_made_once(kind, tmp_path, cache, monkeypatch):
 
     with monkeypatch.context() as patched:
         for name in ("_records", "walk"):
-            for module in (files, folder_source, __import__(f"tinymim_jax.data.sources.{kind}", fromlist=["x"])):
+            for module in (files, folder_source, importlib.import_module(f"tinymim_jax.data.sources.{kind}")):
                 if hasattr(module, name) and (name == "_records" or kind == "folder"):
                     patched.setattr(module, name, never)
         assert read_all(open_source(f"{kind}:{tmp_path}", split="train")) == read_all(first)
@@ -781,9 +785,9 @@ def test_experiments_need_labels_that_mean_the_same(tmp_path):
 
     assert build("finetune", tmp_path).task.model["classifier"]["classes"] == 3
     assert build("mae_student", tmp_path / "flat").train_source.classes == 0
-    with pytest.raises(ValueError, match="has no labels to classify by"):
+    with pytest.raises(ValueError, match="has no labels: task 'classify' learns from them"):
         build("finetune", tmp_path / "flat")
-    with pytest.raises(ValueError, match=r"data.eval_split='flat/val' of .* has no labels to count by"):
+    with pytest.raises(ValueError, match=r"split 'flat/val' of .* has no labels: task 'classify' is evaluated by them"):
         build("finetune", tmp_path, "flat/val")
     (tmp_path / "val" / "aardvark").mkdir()
     with pytest.raises(ValueError, match=r"3 classes, .*'val' 4, and they differ in \['aardvark'\]"):

@@ -12,6 +12,7 @@ from tinymim_jax import optim
 from tinymim_jax.data.pipeline import Batches, eval_batches, train_batches
 from tinymim_jax.data.rows import row_arrays
 from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.sources.labels import labelled
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.progress import steps
@@ -96,7 +97,10 @@ def _open_sources(config: ConfigDict, data_dir: str | None) -> tuple[Source, Sou
 def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> Experiment:
     """The experiment of `config` on these sources."""
     kind = task_type(config)
-    _check_classes(config, train_source, eval_source, needs_labels=kind.needs_labels)
+    if kind.needs_labels:
+        train_source = labelled(train_source, f"task {config.task!r} learns from them")
+        eval_source = labelled(eval_source, f"task {config.task!r} is evaluated by them")
+    _check_classes(config, train_source, eval_source)
     batch_size = config.train.batch_size
     if batch_size % config.train.accumulate:
         raise ValueError(
@@ -128,7 +132,7 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
     )
 
 
-def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source, *, needs_labels: bool) -> None:
+def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source) -> None:
     """A label must mean the same in both splits: of folders, one class that has none changes all that follow."""
     trained, evaluated = train_source.class_names, eval_source.class_names
     if trained and evaluated != trained[: len(evaluated)]:
@@ -137,10 +141,6 @@ def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source
             f"data.train_split={config.data.train_split!r} has {len(trained)} classes, data.eval_split="
             f"{config.data.eval_split!r} {len(evaluated)}, and they differ in {only}; give both the same ones, empty "
             "where there are no images"
-        )
-    if needs_labels and trained and not evaluated:
-        raise ValueError(
-            f"data.eval_split={config.data.eval_split!r} of {config.data.source!r} has no labels to count by"
         )
 
 

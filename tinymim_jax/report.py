@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tinymim_jax import optim
+from tinymim_jax.data.sources.labels import class_summary
 from tinymim_jax.experiment import Experiment
 from tinymim_jax.metrics import Averages, Writer, compute
 from tinymim_jax.runtime.exits import Interrupted, is_first, joined_processes
@@ -186,6 +187,7 @@ def _announce(experiment: Experiment, state: TrainState, paths: frozenset, mesh:
         mesh.devices.flat[0].device_kind,
         processes,
     )
+    log.info("training images: %s", class_summary(experiment.train_source))
     if (crops := experiment.config.data.crops) > 1:
         images = experiment.batch_size // crops
         log.info("a batch of %d holds %d images, %d views of each; all are counted", images * crops, images, crops)

@@ -3,7 +3,7 @@
 A **Batch** is a dict of numpy arrays, here and wherever the word is used:
 
     image  uint8 [batch, height, width, 3]   RGB, not normalised
-    label  int32 [batch]                     -1 where the set has no labels
+    label  int32 [batch]                     0 to classes - 1, or -1 where the record has none of these
     valid  bool  [batch]                     False marks padding: zeros that must count for nothing
 
 A view may add arrays of its own (`View.arrays`), such as a mask uint8 [batch, height, width].
@@ -27,6 +27,7 @@ from absl import flags
 
 from tinymim_jax.data.rows import Rows
 from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.data.views.transforms import View
 from tinymim_jax.data.worker import settle_in
 
@@ -124,7 +125,7 @@ class Batches(Iterator[Batch]):
     A record that cannot be read or decoded is replaced by the next one that can, image and label, and logged
     with its name and the reason when first met. RuntimeError is raised, and the iterator closed, once more
     than 0.1 % of the source's records, and more than `tolerated`, have been met in this process; also when a worker
-    dies.
+    dies. LabelError is raised for a source made by `labels.labelled` whose label is missing.
     """
 
     def __init__(
@@ -188,6 +189,8 @@ class Batches(Iterator[Batch]):
                 "Usual causes: out of memory; /dev/shm too small (docker run --shm-size=16g); a script that "
                 "starts training outside `if __name__ == '__main__':`"
             ) from error
+        if "label_error" in part:
+            raise LabelError(part["label_error"])
         if "error" in part:
             raise RuntimeError(f"the input pipeline failed before step {self._step}:\n{part['error']}")
         return part

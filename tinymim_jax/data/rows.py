@@ -10,6 +10,7 @@ import numpy as np
 
 from tinymim_jax.data.draws import ShuffledIndices, philox
 from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.data.views.decoding import Picture, Undecodable, decode
 from tinymim_jax.data.views.transforms import View
 
@@ -32,7 +33,8 @@ class Rows:
 
     A part is a Batch (see pipeline.py) with one more key, `substituted` int64 `[rows]`: the index of the
     damaged record that another one stands in for, else -1. Nothing is raised, since an exception can end a
-    Grain worker without a word: a dict with the traceback under `error` takes the part's place.
+    Grain worker without a word: a dict with the traceback under `error`, or with the message of a LabelError under
+    `label_error`, takes the part's place.
 
     With a `seed` the source is repeated for ever, each epoch in an order of its own, and example n, counted
     from 0 over the whole run, is seen in the view drawn from a generator keyed by (seed, n). Without: once,
@@ -85,6 +87,8 @@ class Rows:
         begin, end = (first + self._local_size * p // self.parts_per_batch for p in (part, part + 1))
         try:
             return self._decode(range(begin, end))
+        except LabelError as error:
+            return {"label_error": str(error)}
         except Exception:
             return {"error": traceback.format_exc()}
 
@@ -129,6 +133,8 @@ class Rows:
             used = (index + ahead) % total
             try:
                 example = self.source[used]
+            except LabelError:  # a mistake in the set, not a damaged record
+                raise
             except Exception:  # readers raise all sorts of them; for the reason, see `failure`
                 continue
             try:
@@ -138,7 +144,8 @@ class Rows:
                     _fill(views, row, self._view.make(picture, example, rng))
             except Undecodable:
                 continue
-            return used, example["label"]
+            label = example["label"]
+            return used, label if 0 <= label < self.source.classes else -1
         raise RuntimeError(
             f"neither {self.source.describe(index)} ({self.failure(index)}) nor any of the {reach - 1} after it "
             "can be decoded"

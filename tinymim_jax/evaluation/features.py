@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.class_names import match_classes
 from tinymim_jax.data.pipeline import eval_batches
 from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.data.sources.labels import labelled
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.data.views.transforms import EvalView
 from tinymim_jax.errors import unknown
@@ -52,17 +53,15 @@ class Features(NamedTuple):
 def labelled_splits(config: ConfigDict, *, data_dir: str | None, purpose: str) -> LabelledSplits:
     """The training and the evaluation split of `config.data`.
 
-    Raises ValueError, with `purpose`, where one has no labels, and where the evaluation split has a class that the
-    training split does not have.
+    Raises LabelError, with `purpose`, where one lacks labels, and ValueError where the evaluation split has a class
+    that the training split does not have.
     """
     data = config.data
     train = open_source(
         data.source, split=data.train_split, data_dir=data_dir, examples=data.examples or None, seed=config.seed
     )
     evaluated = open_source(data.source, split=data.eval_split, data_dir=data_dir)
-    for split, source in ((data.train_split, train), (data.eval_split, evaluated)):
-        if source.classes == 0:
-            raise ValueError(f"split {split!r} of {data.source!r} has no labels: {purpose}")
+    train, evaluated = labelled(train, purpose), labelled(evaluated, purpose)
     order = match_classes(
         train.class_names,
         evaluated.class_names,

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from array import array
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class ArrayRecordSource(Source):
         self.name = name
         self.split = split
         self.class_names = tuple(index.meta["class_names"])
+        self.label_problem = index.meta["label_problem"]
         self._index = index  # its records are the files: where each begins
         self._paths: list[str] = index.meta["paths"]
         # With their lengths, known since they were indexed, files are opened when first read.
@@ -61,11 +63,10 @@ class ArrayRecordSource(Source):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}/{self.split} has records 0 to {len(self) - 1}, got {index}")
         image, label = _parse(self._records[index])
-        if not self.class_names:
-            return {"image": image, "label": -1}
-        if label >= self.classes:
-            raise ValueError(f"{self.describe(index)} has label {label}, but there are {self.classes} classes")
-        return {"image": image, "label": label}
+        return {"image": image, "label": -1 if label is None or not self.class_names else label}
+
+    def known_labels(self) -> np.ndarray | None:
+        return self._index.row_labels if self._index.meta["labels_known"] else None
 
     def describe(self, index: int) -> str:
         if not 0 <= index < len(self):
@@ -77,10 +78,10 @@ class ArrayRecordSource(Source):
         return ArrayRecordSource, (self.name, self.split, self._index)
 
 
-def _parse(record: bytes) -> tuple[bytes, int]:
-    """The image file in a record, and its label or -1. Raises ValueError where there is no image."""
+def _parse(record: bytes) -> tuple[bytes, int | None]:
+    """The image file in a record, and its label if it has one. Raises ValueError where there is no image."""
     if _MAGIC.match(record):
-        return record, -1
+        return record, None
     example: Any = tf_example_pb2.Example()  # type: ignore  # made when imported
     try:
         example.ParseFromString(record)
@@ -92,7 +93,7 @@ def _parse(record: bytes) -> tuple[bytes, int]:
     if len(image) != 1:
         raise ValueError(f"no image among {sorted(features)}; needed is {' or '.join(IMAGE_KEYS)}, one string")
     label = next((features[key].int64_list.value for key in LABEL_KEYS if key in features), ())
-    return image[0], int(label[0]) if len(label) == 1 else -1
+    return image[0], int(label[0]) if len(label) == 1 else None
 
 
 def _records(found: list[File]) -> Records:
@@ -104,7 +105,9 @@ def _records(found: list[File]) -> Records:
             records.add("", -1, number, first, count)
             first += count
     kept = [found[number].path for number in records.shards]
-    records.meta = {"paths": kept, "class_names": _class_names(kept, list(records.sizes), first) if kept else []}
+    records.meta = {"paths": kept, "class_names": [], "label_problem": "", "labels_known": False}
+    if kept:
+        _find_classes(records, kept, first)
     return records
 
 
@@ -118,19 +121,31 @@ def _length(path: str) -> int:
     return count
 
 
-def _class_names(paths: list[str], counts: list[int], total: int) -> list[str]:
-    """From `classes.txt`; without, every record is read for its label: these files say nothing about them."""
-    opened = ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in zip(paths, counts)])
+def _find_classes(records: Records, paths: list[str], total: int) -> None:
+    """Adds the classes: from `classes.txt`; without, every record is read for its label, which is kept in the index."""
+    opened = ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in zip(paths, records.sizes)])
     try:
         _, label = _parse(opened[0])
     except ValueError as error:
         raise ValueError(f"record 0 of {paths[0]} cannot be used: {error}") from error
-    if label < 0:
-        return []
-    names = shards.class_names(paths[0], 0)
-    if names:
-        return names
-    log.info("reading %d records of %s and its fellows once, for their labels; a classes.txt saves it", total, paths[0])
-    with opened:
-        highest = max(_parse(record)[1] for record in opened)
-    return shards.class_names(paths[0], highest + 1)
+    if label is None:  # image files, or examples without a label
+        return
+    names, problem = shards.named_classes(paths[0]), ""
+    if not names:
+        log.info("reading the labels of %d records of %s, ... once; a classes.txt saves it", total, paths[0])
+        with opened:
+            known = [_label(record) for record in opened]
+        labels = np.array([-1 if label is None else label for label in known], np.int32)
+        names, problem = shards.class_names(paths[0], labels)
+        if None not in known:
+            records.row_labels = array("i", labels.tobytes())
+    records.meta |= {"class_names": names, "label_problem": problem, "labels_known": len(records.row_labels) > 0}
+
+
+def _label(record: bytes) -> int | None:
+    """As `_parse`, within int32 and -1 where there is none; None for a damaged record."""
+    try:
+        _, label = _parse(record)
+    except ValueError:
+        return None
+    return -1 if label is None else min(max(label, -(2**31)), 2**31 - 1)

@@ -10,7 +10,9 @@ from tinymim_jax.data.draws import permutation, philox
 
 
 class Example(TypedDict):
-    """One record: `image`, the bytes of an image file as stored, and `label`, -1 where the set has none.
+    """One record: `image`, the bytes of an image file as stored, and `label`, as stored, or -1 where there is none.
+
+    A label may be outside 0 to `classes - 1` (a mistake in the files); see `labels.labelled`.
 
     Segmentation sets add `mask`, the bytes of an image file whose pixels are classes; ImageNet ReaL adds `labels`, all
     that are right, which may be none.
@@ -25,12 +27,14 @@ class Example(TypedDict):
 class Source(abc.ABC):
     """A random-access sequence of Examples; it can be pickled, and read from several threads at once.
 
-    `name` and `split` are those it was opened by; `class_names[label]` is what a label means.
+    `name` and `split` are those it was opened by; `class_names[label]` is what a label means, and is empty where no
+    record has a label. `label_problem` says why labels that are there cannot be used.
     """
 
     name: str
     split: str
     class_names: tuple[str, ...]
+    label_problem: str = ""
 
     @property
     def classes(self) -> int:
@@ -42,6 +46,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Example:
         """Record `index`, from 0 up to but without `len(self)`; IndexError beyond."""
+
+    def known_labels(self) -> np.ndarray | None:
+        """The labels of all records, int `[len]`, where they are known without reading the records; otherwise None."""
+        return None
 
     def describe(self, index: int) -> str:
         """What to call record `index` in a message; never fails, even where the record cannot be read."""
@@ -55,6 +63,7 @@ class Subset(Source):
         self.name = source.name
         self.split = source.split
         self.class_names = source.class_names
+        self.label_problem = source.label_problem
         self._source = source
         self._indices = np.asarray(indices, np.int64)
 
@@ -66,6 +75,10 @@ class Subset(Source):
             raise IndexError(f"this subset of {self.name}/{self.split} has {len(self)} records, got {index}")
         return self._source[int(self._indices[index])]
 
+    def known_labels(self) -> np.ndarray | None:
+        labels = self._source.known_labels()
+        return None if labels is None else np.asarray(labels)[self._indices]
+
     def describe(self, index: int) -> str:
         return self._source.describe(int(self._indices[index]))
 
@@ -76,7 +89,7 @@ def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
     Of a source without classes, any.
 
     Records are read in a seeded order, and only until every class has its share: 1 % of ImageNet costs
-    a few per cent of it. Raises ValueError where a class has too few.
+    a few per cent of it. Records without a label are never chosen. Raises ValueError where a class has too few.
     """
     if not 0 < examples <= len(source):
         raise ValueError(f"examples={examples}: {source.name}/{source.split} can give 1 to {len(source)}")
@@ -85,11 +98,13 @@ def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
         return Subset(source, np.sort(order[:examples]))
     share, spare = divmod(examples, source.classes)
     chosen: list[int] = []
+    unlabelled = ""
     counts: collections.Counter[int] = collections.Counter()
     for index in map(int, order):
         label = source[index]["label"]
         if not 0 <= label < source.classes:
-            raise ValueError(f"examples={examples}: {source.describe(index)} has no class (label {label})")
+            unlabelled = unlabelled or f"; {source.describe(index)} has no class (label {label})"
+            continue
         if counts[label] < share or (counts[label] == share and spare > 0):
             spare -= counts[label] == share
             counts[label] += 1
@@ -105,4 +120,5 @@ def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
             if counts[fewest]
             else "is it a part of a split that is stored class by class? Take the whole of it, or leave `examples` out"
         )
+        + unlabelled
     )

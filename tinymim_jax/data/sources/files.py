@@ -165,12 +165,12 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
             raise
 
 
-def open_file(path: str) -> BinaryIO:
-    """A seekable file, read from its start to its end or in leaps."""
+def open_file(path: str, *, ahead: bool = True) -> BinaryIO:
+    """A seekable file. `ahead`: of a remote one more is read than is asked for, as it is read from start to end."""
     if not is_remote(path):
         return open(path, "rb")
     filesystem, inner = _filesystem(path)
-    return filesystem.open(inner, "rb", block_size=8 * 2**20, cache_type="readahead")
+    return filesystem.open(inner, "rb", block_size=8 * 2**20, cache_type="readahead" if ahead else "none")
 
 
 def read(path: str) -> bytes:

@@ -7,6 +7,8 @@ import re
 import tempfile
 import time
 
+import numpy as np
+
 from tinymim_jax.data.sources import files
 from tinymim_jax.data.sources.examples import Example, Source
 from tinymim_jax.data.sources.index import Index, Records, cache_folder, cached, writable
@@ -66,6 +68,9 @@ class FolderSource(Source):
 
     def __getitem__(self, index: int) -> Example:
         return {"image": files.read(self._path(index)), "label": int(self._index.labels[index])}
+
+    def known_labels(self) -> np.ndarray:
+        return self._index.labels
 
     def describe(self, index: int) -> str:
         return self._path(index) if 0 <= index < len(self) else super().describe(index)

@@ -19,7 +19,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2  # part of every fingerprint: an index written by other code is not found
+_FORMAT = 3  # part of every fingerprint: an index written by other code is not found
 
 
 class Records:
@@ -35,6 +35,7 @@ class Records:
         self.shards = array("i")
         self.offsets = array("q")
         self.sizes = array("q")
+        self.row_labels = array("i")  # of every row, where records are row groups or files of many rows
         self.meta: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -85,13 +86,15 @@ class Records:
             "shards": np.frombuffer(self.shards, np.int32),
             "offsets": np.frombuffer(self.offsets, np.int64),
             "sizes": np.frombuffer(self.sizes, np.int64),
+            "row_labels": np.frombuffer(self.row_labels, np.int32),
         }
 
 
 class Index:
     """The records of a set of files, as `Records` laid them down, read-only; it can be pickled.
 
-    `labels`, `shards`, `offsets`, `sizes` are arrays over the records; `meta` is what else the kind of set keeps.
+    `labels`, `shards`, `offsets`, `sizes` are arrays over the records, `row_labels` one over their rows, where records
+    have rows with labels; `meta` is what else the kind of set keeps.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -100,6 +103,7 @@ class Index:
         self._names, self._ends = self._column("names"), self._column("ends")
         self.labels, self.shards = self._column("labels"), self._column("shards")
         self.offsets, self.sizes = self._column("offsets"), self._column("sizes")
+        self.row_labels = self._column("row_labels")
 
     def __len__(self) -> int:
         return len(self._ends)

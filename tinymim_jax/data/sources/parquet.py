@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import threading
+from array import array
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 # To read one row is to read its row group. Those last read are kept, in each process, up to so many bytes.
 CACHE_BYTES = 256 * 2**20
 _LARGE_GROUP = 32 * 2**20
+_INT32 = -(2**31), 2**31 - 1
 
 
 def open_split(name: str, location: str, split: str) -> Source:
@@ -53,6 +55,7 @@ class ParquetSource(Source):
         self.name = name
         self.split = split
         self.class_names = tuple(index.meta["class_names"])
+        self.label_problem = index.meta["label_problem"]
         self._columns = Columns(**index.meta["columns"])
         self._paths: list[str] = index.meta["paths"]
         self._index = index  # its records are row groups: a file, a number in it, where the rows begin
@@ -70,11 +73,11 @@ class ParquetSource(Source):
         image = images[row].as_py()
         if image is None:
             raise ValueError(f"{self.describe(index)} holds no image, or only the name of a file elsewhere")
-        label = labels[row].as_py() if labels is not None else -1
-        label = -1 if label is None else int(label)
-        if self.class_names and label >= self.classes:
-            raise ValueError(f"{self.describe(index)} has label {label}, but there are {self.classes} classes")
-        return {"image": image, "label": label}
+        label = labels[row].as_py() if labels is not None else None
+        return {"image": image, "label": -1 if label is None else int(label)}
+
+    def known_labels(self) -> np.ndarray | None:
+        return self._index.row_labels if self._columns.label else None
 
     def describe(self, index: int) -> str:
         if not 0 <= index < len(self):
@@ -139,9 +142,9 @@ def _records(found: list[File]) -> Records:
     """One record for each row group: file, number (as its label), first row, and bytes."""
     described = files.in_threads(_describe, found)
     schema = described[0][1]
-    columns, names = _columns(found[0].path, schema)
+    columns, names, problem = _columns(found[0].path, schema)
     for file, (_, other) in zip(found, described):
-        if _columns(file.path, other) != (columns, names):
+        if _columns(file.path, other)[:2] != (columns, names):
             raise ValueError(
                 f"{file.path} has other columns or classes than {found[0].path}; give each kind its folder"
             )
@@ -153,14 +156,19 @@ def _records(found: list[File]) -> Records:
             if part.num_rows:
                 records.add("", group, number, first, part.total_byte_size)
                 first += part.num_rows
-    if columns.label and names is None:
-        count = max(files.in_threads(lambda file: _highest_label(file, columns.label), found), default=-1) + 1
-        names = shards.class_names(found[0].path, count)
+    if columns.label:
+        labels = np.concatenate(files.in_threads(lambda file: _labels(file, columns.label), found))
+        if names is None:
+            names, problem = shards.class_names(found[0].path, labels)
+        elif not (labels >= 0).any():
+            names = []  # as the Hugging Face hub's test splits: classes, and -1 for every image
+        records.row_labels = array("i", labels.tobytes())
     records.meta = {
         "paths": [file.path for file in found],
         "rows": first,
         "columns": columns._asdict(),
         "class_names": names or [],
+        "label_problem": problem,
     }
     return records
 
@@ -173,8 +181,8 @@ def _describe(file: File) -> tuple[Any, Any]:
         raise ValueError(f"{file.path} is cut short or not a Parquet file; fetch it again ({error})") from error
 
 
-def _columns(path: str, schema: Any) -> tuple[Columns, list[str] | None]:
-    """The columns to read, and the classes where the file names them."""
+def _columns(path: str, schema: Any) -> tuple[Columns, list[str] | None, str]:
+    """The columns to read, the classes where the file names them, and why a column of labels cannot be read."""
     noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = {
         name: feature
@@ -200,11 +208,12 @@ def _columns(path: str, schema: Any) -> tuple[Columns, list[str] | None]:
         )
     label = _chosen(path, "label", kept_as("ClassLabel"), LABEL_COLUMNS, schema)
     if label is not None and not pa.types.is_integer(schema.field(label).type):
-        raise ValueError(f"column {label!r} of {path} holds {schema.field(label).type}; needed are integers")
+        problem = f"column {label!r} of {path} holds {schema.field(label).type}; needed are integers from 0"
+        return Columns(image, is_struct, None), None, problem
     names = features.get(label or "", {}).get("names")
     if isinstance(names, dict):  # {"0": "cat"}, as older versions wrote it
         names = [names[key] for key in sorted(names, key=int)]
-    return Columns(image, is_struct, label), names
+    return Columns(image, is_struct, label), names, ""
 
 
 def _chosen(path: str, what: str, noted: list[str], usual: tuple[str, ...], schema: Any) -> str | None:
@@ -219,7 +228,8 @@ def _chosen(path: str, what: str, noted: list[str], usual: tuple[str, ...], sche
     return None
 
 
-def _highest_label(file: File, column: str | None) -> int:
-    with files.open_file(file.path) as opened:
-        labels = pq.read_table(opened, columns=[column]).column(0).drop_null().to_numpy()
-    return int(labels.max(initial=-1))
+def _labels(file: File, column: str | None) -> np.ndarray:
+    """The labels of a file, int32; -1 where there is none."""
+    with files.open_file(file.path, ahead=False) as opened:
+        labels = pq.read_table(opened, columns=[column]).column(0)
+    return np.clip(labels.fill_null(-1).to_numpy(), *_INT32).astype(np.int32)

@@ -6,10 +6,14 @@ import glob
 import re
 from collections import defaultdict
 
+import numpy as np
+
 from tinymim_jax.data.sources import files
 from tinymim_jax.data.sources.files import File
 from tinymim_jax.data.sources.splits import ALL
 
+# Labels above this are taken for something else, such as a row's id.
+_MAX_CLASSES = 1_000_000
 # "train-00003-of-00008-1a2b.parquet": what goes before, the number, the count.
 _NUMBERED = re.compile(r"(.*?)-(\d+)-of-(\d+)(?!\d)")
 _SPLIT_OF_STEM = re.compile(r"([\w-]*?)(?:[-_.]?\d+-of-\d+.*|[-_]\d+|)")
@@ -89,18 +93,31 @@ def fingerprint(form: Format, found: list[File]) -> list:
     return [form.kind, found, named]
 
 
-def class_names(first: str, count: int) -> list[str]:
-    """Names of `count` classes: the lines of `classes.txt` beside the file `first`, or their numbers."""
-    path = _names_file(first)
+def class_names(first: str, labels: np.ndarray) -> tuple[list[str], str]:
+    """The classes of integer labels and, where these cannot be used, the reason.
+
+    The lines of `classes.txt` beside the file `first`, or else the numbers 0 to the highest label; none where all
+    labels are -1.
+    """
+    highest = int(labels.max(initial=-1))
+    if highest < 0:
+        return [], ""
+    if names := named_classes(first):
+        return names, ""
+    if highest >= _MAX_CLASSES:
+        return [], f"the highest label is {highest:,}: not the number of a class"
+    return [str(label) for label in range(highest + 1)], ""
+
+
+def named_classes(first: str) -> list[str]:
+    """The lines of `classes.txt` beside the file `first`; none where there is no such file."""
     try:
-        names = files.read(path).decode().split("\n")
+        names = files.read(_names_file(first)).decode().split("\n")
     except FileNotFoundError:
-        return [str(label) for label in range(count)]
+        return []
     names = [name.strip() for name in names]
     while names and not names[-1]:
         names.pop()
-    if len(names) < count:
-        raise ValueError(f"{path} names {len(names)} classes, but labels go up to {count - 1}")
     return names
 
 

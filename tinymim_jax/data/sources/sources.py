@@ -3,6 +3,7 @@
 TensorFlow is never imported for reading.
 """
 
+import logging
 import os
 
 from tinymim_jax.data.sources import array_record as array_record_source
@@ -13,6 +14,8 @@ from tinymim_jax.data.sources.examples import Source, balanced_subset
 from tinymim_jax.data.sources.files import raise_open_file_limit
 from tinymim_jax.data.sources.splits import open_parts
 from tinymim_jax.data.sources.tfds import open_tfds, prepare, tfds_splits
+
+log = logging.getLogger(__name__)
 
 __all__ = ["is_place", "open_source", "prepare", "splits"]
 
@@ -68,6 +71,8 @@ def open_source(
         source = open_tfds(name, split, data_dir)
     else:
         source = open_parts(name, split, lambda whole: kind.open_split(name, location, whole))
+    if source.label_problem:
+        log.warning("labels of split %r of %r: %s", split, name, source.label_problem)
     return source if examples is None else balanced_subset(source, examples, seed=seed)
 
 

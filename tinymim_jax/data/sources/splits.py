@@ -61,11 +61,15 @@ class Parts(Source):
         self._ranges = ranges
         self._ends = np.cumsum([end - begin for _, begin, end in ranges])
         self.class_names = ranges[0][0].class_names
+        self.label_problem = next((source.label_problem for source, _, _ in ranges if source.label_problem), "")
         for source, _, _ in ranges[1:]:
             self._agree(ranges[0][0], source)
 
     def _agree(self, first: Source, other: Source) -> None:
         if not (self.class_names and other.class_names):
+            if first.class_names or other.class_names:
+                without = other if first.class_names else first
+                self.label_problem = self.label_problem or f"its part {without.split!r} has none"
             self.class_names = ()
         elif first.class_names != other.class_names:
             only = sorted(set(first.class_names) ^ set(other.class_names))[:5]
@@ -83,6 +87,12 @@ class Parts(Source):
         if not self.class_names:
             example["label"] = -1
         return example
+
+    def known_labels(self) -> np.ndarray | None:
+        parts = [(source.known_labels(), begin, end) for source, begin, end in self._ranges]
+        if any(labels is None for labels, _, _ in parts):
+            return None
+        return np.concatenate([labels[begin:end] for labels, begin, end in parts if labels is not None])
 
     def describe(self, index: int) -> str:
         if not 0 <= index < len(self):

@@ -3,17 +3,20 @@
 import contextlib
 import itertools
 import json
+import posixpath
 import re
 import tarfile
-from array import array
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tinymim_jax.data.sources import files, shards
 from tinymim_jax.data.sources.examples import Example, Source
 from tinymim_jax.data.sources.files import File
 from tinymim_jax.data.sources.folder import is_image
 from tinymim_jax.data.sources.index import Index, Records, cached
+from tinymim_jax.data.sources.labels import shown
 
 FORMAT = shards.Format(
     "tar",
@@ -22,13 +25,14 @@ FORMAT = shards.Format(
     remedy="decompress the shards once (gunzip *.tar.gz): JPEGs hardly grow by that",
 )
 _LABELS = ("cls", "json")
-_NO_LABEL = -(2**31)  # while indexing: a sample that says nothing of a label
+_MAX_LINKS = 8  # from one to the next, before a file is met
 
 
 def open_split(name: str, location: str, split: str) -> Source:
     """A whole split of the shards at `location`; for the rules and the errors see `sources.open_source`."""
     found = shards.find(FORMAT, name, location, split)
-    return TarSource(name, split, cached(f"{name}/{split}", shards.fingerprint(FORMAT, found), lambda: _records(found)))
+    what = f"{name}/{split}"
+    return TarSource(name, split, cached(what, shards.fingerprint(FORMAT, found), lambda: _records(what, found)))
 
 
 def split_names(location: str) -> list[str]:
@@ -42,6 +46,7 @@ class TarSource(Source):
         self.name = name
         self.split = split
         self.class_names = tuple(index.meta["class_names"])
+        self.label_problem = index.meta["label_problem"]
         self._index = index
         self._shards = files.Shards(index.meta["paths"])
 
@@ -54,6 +59,9 @@ class TarSource(Source):
         place = self._index
         image = self._shards.read(int(place.shards[index]), int(place.offsets[index]), int(place.sizes[index]))
         return {"image": image, "label": int(place.labels[index])}
+
+    def known_labels(self) -> np.ndarray:
+        return self._index.labels
 
     def describe(self, index: int) -> str:
         if not 0 <= index < len(self):
@@ -73,67 +81,148 @@ class _Member(NamedTuple):
     text: bytes  # of a label; an image stays where it is
 
 
-def _records(found: list[File]) -> Records:
-    records = Records()
-    for one in files.in_threads(lambda numbered: _index_shard(*numbered), list(enumerate(found))):
+class _Problems:
+    """Mistakes in labels, counted by kind, with the first of each: they stop no task that needs no labels."""
+
+    def __init__(self):
+        self._kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, first: str, count: int = 1) -> None:
+        before, kept = self._kinds.get(kind, (0, first))
+        self._kinds[kind] = before + count, kept
+
+    def extend(self, other: "_Problems") -> None:
+        for kind, (count, first) in other._kinds.items():
+            self.add(kind, first, count)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{kind}: {count:,}, the first {first}" for kind, (count, first) in self._kinds.items())
+
+
+def _records(what: str, found: list[File]) -> Records:
+    records, problems = Records(), _Problems()
+    for one, theirs in files.in_threads(lambda numbered: _index_shard(*numbered), list(enumerate(found))):
         records.extend(one)
+        problems.extend(theirs)
+    if not len(records):
+        raise ValueError(f"{what} holds no image" + (f": {problems}" if str(problems) else ""))
     labels = records.columns()["labels"]
-    without = int((labels == _NO_LABEL).sum())
-    if 0 < without < len(records):
-        raise ValueError(
-            f"{without} of {len(records)} samples of {found[0].path} and its fellows have no label (no .cls, no .json "
-            "with a 'label'), the others have one: complete them, or keep the two kinds in shards of their own"
-        )
-    if without:
-        labels = labels * 0 - 1
-    records.labels = array("i", labels.tobytes())
-    count = int(labels.max(initial=-1)) + 1
+    names, problem = shards.class_names(found[0].path, labels)
     records.meta = {
         "paths": [file.path for file in found],
-        "class_names": [] if without else shards.class_names(found[0].path, count),
+        "class_names": names,
+        "label_problem": "; ".join(filter(None, (problem, str(problems)))),
     }
     return records
 
 
-def _index_shard(number: int, file: File) -> Records:
-    records = Records()
+def _index_shard(number: int, file: File) -> tuple[Records, _Problems]:
+    records, problems = Records(), _Problems()
     with files.open_file(file.path) as opened:
-        for key, group in itertools.groupby(_members(file, opened), key=lambda member: member.key):
-            sample = list(group)
-            image = _image_of(file, key, sample)
-            label = _label_of(file, sample)
-            if image is not None:
-                records.add(image.name, label, number, image.offset, image.size)
-            elif label != _NO_LABEL:
-                raise ValueError(f"sample {key!r} of {file.path} has a label but no image: {_names(sample)}")
-    return records
+        samples = _samples(_members(file, opened))
+    for sample in samples:
+        key = sample[0].key
+        image = _image_of(file, key, sample)
+        label = _label_of(file, sample, problems)
+        if image is not None:
+            records.add(image.name, label, number, image.offset, image.size)
+        elif label != -1:
+            first = f"sample {key!r} of {file.path}, which has a label but no image"
+            problems.add("samples with a label but no image", first)
+        for member in sample:
+            if member.extension.endswith(".cls"):
+                first = f"{member.name} of {file.path}; only {key}.cls is read as this sample's label"
+                problems.add(".cls files whose stem is not the sample's key", first)
+    return records, problems
 
 
-def _members(file: File, opened) -> Iterable[_Member]:
-    """The regular files of a tar, of which only the headers are read. Raises ValueError where it is damaged."""
+def _samples(members: Iterable[_Member]) -> list[list[_Member]]:
+    """Members grouped by their keys, in the order of each sample's first member.
+
+    Members of one sample need not lie side by side, as where all images come before all labels. A member that a sample
+    has already, such as another `1.jpg` further on, begins another sample of the same key.
+    """
+    samples: list[list[_Member]] = []
+    latest: dict[str, list[_Member]] = {}
+    for key, run in itertools.groupby(members, key=lambda member: member.key):
+        more = list(run)
+        before = latest.get(key)
+        if before is not None and not {m.extension for m in before} & {m.extension for m in more}:
+            before.extend(more)
+        else:
+            samples.append(more)
+            latest[key] = more
+    return samples
+
+
+def _members(file: File, opened) -> list[_Member]:
+    """The files in a tar that have a key; of images only the headers are read.
+
+    A link stands for the file that it names. Raises ValueError where the tar is damaged or holds such a link alone.
+    """
     damaged = f"{file.path} is cut short or not a tar file; fetch it again"
+    members: list[_Member] = []
+    links: list[tuple[int, str, str]] = []  # place among `members`, name, name of the file that it stands for
     try:
         with tarfile.open(fileobj=opened, mode="r:") as tar:
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore  # or it keeps them all
-                folder, _, base = info.name.removeprefix("./").rpartition("/")
-                stem, dot, extension = base.partition(".")
-                # Hidden files have no key, __such__ are WebDataset's own.
-                if info.isreg() and dot and stem and not re.fullmatch("__.*__", base):
-                    if info.offset_data + info.size > file.size:
+                if info.islnk() or info.issym():
+                    links.append((len(members), info.name, _target(info)))
+                elif info.issparse():
+                    raise ValueError(f"{info.name} of {file.path} is a sparse file; write the tar without --sparse")
+                elif info.isreg():
+                    if not 0 <= info.size <= file.size - info.offset_data:
                         raise ValueError(damaged)
-                    text = b""
-                    if extension.lower() in _LABELS:  # read in passing: going back costs a bucket's reader much
-                        opened.seek(info.offset_data)
-                        text = opened.read(info.size)
-                    key = files.join(folder, stem)
-                    yield _Member(info.name, key, extension.lower(), info.offset_data, info.size, text)
+                    members.append(_member(info.name, info.offset_data, info.size, opened))
             # tarfile takes a damaged header for the end: a real one is of zeros, or of the file.
             opened.seek(tar.offset)
             if any(opened.read(512)):
                 raise ValueError(damaged)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{damaged} ({error})") from error
+    for member in reversed(_resolved(file, opened, members, links)):
+        members.insert(*member)
+    return [member for member in members if member.key]
+
+
+def _member(name: str, offset: int, size: int, opened) -> _Member:
+    folder, _, base = name.removeprefix("./").rpartition("/")
+    stem, dot, extension = base.partition(".")
+    # Hidden files have no key, __such__ are WebDataset's own.
+    key = files.join(folder, stem) if dot and stem and not re.fullmatch("__.*__", base) else ""
+    extension, text = extension.lower(), b""
+    if key and extension in _LABELS:  # read in passing: going back costs a bucket's reader much
+        opened.seek(offset)
+        text = opened.read(size)
+    return _Member(name, key, extension, offset, size, text)
+
+
+def _target(info: tarfile.TarInfo) -> str:
+    """The member that a link stands for; a symbolic link's is named relative to the folder of the link."""
+    if info.islnk():
+        return posixpath.normpath(info.linkname)
+    return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+
+
+def _resolved(
+    file: File, opened, members: list[_Member], links: list[tuple[int, str, str]]
+) -> list[tuple[int, _Member]]:
+    """The links as members, each with its place among `members`."""
+    places = {posixpath.normpath(member.name): (member.offset, member.size) for member in members} if links else {}
+    targets = {posixpath.normpath(name): target for _, name, target in links}
+    resolved = []
+    for place, name, target in links:
+        for _ in range(_MAX_LINKS):  # a link to a link
+            target = target if target in places else targets.get(target, target)
+        if target in places:
+            resolved.append((place, _member(name, *places[target], opened)))
+        elif is_image(name) or name.lower().endswith(tuple(f".{extension}" for extension in _LABELS)):
+            raise ValueError(
+                f"{name} of {file.path} is a link to {target}, which the tar does not hold; write the tar with "
+                "--dereference"
+            )
+    return resolved
 
 
 def _image_of(file: File, key: str, sample: list[_Member]) -> _Member | None:
@@ -141,29 +230,31 @@ def _image_of(file: File, key: str, sample: list[_Member]) -> _Member | None:
     # "key.seg.png" goes with "key.jpg"; where it is alone it is the image.
     images = [member for member in images if "." not in member.extension] or images
     if len(images) > 1:
-        raise ValueError(f"sample {key!r} of {file.path} has {len(images)} images: {_names(images)}; needed is one")
+        raise ValueError(
+            f"sample {key!r} of {file.path} has {len(images)} images: {shown([image.name for image in images])}; "
+            "needed is one. A name up to its first dot is the sample's key: write other dots as another sign"
+        )
     return images[0] if images else None
 
 
-def _label_of(file: File, sample: list[_Member]) -> int:
+def _label_of(file: File, sample: list[_Member], problems: _Problems) -> int:
+    """The label of a sample; -1 where it has none, or one that is noted among the problems."""
     for member in sample:
         if member.extension not in _LABELS:
             continue
         value: Any = None
-        with contextlib.suppress(ValueError):  # of which a JSON error is one
+        with contextlib.suppress(ValueError, RecursionError):  # a JSON error is a ValueError
             value = int(member.text) if member.extension == "cls" else json.loads(member.text)
         if isinstance(value, dict):
             if "label" not in value:
                 continue
             value = value["label"]
-        if not isinstance(value, int) or not -1 <= value < 2**31:
-            raise ValueError(
-                f"{member.name} of {file.path} holds {member.text[:50]!r}; needed is a class number from 0, "
-                'or -1 for none; in a .json file as {"label": 3}'
-            )
-        return value
-    return _NO_LABEL
-
-
-def _names(sample: list[_Member]) -> str:
-    return ", ".join(member.name for member in sample)
+        if isinstance(value, int) and -1 <= value < 2**31:
+            return value
+        first = (
+            f"{member.name} of {file.path} holds {member.text[:50]!r}; needed is a class number from 0, or -1 for "
+            'none; in a .json file as {"label": 3}'
+        )
+        problems.add("labels that are no number", first)
+        return -1
+    return -1

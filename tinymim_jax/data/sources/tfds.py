@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from tinymim_jax.data.sources.examples import Example, Source
@@ -26,6 +27,7 @@ _INFO_FILE = "dataset_info.json"  # lies in every directory that TFDS has finish
 _MASK = "segmentation_mask"  # what TFDS calls it
 _LABELS = ("label", "original_label")  # the latter in ImageNet ReaL, which has `real_label`, several, beside it
 _SEVERAL = "real_label"
+_SAMPLED = 16  # records read to see whether a split has labels; one is enough where it has
 
 
 def open_tfds(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Source:
@@ -85,7 +87,6 @@ class TfdsSource(Source):
         self.name = name
         self.split = split
         self._label = next((key for key in _LABELS if _has(features, key, tfds.features.ClassLabel)), None)
-        self.class_names = tuple(features[self._label].names) if self._label else ()
         self._directory = Path(directory)
         self._has_file_names = "file_name" in features
         self._has_masks = _has(features, _MASK, tfds.features.Image)
@@ -97,6 +98,10 @@ class TfdsSource(Source):
         self._decoders = {key: tfds.decode.SkipDecoding() for key in ("image", _MASK) if key in served}
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         self._records = builder.as_data_source(split, deserialize_method=raw)
+        if self._label and self._is_unlabelled():
+            self.label_problem = f"all of {min(_SAMPLED, len(self))} records that were looked at have label -1"
+            self._label = None
+        self.class_names = tuple(features[self._label].names) if self._label else ()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -118,6 +123,16 @@ class TfdsSource(Source):
             with contextlib.suppress(Exception):  # asked for damaged records above all
                 described += f" ({self._record(index)['file_name'].decode()})"
         return described
+
+    def _is_unlabelled(self) -> bool:
+        """Whether the split's labels are all -1, as TFDS writes them for test sets, judged by a few records."""
+        read = 0
+        for index in np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int).tolist():
+            with contextlib.suppress(Exception):  # a damaged record says nothing about the others
+                if self._record(index)[self._label] != -1:
+                    return False
+                read += 1
+        return read > 0
 
     def _record(self, index: int) -> Any:
         return self._features.deserialize_example_np(self._records[index], decoders=self._decoders)

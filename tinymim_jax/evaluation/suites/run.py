@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from tinymim_jax.class_names import match_classes
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.sources.imagenet import WORDNET_ID, imagenet_classes
+from tinymim_jax.data.sources.labels import labelled
 from tinymim_jax.data.sources.sources import open_source, splits
 from tinymim_jax.evaluation.suites.classifier import SuiteClassifier
 from tinymim_jax.evaluation.suites.registry import Suite, corruption_errors
@@ -134,8 +135,7 @@ def _failed(error: Exception) -> dict[str, Any]:
 
 
 def _figures(model: SuiteClassifier, suite: Suite, source: Source) -> dict[str, Any]:
-    if source.classes == 0:
-        raise ValueError(f"{source.name!r}, split {source.split!r}, has no labels to judge by")
+    source = labelled(source, "a suite is evaluated by them")
     known = _class_names(model, suite)
     indices = match_classes(
         known,
@@ -148,8 +148,6 @@ def _figures(model: SuiteClassifier, suite: Suite, source: Source) -> dict[str, 
     )
     allowed = _subset(suite, source, indices, model.classes) if suite.subset else None
     answers, substituted = model.answers(source, allowed=allowed, whole=suite.whole)
-    if answers.label.min() < 0 or answers.label.max() >= len(indices):
-        raise ValueError(f"{source.name!r}, split {source.split!r}, has images without a label")
     names = list(known) or [str(index) for index in range(model.classes)]
     if not known:
         for index, name in zip(indices, source.class_names):
