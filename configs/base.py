@@ -110,6 +110,9 @@ def distill() -> ml_collections.ConfigDict:
     config.distill.teacher.path = ""  # what `tinymim convert` wrote, or a run of ours
     config.distill.teacher.tap = config_dict.placeholder(int)  # None: the row's, or the last block
     config.distill.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: as the student's
+    # Of the teacher's pixels, as data.mean and std are of the student's; None: from its model.json, or else ImageNet's
+    config.distill.teacher.mean = config_dict.placeholder(object)
+    config.distill.teacher.std = config_dict.placeholder(object)
     config.distill.teacher.masked = False  # hide the student's hidden patches from the teacher too
     config.distill.teacher.drop_path = 0.0  # by model.drop_path_schedule
     config.distill.teacher.jitter = ml_collections.ConfigDict()  # of its view, drawn apart from the student's; 0: clean
@@ -196,4 +199,7 @@ def classify() -> ml_collections.ConfigDict:
     config.classify.teacher = ml_collections.ConfigDict()
     config.classify.teacher.path = ""  # a classifier for the same classes: a run of ours, or what convert wrote
     config.classify.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: as the student's
+    # Of the teacher's pixels, as data.mean and std are of the student's; None: from its model.json, or else ImageNet's
+    config.classify.teacher.mean = config_dict.placeholder(object)
+    config.classify.teacher.std = config_dict.placeholder(object)
     return config

@@ -1,5 +1,7 @@
 """Options of distillation: what each computes, what it trains, and that its runs are legal everywhere."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("teachers")
     for name, vit in (("teacher", TEACHER), ("patch_8", PATCH_8)):
         params = jax.jit(vit.init)(jax.random.key(1), np.zeros((1, 16, 16, 3), np.float32))["params"]
-        save_params(path / name, {"encoder": params}, {"encoder": vit.record()})
+        record = {"encoder": vit.record(), "preprocessing": {"mean": list(MEAN), "std": list(STD)}}
+        save_params(path / name, {"encoder": params}, record)
     return path
 
 
@@ -112,6 +115,55 @@ def test_the_published_path_costs_what_it_did(folder):
     assert flops[1] <= flops[0]
     want, got = (c(*args) for c in compiled)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), got, want)
+
+
+def test_a_teacher_sees_its_own_pixels(folder):
+    """Its mean and deviation come from the config, its model.json or ImageNet; the student's stay the data's."""
+    vit, mean, std = load_params(folder / "teacher"), (0.2, 0.3, 0.4), (0.3, 0.2, 0.1)
+    save_params(folder / "own_pixels", vit[1], vit[0] | {"preprocessing": {"mean": list(mean), "std": list(std)}})
+    save_params(folder / "no_record", vit[1], {"encoder": vit[0]["encoder"]})
+    words = (*CLEAN, "distill.teacher.tap=2", "model.drop_path=0.0")
+    task = task_of(distill(folder, *words))
+    params, frozen = task.init(jax.random.key(2)), task.load_frozen()
+    student, target = ViT.from_record(task.model["encoder"]), TARGETS["qk_vv"]
+
+    @jax.jit
+    def by_hand(mean, std):
+        shown, pixels = (IMAGES / 255 - np.array(MEAN)) / np.array(STD), (IMAGES / 255 - mean) / std
+        seen, own = (
+            network.apply({"params": weights}, jnp.asarray(view, jnp.float32), tap=2, method="encode")
+            for network, weights, view in ((TEACHER, frozen, pixels), (student, params["encoder"], shown))
+        )
+        return sum(target.loss(target.extract(own), target.extract(seen)).values())
+
+    def ours(*more, teacher):
+        task = task_of(distill(folder, *words, *more, teacher=teacher))
+        record = task.origin["teacher"]
+        values = jax.jit(task.losses, static_argnums=4)(params, task.load_frozen(), BATCH, KEY, True)
+        return values["loss"], (tuple(record["mean"]), tuple(record["std"]))
+
+    given = [f"distill.teacher.mean={mean}".replace(" ", ""), f"distill.teacher.std={std}".replace(" ", "")]
+    cases = {
+        "model.json": (ours(teacher="own_pixels"), (mean, std)),
+        "config": (ours(*given, teacher="no_record"), (mean, std)),
+        "ImageNet": (ours(teacher="no_record"), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+        "the data's": (ours(teacher="teacher"), (MEAN, STD)),
+        "one of each": (ours(given[0], teacher="teacher"), (mean, STD)),
+    }
+    for name, ((loss, recorded), pixels) in cases.items():
+        assert recorded == pixels, name
+        # float32, and the pixels by another formula
+        np.testing.assert_allclose(loss, by_hand(*map(np.array, pixels)), rtol=2e-5, err_msg=name)
+    assert len({float(loss[0]) for (loss, _), _ in cases.values()}) == 4
+    for words_, message in (
+        (
+            ["distill.teacher.std=(0.1,0.0,0.1)"],
+            r"distill\.teacher\.std=\(0\.1, 0\.0, 0\.1\) \(the config\): needs three",
+        ),
+        (["distill.teacher.mean=0.5"], r"distill\.teacher\.mean=0\.5 \(the config\): needs three numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task_of(distill(folder, *words_))
 
 
 # What of the student's last block each target trains.
@@ -258,7 +310,7 @@ def featured(folder):
     return folder / "featured", words, params
 
 
-def test_adapters_and_decoder_are_no_part_of_the_encoder(folder, featured):
+def test_adapters_and_decoder_are_no_part_of_the_encoder(folder, featured, caplog):
     path, words, params = featured
     assert set(params) == {"encoder", "adapter", "decoder"}
     assert params["adapter"]["taps_0"]["ffn"]["kernel"].shape == (16, 32)
@@ -272,12 +324,58 @@ def test_adapters_and_decoder_are_no_part_of_the_encoder(folder, featured):
     assert set(start) == {"encoder", "fc_norm", "head"}
     model, loaded = load_params(path)
     assert "decoder_pos_embed" in to_torch("mae", model, loaded)
-    # As the start of the same experiment everything fits; of another target the adapters start afresh.
+    # As the start of the same experiment everything fits, and nothing is said.
+    caplog.clear()
     task = task_of(distill(folder, *words, f"init={path}"))
     jax.tree.map(np.testing.assert_array_equal, task.start(jax.device_get(task.init(jax.random.key(9)))), params)
-    task = task_of(distill(folder, "distill.target=attention", f"init={path}"))
-    fresh = jax.device_get(task.init(jax.random.key(9)))
-    jax.tree.map(np.testing.assert_array_equal, task.start(fresh)["adapter"], fresh["adapter"])
+    assert "init:" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "fresh", "messages"),
+    [
+        (
+            ["distill.target=attention"],
+            {"adapter"},
+            [
+                r"WARNING .*the adapter of \S+ is {'target': 'ffn'.*config asks for {'target': 'attention'",
+                "not use decoder",
+            ],
+        ),
+        (["distill.target=qk_vv"], set(), ["not use adapter, decoder"]),
+        (
+            [
+                "distill.target=ffn",
+                "distill.mask_ratio=0.5",
+                "distill.mim_weight=1.0",
+                *MIM,
+                "distill.mim.decoder_dim=4",
+            ],
+            {"decoder"},
+            [r"WARNING .*the decoder of \S+ is {'embed_dim': 8.*config asks for {'embed_dim': 4"],
+        ),
+    ],
+)
+def test_parts_of_a_checkpoint_that_do_not_fit_start_afresh_and_are_named(
+    folder, featured, caplog, words, fresh, messages
+):
+    task = task_of(distill(folder, *words, f"init={featured[0]}"))
+    before = jax.device_get(task.init(jax.random.key(9)))
+    with caplog.at_level("INFO"):
+        start = task.start(before)
+    for part, params in start.items():
+        want = before[part] if part in fresh else featured[2][part]
+        jax.tree.map(np.testing.assert_array_equal, params, want)
+    for message in messages:
+        assert re.search(message, caplog.text), caplog.text
+
+
+def test_an_encoder_alone_starts_mae_and_what_it_lacks_is_logged(folder, caplog):
+    words = ("model.patch_size=4", "model.embed_dim=32", "model.depth=3", "model.heads=4")
+    task = task_of(small_config("mae_teacher", *words, f"init={folder / 'teacher'}"))
+    with caplog.at_level("INFO"):
+        task.start(jax.device_get(task.init(jax.random.key(0))))
+    assert re.search(r"INFO .*init: \S+/teacher has no decoder; it starts from its initialization", caplog.text)
 
 
 def test_a_chain_of_students_with_resplit(folder, data_dir):
@@ -409,3 +507,13 @@ def test_uniform_heads(folder):
     assert finetuned(folder, init="adaptive")[0].model["encoder"]["heads"] == [2, 2, 4]
     uniform, _ = finetuned(folder, "classify.heads=uniform", init="adaptive")
     assert uniform.model["encoder"]["heads"] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("choice", ["keep", "uniform"])
+def test_other_heads_than_the_checkpoints_are_refused(folder, choice):
+    for asked in ("8", "(4,4,2)"):
+        with pytest.raises(ValueError, match=r"(?s)model\.heads=.*was trained with \[4, 4, 4\].*set model\.heads=None"):
+            finetuned(folder, f"classify.heads={choice}", f"model.heads={asked}")
+    for asked in ("None", "4", "(4,4,4)"):
+        task, _ = finetuned(folder, f"classify.heads={choice}", f"model.heads={asked}")
+        assert task.model["encoder"]["heads"] == [4, 4, 4]

@@ -13,6 +13,7 @@ from runs import DIGITS, same_bits, small_config
 from tinymim_jax import optim
 from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.checkpoints.params import load_params, save_params
+from tinymim_jax.class_names import ClassMismatch
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
@@ -182,9 +183,9 @@ def test_the_teacher_sees_the_students_augmented_images(monkeypatch):
         return jnp.broadcast_to(images.mean(axis=(1, 2, 3))[:, None], (len(images), 10))
 
     stand_in = types.SimpleNamespace(
-        alpha=1.0, logits=answers, distance=lambda mine, wanted: wanted[:, 0], weights=dict
+        alpha=1.0, logits=answers, distance=lambda mine, wanted: wanted[:, 0], weights=dict, origin={}
     )
-    monkeypatch.setattr(classify, "supervised_teacher", lambda config, classes: stand_in)
+    monkeypatch.setattr(classify, "supervised_teacher", lambda config, class_names: stand_in)
     task = task_of("classify.mixup=0.8", "model.depth=1")
     images = jnp.asarray(IMAGES / 127.5 - 1, jnp.float32)
 
@@ -202,7 +203,7 @@ def test_the_teacher_sees_the_students_augmented_images(monkeypatch):
 def test_a_teacher_of_another_image_size(teacher):
     """Pictures of one colour: no resizing changes them, so only the size and the pixels' scale are left."""
     words = ["classify.distillation=hard", f"classify.teacher.path={teacher}", "classify.teacher.image_size=(24,20)"]
-    found = supervised_teacher(small_config("finetune", *words), 10)
+    found = supervised_teacher(small_config("finetune", *words), DIGITS)
     colour = np.array([40, 200, 90])
     shown = jnp.broadcast_to(jnp.asarray(colour / 127.5 - 1, jnp.float32), (2, 16, 16, 3))
     params, (mean, std) = load_params(teacher)[1], (np.array(SEEN[name]) for name in ("mean", "std"))
@@ -283,6 +284,42 @@ def test_a_teacher_must_answer_the_same_question(teacher, tmp_path):
         task_of("classify.distillation=hard", f"classify.teacher.path={tmp_path / 'encoder'}")
     with pytest.raises(CheckpointError, match=r"classify\.teacher\.path: .*nothing does not exist"):
         task_of("classify.distillation=hard", f"classify.teacher.path={tmp_path / 'nothing'}")
+
+
+def test_a_teachers_classes_are_matched_by_name(teacher, tmp_path, caplog):
+    model, params = load_params(teacher)
+    order = np.array([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])  # output i of the saved teacher is the digit order[i]
+    names = [f"{digit:02d}" for digit in order]
+    head = jax.tree.map(lambda leaf: leaf[..., order], params["head"])
+    record = model | {"preprocessing": SEEN | {"class_names": names}}
+    save_params(tmp_path / "permuted", params | {"head": head}, record)
+    words = ("model.depth=1", "classify.distillation=soft")
+
+    def answers(path):
+        task = task_of(*words, f"classify.teacher.path={path}")
+        return jax.jit(task.losses, static_argnums=4)(params_of(task), task.load_frozen(), BATCH, KEY, False)
+
+    with caplog.at_level("INFO"):
+        got, want = answers(tmp_path / "permuted"), answers(teacher)
+    assert "the classes of " in caplog.text
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
+    others = ["ant", *names[1:]]
+    save_params(tmp_path / "others", params, record | {"preprocessing": SEEN | {"class_names": others}})
+    with pytest.raises(ClassMismatch, match=r"others does not know 1 of the 10 classes of 'digits': '3'"):
+        answers(tmp_path / "others")
+
+
+def test_a_teachers_pixels_may_be_given(teacher):
+    words = ("model.depth=1", "classify.distillation=soft", f"classify.teacher.path={teacher}")
+    found = supervised_teacher(small_config("finetune", *words, "classify.teacher.mean=(0.1,0.2,0.3)"), DIGITS)
+    assert found.own == ((0.1, 0.2, 0.3), tuple(SEEN["std"]))
+    task = task_of(*words, "classify.teacher.mean=(0.1,0.2,0.3)")
+    assert task.origin == {"teacher": {"checkpoint": str(teacher), "mean": [0.1, 0.2, 0.3], "std": SEEN["std"]}}
+    with pytest.raises(
+        ValueError, match=r"classify\.teacher\.std=\(1, 0, 1\) \(the config\): needs three numbers above 0"
+    ):
+        task_of(*words, "classify.teacher.std=(1,0,1)")
 
 
 @pytest.mark.parametrize("task", ["mae_teacher", "distill"])

@@ -238,7 +238,8 @@ def test_relations_are_of_cls_and_patches_alone(tmp_path):
         return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 2, shapes)
 
     of_teacher = randomly(jax.eval_shape(teacher.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
-    save_params(tmp_path / "teacher", {"encoder": of_teacher}, {"encoder": teacher.record()})
+    pixels = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}  # the digits'
+    save_params(tmp_path / "teacher", {"encoder": of_teacher}, {"encoder": teacher.record(), "preprocessing": pixels})
     words = ["model.dist_token=True", "model.depth=1", f"distill.teacher.path={tmp_path / 'teacher'}"]
     config = small_config("distill", *words)
     task = TASKS["distill"].build(config, DIGITS)

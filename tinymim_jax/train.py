@@ -106,7 +106,7 @@ def _run(
         state = checkpoints.restore(abstract)
         state = fresh_state() if state is None else state
         names = experiment.train_source.class_names
-        write_json(workdir / "model.json", task.model | {"preprocessing": preprocessing(config, names)})
+        write_json(workdir / "model.json", task.model | task.origin | {"preprocessing": preprocessing(config, names)})
         report.begin(experiment, state, paths, mesh, workers)
         return _loop(experiment, mesh, state, frozen, train_step, checkpoints, report, workers)
 

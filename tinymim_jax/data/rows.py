@@ -105,7 +105,7 @@ class Rows:
         return "it can be now: a passing failure to read it"
 
     def _decode(self, examples: range) -> dict[str, Any]:
-        part = {
+        part: dict[str, Any] = {
             name: np.zeros((len(examples), *shape), dtype) for name, (shape, dtype) in row_arrays(self._view).items()
         }
         part["substituted"] = np.full(len(examples), -1, np.int64)

@@ -14,7 +14,7 @@ from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import Masking, random_masking
 from tinymim_jax.ops.patches import patchify
-from tinymim_jax.tasks.pretrained import Loaded
+from tinymim_jax.tasks.pretrained import Loaded, same_part
 from tinymim_jax.tasks.task import Params
 
 
@@ -47,8 +47,8 @@ def decoder_record(decoder: MaeDecoder) -> dict[str, Any]:
 
 
 def fill_decoder(params: Params, loaded: Loaded, decoder: MaeDecoder) -> Params:
-    """`params` with the loaded decoder, where the checkpoint has one of this architecture."""
-    if loaded.model.get("decoder") != decoder_record(decoder):
+    """`params` with the loaded decoder. Without one of this architecture they are returned as they are, and logged."""
+    if not same_part(loaded, "decoder", decoder_record(decoder)):
         return params
     # Converted files hold the decoder's fixed position table as well.
     return params | {"decoder": merge(params["decoder"], loaded.params["decoder"], allow_unused=("pos_embed",))}

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,11 +14,13 @@ from tinymim_jax.checkpoints.params import load_params, merge
 from tinymim_jax.class_names import match_classes
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.vit import PRESETS, ViT
+from tinymim_jax.ops.color import IMAGENET_MEAN, IMAGENET_STD
 from tinymim_jax.ops.posembed import resize_table
 
 log = logging.getLogger(__name__)
 
 Params = Any  # nested dicts of arrays
+Numbers = tuple[float, ...]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -87,6 +89,54 @@ def load(path: str) -> Loaded:
     if _KEPT is not None:
         _KEPT[path] = loaded
     return loaded
+
+
+def same_part(loaded: Loaded, part: str, record: dict[str, Any]) -> bool:
+    """Whether the checkpoint has this part with this architecture; otherwise a line says that it starts afresh."""
+    found = loaded.model.get(part)
+    if found is None:
+        log.info("init: %s has no %s; it starts from its initialization", loaded.path, part)
+    elif found != record:
+        message = "init: the %s of %s is %s, the config asks for %s: it starts from its initialization"
+        log.warning(message, part, loaded.path, found, record)
+    return found == record
+
+
+def log_unused(loaded: Loaded, taken: Collection[str]) -> None:
+    """Logs which parts of the checkpoint, such as a decoder or a classifier's head, the task has no use for."""
+    if unused := sorted(set(loaded.params) - set(taken)):
+        log.info("init: of %s this task does not use %s", loaded.path, ", ".join(unused))
+
+
+def teacher_pixels(loaded: Loaded, mean: Any, std: Any, key: str) -> tuple[Numbers, Numbers]:
+    """(mean, standard deviation) by which pixels in 0..1 are normalized for a teacher, for each of R, G and B.
+
+    Those of the config, or else what the checkpoint's model.json records under "preprocessing", or else ImageNet's.
+
+    Args:
+      mean, std: the config's, None where it leaves them to the checkpoint.
+      key: the config's section that has both, for messages.
+    """
+    recorded = loaded.model.get("preprocessing", {})
+    chosen, sources = [], []
+    for name, given, default in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        values, source = (given, "the config") if given is not None else (recorded.get(name), "its model.json")
+        if values is None:
+            values, source = default, "ImageNet's, as its model.json has none"
+        numbers = isinstance(values, Sequence) and len(values) == 3 and all(isinstance(v, int | float) for v in values)
+        if not numbers or (name == "std" and min(values) <= 0):
+            need = "three numbers above 0" if name == "std" else "three numbers"
+            raise ValueError(f"{key}.{name}={values!r} ({source}): needs {need}, for pixels in 0..1, R, G and B")
+        chosen.append(tuple(float(value) for value in values))
+        sources.append(source)
+    mean, std = chosen
+    log.info("%s: pixels are normalized with mean %s (%s) and std %s (%s)", key, mean, sources[0], std, sources[1])
+    return mean, std
+
+
+def teacher_record(loaded: Loaded, pixels: tuple[Numbers, Numbers]) -> dict[str, Any]:
+    """What model.json says of a teacher."""
+    return {"checkpoint": loaded.path, "mean": list(pixels[0]), "std": list(pixels[1])}
 
 
 def class_order(loaded: Loaded, class_names: Sequence[str], data: str) -> np.ndarray:

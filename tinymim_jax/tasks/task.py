@@ -36,6 +36,7 @@ class Task:
     names: the names of the values that `losses` returns.
     load_frozen: () -> weights that are an argument of the step, never trained and never checkpointed.
     start: parameters on the host -> the same with pre-trained values filled in; None trains from scratch.
+    origin: where frozen weights come from and how they are used, for model.json; nothing reads it.
     metric: what evaluation computes; None averages the values of `losses` over the examples.
     """
 
@@ -45,6 +46,7 @@ class Task:
     names: tuple[str, ...]
     load_frozen: Callable[[], Params] = nothing_frozen
     start: Callable[[Params], Params] | None = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     metric: Metric | None = None
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning: an encoder and a new head learn the labels."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -21,25 +22,22 @@ from tinymim_jax.ops.losses import binary_cross_entropy, soft_cross_entropy, sof
 from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
 from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.tasks.classify.last_block import check_last_block, with_last_block, without_last_block
-from tinymim_jax.tasks.classify.teacher import supervised_teacher, teacher_stand_in
-from tinymim_jax.tasks.pretrained import Loaded, build_encoder, class_order, fill_encoder, load
+from tinymim_jax.tasks.classify.teacher import SupervisedTeacher, reorder_heads, supervised_teacher, teacher_stand_in
+from tinymim_jax.tasks.pretrained import Loaded, build_encoder, class_order, fill_encoder, load, log_unused
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType, nothing_frozen
 
 log = logging.getLogger(__name__)
 
 LOSSES = ("softmax", "bce")
-_HEADS = ("head", "head_dist")  # their parameters end in [..., classes]
+# (key, normalized images, soft targets) -> images and targets
+Augmentation = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 # Heads of every block in the authors' fine-tuning code, by width (models_vit.py), whatever pre-training had.
 OFFICIAL_HEADS = {192: 3, 384: 6, 768: 12}
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
-    """The task of `config` for a data set with these classes. Raises ValueError where it has none.
-
-    With a supervised teacher the loss is (1 - alpha) times that of the labels, on the first head, and alpha times that
-    of the teacher's answers, on the DIST token's head; where there is no such token, one head learns both.
-    """
+    """The task of `config` for a data set with these classes. Raises ValueError where it has none."""
     classes = len(class_names)
     if classes == 0:
         raise ValueError(
@@ -52,32 +50,16 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     network = Classifier(
         encoder, classes, classify.pool, classify.hidden_dim, classify.norm_first, head_std=classify.head_std
     )
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
-    smoothing = classify.label_smoothing
-    criterion, augment = _criterion(classify, classes), _augmentation(classify)
-    teacher = supervised_teacher(config, classes)
-
-    def init(key: jax.Array) -> Params:
-        return network.init(key, jnp.zeros((1, *encoder.image_size, 3)))["params"]
-
-    def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
-        images, labels = normalize(batch["image"], mean, std), batch["label"]
-        targets = soft_targets(labels, classes, smoothing=smoothing if train else 0.0)
-        if train and augment:
-            images, targets = augment(key, images, targets)
-            labels = jnp.argmax(targets, axis=1)  # of a mixed image the label that weighs more
-        drop_key = fold_in_name(key, "drop_path") if train else None
-        both: Any = network.apply({"params": params}, images, drop_key=drop_key, method="logits")
-        first, second = both
-        logits = first if second is None else (first + second) / 2
-        values = {"top1": in_top(logits, labels, 1), "top5": in_top(logits, labels, 5)}
-        if teacher is None:
-            return {"loss": criterion(logits, targets), **values}
-        answers = teacher.logits(frozen, images)
-        label_loss = criterion(first, targets)
-        teacher_loss = teacher.distance(first if second is None else second, answers)
-        values |= {"label_loss": label_loss, "teacher_loss": teacher_loss, "teacher_top1": in_top(answers, labels, 1)}
-        return {"loss": (1 - teacher.alpha) * label_loss + teacher.alpha * teacher_loss, **values}
+    teacher = supervised_teacher(config, class_names)
+    method = Classification(
+        network=network,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        smoothing=classify.label_smoothing,
+        criterion=_criterion(classify, classes),
+        augment=_augmentation(classify),
+        teacher=teacher,
+    )
 
     def start(params: Params) -> Params:
         assert loaded is not None
@@ -87,12 +69,64 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
 
     return Task(
         model={"encoder": encoder.record(), "classifier": network.record()},
-        init=init,
-        losses=losses,
-        names=("loss", "top1", "top5", *(("label_loss", "teacher_loss", "teacher_top1") if teacher else ())),
+        init=method.init,
+        losses=method.losses,
+        names=method.names,
         load_frozen=teacher.weights if teacher else nothing_frozen,
         start=start if loaded else None,
+        origin=teacher.origin if teacher else {},
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """A classifier and its loss.
+
+    mean, std: by which the network's pixels are normalized.
+    smoothing: label smoothing in training.
+    criterion: (logits, soft targets) -> float32 [batch].
+    augment: see _augmentation; None where nothing is erased or mixed.
+    teacher: None without distillation. With one the loss is (1 - alpha) times that of the labels, on the first head,
+      plus alpha times that of the teacher's answers, on the DIST token's head; without a DIST token one head learns
+      both.
+    """
+
+    network: Classifier
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    smoothing: float
+    criterion: Callable[[jax.Array, jax.Array], jax.Array]
+    augment: Augmentation | None
+    teacher: SupervisedTeacher | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what `losses` returns."""
+        return ("loss", "top1", "top5", *(("label_loss", "teacher_loss", "teacher_top1") if self.teacher else ()))
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters."""
+        return self.network.init(key, jnp.zeros((1, *self.network.encoder.image_size, 3)))["params"]
+
+    def losses(self, params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
+        """See Task.losses; `frozen` are the teacher's weights."""
+        images, labels = normalize(batch["image"], self.mean, self.std), batch["label"]
+        targets = soft_targets(labels, self.network.classes, smoothing=self.smoothing if train else 0.0)
+        if train and self.augment:
+            images, targets = self.augment(key, images, targets)
+            labels = jnp.argmax(targets, axis=1)  # of a mixed image the label that weighs more
+        drop_key = fold_in_name(key, "drop_path") if train else None
+        both: Any = self.network.apply({"params": params}, images, drop_key=drop_key, method="logits")
+        first, second = both
+        logits = first if second is None else (first + second) / 2
+        values = {"top1": in_top(logits, labels, 1), "top5": in_top(logits, labels, 5)}
+        if self.teacher is None:
+            return {"loss": self.criterion(logits, targets), **values}
+        answers, alpha = self.teacher.logits(frozen, images), self.teacher.alpha
+        label_loss = self.criterion(first, targets)
+        teacher_loss = self.teacher.distance(first if second is None else second, answers)
+        values |= {"label_loss": label_loss, "teacher_loss": teacher_loss, "teacher_top1": in_top(answers, labels, 1)}
+        return {"loss": (1 - alpha) * label_loss + alpha * teacher_loss, **values}
 
 
 def _criterion(classify: ConfigDict, classes: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -111,8 +145,8 @@ def _criterion(classify: ConfigDict, classes: int) -> Callable[[jax.Array, jax.A
     return functools.partial(binary_cross_entropy, threshold=threshold)
 
 
-def _augmentation(classify: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
-    """(key, normalised images, soft targets) -> images and targets, erased and then mixed; None where both are off.
+def _augmentation(classify: ConfigDict) -> Augmentation | None:
+    """Random erasing, then mixup or cutmix; None where all are off.
 
     timm's order: its loader erases, and whole batches are mixed.
     """
@@ -154,8 +188,25 @@ def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
         return encoder.clone(heads=OFFICIAL_HEADS[encoder.embed_dim])
     if choice not in ("keep", "uniform"):
         raise unknown("classify.heads", choice, ("keep", "official", "uniform"))
-    heads = with_last_block(loaded, last_block).model["encoder"]["heads"] if loaded else encoder.block_heads
-    return encoder.clone(heads=heads[0] if choice == "uniform" else tuple(heads))
+    if loaded is None:
+        return encoder.clone(heads=encoder.block_heads[0] if choice == "uniform" else encoder.block_heads)
+    heads = tuple(with_last_block(loaded, last_block).model["encoder"]["heads"])
+    _check_model_heads(config, heads, loaded.path)
+    return encoder.clone(heads=heads[0] if choice == "uniform" else heads)
+
+
+def _check_model_heads(config: ConfigDict, heads: tuple[int, ...], path: str) -> None:
+    """Raises ValueError where `model.heads` asks for other heads than the checkpoint's, which classify.heads takes.
+
+    One number need not be that of every block: distillation gives some of them the teacher's heads.
+    """
+    asked = config.model.heads
+    if asked is None or asked in heads or (not isinstance(asked, int) and tuple(asked) == heads):
+        return
+    raise ValueError(
+        f"model.heads={asked!r}, but {path} was trained with {list(heads)}, block by block, and classify.heads="
+        f"{config.classify.heads!r} takes those: set model.heads=None, or to that list"
+    )
 
 
 def _loaded_heads(params: Params, loaded: Loaded, network: Classifier, class_names: Sequence[str], data: str) -> Params:
@@ -166,6 +217,7 @@ def _loaded_heads(params: Params, loaded: Loaded, network: Classifier, class_nam
     """
     record = loaded.model.get("classifier")
     if record is None:
+        log_unused(loaded, {"encoder"})
         return {}
     same_tokens = bool(loaded.model["encoder"].get("dist_token")) == network.encoder.dist_token
     if record != network.record() or not same_tokens:
@@ -177,8 +229,7 @@ def _loaded_heads(params: Params, loaded: Loaded, network: Classifier, class_nam
         log.warning("the head of %s is initialized anew: %s", loaded.path, error)
         return {}
     found = {name: jax.tree.map(np.asarray, loaded.params[name]) for name in params if name != "encoder"}
-    heads = {name: jax.tree.map(lambda leaf: leaf[..., order], found[name]) for name in _HEADS if name in found}
-    return found | heads
+    return reorder_heads(found, order)
 
 
 def _for_evaluation(config: ConfigDict) -> ConfigDict:

@@ -1,7 +1,7 @@
 """A supervised teacher: a frozen classifier whose answers to a batch a student learns (DeiT, arXiv 2012.12877)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,24 @@ from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.color import IMAGENET_MEAN, IMAGENET_STD, normalize
+from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.losses import hard_distillation, soft_distillation
 from tinymim_jax.ops.token_grid import resize_images
-from tinymim_jax.tasks.pretrained import Loaded, compute_dtype, fit_positions, load
+from tinymim_jax.tasks.pretrained import (
+    Loaded,
+    Numbers,
+    class_order,
+    compute_dtype,
+    fit_positions,
+    load,
+    teacher_pixels,
+    teacher_record,
+)
 from tinymim_jax.tasks.stand_in import VIT_B, StandIn, classifier_zeros, is_missing
 from tinymim_jax.tasks.task import Params
 
 DISTILLATION = ("none", "soft", "hard")
+_HEADS = ("head", "head_dist")  # of a Classifier; their parameters end in [..., classes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +38,28 @@ class SupervisedTeacher:
 
     alpha: share of the distillation in the loss; the labels have the rest.
     distance: (student's logits, teacher's logits) -> float32 [batch].
-    shown, own: mean and deviation of the pixels that the student is shown, and of those that the teacher expects.
+    order: int [classes], for each class of the data set the teacher's output.
+    shown, own: mean and standard deviation by which the student's pixels are normalized, and the teacher's.
     """
 
     loaded: Loaded
     network: Classifier
     alpha: float
     distance: Callable[[jax.Array, jax.Array], jax.Array]
-    shown: tuple[tuple[float, ...], tuple[float, ...]]
-    own: tuple[tuple[float, ...], tuple[float, ...]]
+    order: np.ndarray
+    shown: tuple[Numbers, Numbers]
+    own: tuple[Numbers, Numbers]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """See Task.origin."""
+        return {"teacher": teacher_record(self.loaded, self.own)}
 
     def weights(self) -> Params:
         """What the step is given as its frozen weights; the encoder's in the dtype of the computation."""
         encoder, dtype = fit_positions(self.loaded, self.network.encoder), self.network.encoder.dtype
-        return self.loaded.params | {"encoder": jax.tree.map(lambda leaf: np.asarray(leaf, dtype), encoder)}
+        params = self.loaded.params | {"encoder": jax.tree.map(lambda leaf: np.asarray(leaf, dtype), encoder)}
+        return reorder_heads(params, self.order)
 
     def logits(self, frozen: Params, images: jax.Array) -> jax.Array:
         """float32 [batch, classes], without a gradient, of the student's images: augmented, normalised."""
@@ -55,11 +73,21 @@ class SupervisedTeacher:
         return jax.lax.stop_gradient(logits)
 
 
-def supervised_teacher(config: ConfigDict, classes: int) -> SupervisedTeacher | None:
-    """What `config.classify.distillation` asks for; None for 'none'. Raises ValueError where it does not fit."""
-    classify = config.classify
+def reorder_heads(params: Params, order: np.ndarray) -> Params:
+    """A classifier's parameters with its classes in the order `order`: output i is what output order[i] was."""
+    heads = {name: jax.tree.map(lambda leaf: leaf[..., order], params[name]) for name in _HEADS if name in params}
+    return params | heads
+
+
+def supervised_teacher(config: ConfigDict, class_names: Sequence[str]) -> SupervisedTeacher | None:
+    """What `config.classify.distillation` asks for; None for 'none'.
+
+    Raises ValueError where the teacher does not fit the config, and ClassMismatch (a ValueError) where its classes are
+    not those of the data. The same classes in another order are put in the order of the data.
+    """
+    classify, classes = config.classify, len(class_names)
     kind, alpha, tau, path = classify.distillation, classify.alpha, classify.tau, classify.teacher.path
-    size = classify.teacher.image_size
+    size, mean, std = classify.teacher.image_size, classify.teacher.mean, classify.teacher.std
     if kind not in DISTILLATION:
         raise unknown("classify.distillation", kind, DISTILLATION)
     if not 0 <= alpha <= 1 or tau <= 0:
@@ -91,14 +119,14 @@ def supervised_teacher(config: ConfigDict, classes: int) -> SupervisedTeacher | 
             f"into the teacher's patches of {encoder.patch_size}: choose multiples of it; it is shown the student's "
             "images at that size"
         )
-    seen = loaded.model.get("preprocessing", {})
     return SupervisedTeacher(
         loaded=loaded,
         network=Classifier(encoder, **record),
         alpha=alpha,
         distance=hard_distillation if kind == "hard" else lambda mine, wanted: soft_distillation(mine, wanted, tau=tau),
-        shown=_numbers(config.data.mean, config.data.std),
-        own=_numbers(seen.get("mean", IMAGENET_MEAN), seen.get("std", IMAGENET_STD)),
+        order=class_order(loaded, class_names, config.data.source),
+        shown=(tuple(map(float, config.data.mean)), tuple(map(float, config.data.std))),
+        own=teacher_pixels(loaded, mean, std, "classify.teacher"),
     )
 
 
@@ -121,7 +149,3 @@ def _load(kind: str, path: str) -> Loaded:
         return load(path)
     except CheckpointError as error:
         raise CheckpointError(f"classify.teacher.path: {error}") from error
-
-
-def _numbers(mean, std) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(map(float, mean)), tuple(map(float, std))

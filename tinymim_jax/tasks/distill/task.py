@@ -1,5 +1,6 @@
 """TinyMIM (arXiv 2301.01296): a small student learns the token relations of a frozen, MIM pre-trained teacher."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,95 +14,153 @@ from tinymim_jax.checkpoints.params import merge
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.decoder import PixelPrediction, decoder_record, fill_decoder, pixel_prediction
-from tinymim_jax.tasks.distill.pairs import adapter_record, align_heads, compare, find_blocks, init_adapters, make_pairs
+from tinymim_jax.tasks.distill.pairs import (
+    Pair,
+    adapter_record,
+    align_heads,
+    compare,
+    find_blocks,
+    init_adapters,
+    make_pairs,
+)
 from tinymim_jax.tasks.distill.targets import find_target
 from tinymim_jax.tasks.distill.teachers import find_teacher, how_to_get, teacher_stand_in
-from tinymim_jax.tasks.distill.views import build_inputs, compared
-from tinymim_jax.tasks.pretrained import Loaded, build_encoder, compute_dtype, fill_encoder, fit_positions, load
+from tinymim_jax.tasks.distill.views import Inputs, build_inputs, compared
+from tinymim_jax.tasks.pretrained import (
+    Loaded,
+    Numbers,
+    build_encoder,
+    compute_dtype,
+    fill_encoder,
+    fit_positions,
+    load,
+    log_unused,
+    same_part,
+    teacher_pixels,
+    teacher_record,
+)
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
-    """The task of `config`; labels are not used."""
+    """The task of `config`; labels are not used. Raises ValueError where student, teacher and target do not fit."""
     del class_names
     distill = config.distill
-    find_target(distill.target)  # a misspelt one is said before the teacher is looked for
+    find_target(distill.target)  # a misspelled target is reported before a missing teacher
     loaded = _load_teacher(distill.teacher)
-    teacher, tap = _teacher(loaded, config)
-    student = build_encoder(config.model)
-    blocks = find_blocks(distill, student.depth, teacher.depth, tap)
-    student = align_heads(distill, student, teacher, blocks)
-    pairs = make_pairs(distill, student, teacher, blocks)
-    inputs = build_inputs(config, student, teacher)
-    mim = pixel_prediction(distill, student)
-    student_taps = tuple(pair.student for pair in blocks) + ((student.depth,) if mim else ())
-    teacher_taps = tuple(pair.teacher for pair in blocks)
+    pixels = teacher_pixels(loaded, distill.teacher.mean, distill.teacher.std, "distill.teacher")
+    method = _distillation(config, loaded, pixels)
+    model = _record(distill, method)
+    return Task(
+        model=model,
+        init=method.init,
+        losses=method.losses,
+        names=method.names,
+        load_frozen=lambda: _frozen(loaded, method.teacher, max(pair.blocks.teacher for pair in method.pairs)),
+        start=(lambda params: _filled(params, load(config.init), method, model)) if config.init else None,
+        origin={"teacher": teacher_record(loaded, pixels)},
+    )
 
-    def init(key: jax.Array) -> Params:
-        params = {"encoder": student.init(key, jnp.zeros((1, *student.image_size, 3)))["params"]}
-        if adapters := init_adapters(key, pairs, student, teacher):
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Student and teacher, which blocks of them are compared on what, and what both are shown.
+
+    mim: MAE's loss beside the distillation; None without.
+    """
+
+    student: ViT
+    teacher: ViT
+    pairs: tuple[Pair, ...]
+    inputs: Inputs
+    mim: PixelPrediction | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what `losses` returns."""
+        return ("loss", *(name for pair in self.pairs for name in pair.names), *(("mae",) if self.mim else ()))
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters: "encoder", and "adapter" and "decoder" where the losses need them."""
+        image = jnp.zeros((1, *self.student.image_size, 3))
+        params = {"encoder": self.student.init(key, image)["params"]}
+        if adapters := init_adapters(key, self.pairs, self.student, self.teacher):
             params["adapter"] = adapters
-        return params | (mim.init(key) if mim else {})
+        return params | (self.mim.init(key) if self.mim else {})
 
-    def losses(params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
-        student_view, teacher_view = inputs.views(batch["image"], key, train)
-        masking = inputs.masking(key, len(student_view))
+    def losses(self, params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
+        """See Task.losses; `frozen` are the teacher's weights."""
+        student_view, teacher_view = self.inputs.views(batch["image"], key, train)
+        masking = self.inputs.masking(key, len(student_view))
         keep = masking.keep if masking else None
-        seen_by_teacher: Any = teacher.apply(
+        seen_by_teacher: Any = self.teacher.apply(
             {"params": frozen},
             teacher_view,
-            tap=teacher_taps,
-            keep=keep if inputs.teacher_masked else None,
+            tap=tuple(pair.blocks.teacher for pair in self.pairs),
+            keep=keep if self.inputs.teacher_masked else None,
             drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
             method="encode",
         )
-        seen_by_student: Any = student.apply(
+        last = (self.student.depth,) if self.mim else ()
+        seen_by_student: Any = self.student.apply(
             {"params": params["encoder"]},
             student_view,
-            tap=student_taps,
+            tap=tuple(pair.blocks.student for pair in self.pairs) + last,
             keep=keep,
             drop_key=fold_in_name(key, "drop_path") if train else None,
             method="encode",
         )
-        wanted = [inputs.aligned(compared(tap, teacher), masking) for tap in seen_by_teacher]
-        seen = [compared(tap, student) for tap in seen_by_student[: len(pairs)]]
-        values = compare(pairs, params.get("adapter"), seen, wanted)
-        if mim:
+        wanted = [self.inputs.aligned(compared(tap, self.teacher), masking) for tap in seen_by_teacher]
+        seen = [compared(tap, self.student) for tap in seen_by_student[: len(self.pairs)]]
+        values = compare(self.pairs, params.get("adapter"), seen, wanted)
+        if self.mim:
             assert masking is not None
-            reconstruction = mim.losses(params, seen_by_student[-1].output, student_view, masking)
-            values |= {"loss": values["loss"] + mim.weight * reconstruction, "mae": reconstruction}
+            reconstruction = self.mim.losses(params, seen_by_student[-1].output, student_view, masking)
+            values |= {"loss": values["loss"] + self.mim.weight * reconstruction, "mae": reconstruction}
         return values
 
-    model = {"encoder": student.record()}
-    if any(pair.target.adapted for pair in pairs):
-        model["adapter"] = adapter_record(distill, pairs, teacher)
-    if mim:
-        model["decoder"] = decoder_record(mim.decoder)
 
-    return Task(
-        model=model,
-        init=init,
-        losses=losses,
-        names=("loss", *(name for pair in pairs for name in pair.names), *(("mae",) if mim else ())),
-        load_frozen=lambda: _frozen(loaded, teacher, max(teacher_taps)),
-        start=(lambda params: _filled(params, load(config.init), student, model, mim)) if config.init else None,
+def _distillation(config: ConfigDict, loaded: Loaded, pixels: tuple[Numbers, Numbers]) -> Distillation:
+    distill = config.distill
+    teacher, tap = _teacher(loaded, config)
+    student = build_encoder(config.model)
+    blocks = find_blocks(distill, student.depth, teacher.depth, tap)
+    student = align_heads(distill, student, teacher, blocks)
+    return Distillation(
+        student=student,
+        teacher=teacher,
+        pairs=make_pairs(distill, student, teacher, blocks),
+        inputs=build_inputs(config, student, teacher, pixels),
+        mim=pixel_prediction(distill, student),
     )
 
 
+def _record(distill: ConfigDict, method: Distillation) -> dict[str, Any]:
+    record = {"encoder": method.student.record()}
+    if any(pair.target.adapted for pair in method.pairs):
+        record["adapter"] = adapter_record(distill, method.pairs, method.teacher)
+    if method.mim:
+        record["decoder"] = decoder_record(method.mim.decoder)
+    return record
+
+
 def _frozen(loaded: Loaded, teacher: ViT, last: int) -> Params:
-    """The teacher's weights up to block `last`: later ones are never run, so they need not lie on the device either."""
+    """The teacher's weights up to block `last`: later ones are never run, so they take no memory on the device."""
     unused = {f"blocks_{i}" for i in range(last, teacher.depth)} | {"norm"}
     used = {name: leaf for name, leaf in fit_positions(loaded, teacher).items() if name not in unused}
     return jax.tree.map(lambda leaf: np.asarray(leaf, teacher.dtype), used)
 
 
-def _filled(params: Params, source: Loaded, student: ViT, model: dict, mim: PixelPrediction | None) -> Params:
-    """`params` with what the checkpoint has for them: the encoder, and adapters and decoder where they are equal."""
-    params = fill_encoder(params, source, student)
-    if "adapter" in model and source.model.get("adapter") == model["adapter"]:
+def _filled(params: Params, source: Loaded, method: Distillation, model: dict[str, Any]) -> Params:
+    """`params` with the checkpoint's encoder, and its adapters and decoder where they are those of this task."""
+    params = fill_encoder(params, source, method.student)
+    if "adapter" in model and same_part(source, "adapter", model["adapter"]):
         params |= {"adapter": merge(params["adapter"], source.params["adapter"])}
-    return fill_decoder(params, source, mim.decoder) if mim else params
+    if method.mim:
+        params = fill_decoder(params, source, method.mim.decoder)
+    log_unused(source, model)
+    return params
 
 
 def _load_teacher(teacher: ConfigDict) -> Loaded:

@@ -12,6 +12,7 @@ from tinymim_jax.ops.color import color_jitter, normalize
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.masking import Masking, kept_patches, random_masking
 from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens, without_dist_token
+from tinymim_jax.tasks.pretrained import Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Inputs:
     teacher_jitter: dict[str, float]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    teacher_mean: tuple[float, ...]
+    teacher_std: tuple[float, ...]
     mask_ratio: float
     teacher_masked: bool
     grid: Grid
@@ -44,7 +47,7 @@ class Inputs:
             teacher = _jittered(fold_in_name(key, "teacher_jitter"), images, self.teacher_jitter)
         if teacher.shape[1:3] != self.teacher_size:
             teacher = resize_images(teacher.astype(jnp.float32), self.teacher_size)
-        return normalize(student, self.mean, self.std), normalize(teacher, self.mean, self.std)
+        return normalize(student, self.mean, self.std), normalize(teacher, self.teacher_mean, self.teacher_std)
 
     def masking(self, key: jax.Array, batch: int) -> Masking | None:
         """Patches hidden from the student, other ones in each image; None where all are visible."""
@@ -70,8 +73,14 @@ def compared(tap: Tap, network: ViT) -> Tap:
     return jax.tree.map(without_dist_token, tap) if network.dist_token else tap
 
 
-def build_inputs(config: ConfigDict, student: ViT, teacher: ViT) -> Inputs:
-    """The inputs of `config` for these networks. Raises ValueError where its masks cannot be had."""
+def build_inputs(config: ConfigDict, student: ViT, teacher: ViT, pixels: tuple[Numbers, Numbers]) -> Inputs:
+    """The inputs of `config` for these networks.
+
+    Args:
+      pixels: mean and standard deviation of the pixels that the teacher was trained on.
+
+    Raises ValueError where the masks of `config` do not fit the networks.
+    """
     distill = config.distill
     ratio, masked = distill.mask_ratio, distill.teacher.masked
     kept_patches(student.grid[0] * student.grid[1], ratio)
@@ -90,6 +99,8 @@ def build_inputs(config: ConfigDict, student: ViT, teacher: ViT) -> Inputs:
         teacher_jitter=dict(distill.teacher.jitter),
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
+        teacher_mean=pixels[0],
+        teacher_std=pixels[1],
         mask_ratio=ratio,
         teacher_masked=masked,
         grid=student.grid,

@@ -13,7 +13,7 @@ from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import random_masking
 from tinymim_jax.ops.patches import patchify
 from tinymim_jax.tasks.decoder import build_decoder, check_no_dist_token, decoder_record, fill_decoder
-from tinymim_jax.tasks.pretrained import build_encoder, fill_encoder, load
+from tinymim_jax.tasks.pretrained import build_encoder, fill_encoder, load, log_unused
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType
 
 
@@ -42,6 +42,7 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
 
     def start(params: Params) -> Params:
         loaded = load(config.init)
+        log_unused(loaded, {"encoder", "decoder"})
         return fill_decoder(fill_encoder(params, loaded, encoder), loaded, decoder)
 
     return Task(
