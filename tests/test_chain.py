@@ -10,9 +10,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from commands import readme_words, run
 from processes import output_of, run_python, saved_steps
 from runs import SMALL
-from test_cli import readme_words, run
 
 from tinymim_jax.metrics import read
 from tinymim_jax.models.vit import ViT

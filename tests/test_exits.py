@@ -12,9 +12,9 @@ import threading
 import time
 
 import pytest
+from commands import run
 from etils import epath
 from processes import output_of, run_python
-from test_cli import run
 
 from tinymim_jax import sharding
 from tinymim_jax.cli.prepare import one_by_one

@@ -9,9 +9,9 @@ import shutil
 
 import numpy as np
 import pytest
+from commands import run
 from jobs import Job, tiny
 from soak import Soak, summary
-from test_cli import run
 
 from tinymim_jax.metrics import read
 

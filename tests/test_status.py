@@ -8,9 +8,9 @@ import time
 
 import fsspec
 import pytest
+from commands import run
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
-from test_cli import run
 
 from tinymim_jax.cli.status import find_runs, read_run
 from tinymim_jax.config import load_config

@@ -4,15 +4,16 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import time
 
 import numpy as np
 import optuna
 import pytest
-from processes import output_of, run_python, saved_steps
+from commands import readme_words, run
+from processes import cpu_devices, output_of, run_python, saved_steps
 from runs import SMALL
-from test_cli import readme_words, run
 
 from tinymim_jax.metrics import read
 from tinymim_jax.sweeps.points import (
@@ -29,7 +30,9 @@ from tinymim_jax.sweeps.tables import summarize, write_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [f"{n:03d}_base_lr={rate}_seed={seed}" for seed in (0, 1) for n, rate in enumerate((0.016, 0.032))]
-MANY = "train.duration=200 steps"
+# Enough steps for a run to be interrupted between its first checkpoint and its end.
+STEPS = 100
+MANY = f"train.duration={STEPS} steps"
 
 FILE = """
 from configs import digits
@@ -62,6 +65,7 @@ def sweep_twice():
 def _in_the_repository(monkeypatch):
     monkeypatch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XLA_FLAGS", cpu_devices(1)["XLA_FLAGS"])  # of the trainings that a sweep starts
 
 
 @pytest.fixture
@@ -73,11 +77,22 @@ def file(tmp_path) -> pathlib.Path:
 
 
 def command(workdir, data_dir, *words) -> list[str]:
-    """The README's sweep, shrunk."""
+    """The README's sweep with small models and STEPS steps."""
     shown = readme_words("sweep", "--run")
     seeds = shown.index("--seeds")
     moved = [str(workdir) if word.startswith("runs/") else word for word in [*shown[:seeds], *shown[seeds + 2 :]]]
-    return [*moved, "--seeds", "2", "--data_dir", data_dir, "--compile_cache", "", *SMALL, MANY, *words]
+    return [
+        *moved,
+        "--seeds",
+        "2",
+        "--data_dir",
+        data_dir,
+        "--compile_cache",
+        "",
+        *SMALL,
+        f"train.duration={STEPS} steps",
+        *words,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +162,16 @@ def test_list_shows_states_and_results(undisturbed, data_dir, tmp_path, capsys):
 
 
 def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_dir, tmp_path):
+    for name in NAMES[2:]:
+        shutil.copytree(undisturbed[0] / name, tmp_path / name)  # finished points, which are left alone
+
     def begin(step: int):
         """Starts the sweep; once a point is beyond `step`, (process, its workdir)."""
         process = start(command(tmp_path, data_dir, "--jobs", "2"))
         for _ in range(600):
-            for name in NAMES:
+            for name in NAMES[:2]:
                 path = tmp_path / name / "metrics.jsonl"
-                if saved_steps(path.parent) and step <= read(path)[-1]["step"] < 150:
+                if saved_steps(path.parent) and step <= read(path)[-1]["step"] < STEPS - 25:
                     return process, path.parent
             time.sleep(0.1)
         raise AssertionError(output_of(process))
@@ -181,8 +199,8 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_di
 
 
 def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_path, capsys):
-    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL, MANY]
-    status, out, _ = output_of(start([*words, "--run", "local"]))
+    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
+    status, out, _ = run(capsys, *words, "--run", "local")
     assert status == 1
     failing, sound = "000_base_lr=1e+30_max_skipped=1", "001_base_lr=0.016"
     assert list(results(tmp_path / "w")) == [sound]
@@ -199,12 +217,12 @@ def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_p
 
 
 def test_index_runs_one_point(file, data_dir, tmp_path, capsys):
-    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL, MANY]
+    words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
     status, _, err = output_of(start([*words, "--index", "1"]))
     assert status == 0, err
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["001_base_lr=0.016"]
     assert list(results(tmp_path / "w")) == ["001_base_lr=0.016"]
-    status, _, err = output_of(start([*words, "--index", "0"]))
+    status, _, err = run(capsys, *words, "--index", "0")
     assert status == 1
     assert "not finite" in err
     assert "not finite" in (tmp_path / "w" / "000_base_lr=1e+30_max_skipped=1" / "failed.txt").read_text()
@@ -213,7 +231,7 @@ def test_index_runs_one_point(file, data_dir, tmp_path, capsys):
     assert "points 0 to 1" in err
 
 
-def test_a_point_may_be_a_chain(data_dir, tmp_path):
+def test_a_point_may_be_a_chain(data_dir, tmp_path, capsys):
     (tmp_path / "digits.py").write_text((ROOT / "configs" / "digits.py").read_text())
     (tmp_path / "chain.py").write_text(
         "def get_chain():\n"
@@ -221,8 +239,8 @@ def test_a_point_may_be_a_chain(data_dir, tmp_path):
         "def sweep():\n"
         "    yield {'optim.base_lr': 0.016, 'end.optim.b1': 0.8}\n"
     )
-    words = ["sweep", tmp_path / "chain.py", "--workdir", tmp_path / "w", "--data_dir", data_dir, *SMALL, MANY]
-    status, out, err = output_of(start([*words, "--compile_cache", "", "--seeds", "1", "--index", "0"]))
+    words = ["sweep", tmp_path / "chain.py", "--workdir", tmp_path / "w", "--data_dir", data_dir, *SMALL]
+    status, out, err = run(capsys, *words, "--compile_cache", "", "--seeds", "1", "--index", "0")
     assert status == 0, out + err
     configs = {
         name: tmp_path / "w" / "000_base_lr=0.016_b1=0.8_seed=0" / name / "config.json" for name in ("start", "end")
@@ -320,13 +338,13 @@ def test_the_table_counts_as_numpy_does(tmp_path):
         write_table(points, states, tmp_path, metric="top")
 
 
-def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path):
+def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path, capsys):
     words = ["sweep", "configs/digits.py:finetune", "--study", "study", "--workdir", tmp_path, "--data_dir", data_dir]
     words += ["--compile_cache", "", *SMALL]
-    status, out, err = output_of(start([*words, "--trials", "1"]))
+    status, out, err = run(capsys, *words, "--trials", "1")
     assert status == 0, out + err
     (first,) = results(tmp_path)
-    status, out, err = output_of(start([*words, "--trials", "2"]))
+    status, out, err = run(capsys, *words, "--trials", "2")
     assert status == 0, out + err
     assert len(results(tmp_path)) == 2
     assert first in results(tmp_path)
