@@ -1,1 +1,1 @@
-"""Experiments. Each file has get_config(), which changes a few keys of configs/base.py."""
+"""Experiments. Each file has a function get_config() that changes some keys of configs/base.py."""

@@ -1,9 +1,12 @@
-"""Every key of an experiment, with what it means. Nothing here depends on where the experiment runs.
+"""Every key of an experiment, explained, with its default value.
 
-Experiments are the other files of this folder: each starts from distill(), mae(), probe() or classify().
+The other files of this folder are experiments: each takes the config of distill(), mae(), probe() or classify() and
+changes some keys. Keys describe the experiment only; where it runs (devices, workers, folders) is set by options of
+`tinymim train`.
 
-Durations are written "300 epochs" or "700 steps". Learning rates are given for 256 images and scaled by the batch.
-Values are those of TinyMIM's pre-training unless a comment says otherwise.
+Durations are strings: "300 epochs" or "700 steps". Learning rates are given for a batch of 256 images; the rate that is
+used is base_lr * batch_size / 256. Defaults are those of TinyMIM's pre-training unless a comment says otherwise.
+A key that is None by default takes its value from somewhere else, which its comment names.
 """
 
 import ml_collections
@@ -11,71 +14,73 @@ from ml_collections import config_dict
 
 
 def common(task: str) -> ml_collections.ConfigDict:
-    """What all tasks have."""
+    """The keys that all tasks share."""
     config = ml_collections.ConfigDict()
     config.task = task  # mae | distill | classify | probe
-    config.seed = 0  # everything random follows from it
-    config.init = ""  # checkpoint that the weights start from; empty: from scratch
+    config.seed = 0  # of weights, order of the images, crops, masks and everything else that is random
+    config.init = ""  # run or converted checkpoint with the initial weights; empty: random weights
 
     config.model = ml_collections.ConfigDict()
-    config.model.variant = "S"  # pico | nano | Ti | S | B | L | H
-    config.model.embed_dim = config_dict.placeholder(int)  # None: as the variant has it
+    config.model.variant = "S"  # size: pico | nano | Ti | S | B | L | H
+    config.model.embed_dim = config_dict.placeholder(int)  # embed_dim, depth, heads: None means the variant's
     config.model.depth = config_dict.placeholder(int)
-    config.model.heads = config_dict.placeholder(object)  # one number, or one for each block
+    config.model.heads = config_dict.placeholder(object)  # one for all blocks, or a tuple with one for each
     config.model.patch_size = 16
-    config.model.image_size = (224, 224)  # height, width
-    config.model.mlp_ratio = 4.0
-    config.model.dist_token = False  # a second learned token behind CLS, of classify.distillation; see TinyMIM*-T
-    config.model.pos_embed = "sincos"  # sincos: fixed | learned: starts as sincos
-    config.model.drop_path = 0.1
-    config.model.drop_path_schedule = "constant"  # constant: all but the last block | linear
-    config.model.dtype = "bfloat16"  # of the computation; parameters are float32
-    config.model.scan = False  # compile one block instead of all: for L and H
-    config.model.remat = "none"  # none | dots | full: what the backward pass computes again to save memory
+    config.model.image_size = (224, 224)  # height, width in pixels
+    config.model.mlp_ratio = 4.0  # hidden width of each block's MLP, relative to embed_dim
+    config.model.dist_token = False  # a second learned token after CLS, for classify.distillation (DeiT, TinyMIM*-T)
+    config.model.pos_embed = "sincos"  # sincos: fixed table | learned: a parameter, initialised as that table
+    config.model.drop_path = 0.1  # probability of skipping a residual branch, per image (stochastic depth)
+    config.model.drop_path_schedule = "constant"  # constant: all blocks but the last | linear: from 0 to drop_path
+    config.model.dtype = "bfloat16"  # of activations and matrix products; parameters are float32
+    config.model.scan = False  # compile one block and loop over it: shorter compilation, for L and H
+    config.model.remat = "none"  # recomputed by the backward pass, to save memory: none | dots: all but products | full
 
     config.data = ml_collections.ConfigDict()
-    config.data.source = "imagenet2012"  # a TFDS set, "digits", or folder: | tar: | parquet: | array_record:LOCATION
+    config.data.source = "imagenet2012"  # TFDS name, "digits", or folder: | tar: | parquet: | array_record:LOCATION
     config.data.train_split = "train"
     config.data.eval_split = "validation"
-    config.data.examples = 0  # train on this many, evenly over the classes; 0: all
-    config.data.crop_scale = (0.2, 1.0)  # RandomResizedCrop
-    config.data.crop_ratio = (3 / 4, 4 / 3)
-    config.data.flip = True
-    config.data.crops = 1  # views of each decoded image in a batch; each counts as an example
-    config.data.upright = False  # turn pictures as their EXIF says; the published recipes do not
-    config.data.rand_augment = ""  # after crop and flip, such as "rand-m9-mstd0.5-inc1" (timm's strings); empty: off
-    config.data.eval_resize = 256  # short side before the centre crop
+    config.data.examples = 0  # train on a subset of this size with equally many of each class; 0: all images
+    config.data.crop_scale = (0.2, 1.0)  # RandomResizedCrop: range of the crop's share of the image area
+    config.data.crop_ratio = (3 / 4, 4 / 3)  # and of its width / height
+    config.data.flip = True  # mirror an image with probability 1/2
+    config.data.crops = 1  # crops of each decoded image, each an example of the batch (repeated augmentation)
+    config.data.upright = False  # rotate images by their EXIF orientation; the published recipes do not
+    config.data.rand_augment = ""  # applied after crop and flip, in timm's notation: "rand-m9-mstd0.5-inc1"; empty: off
+    config.data.eval_resize = 256  # evaluation resizes the short side to this before the centre crop
+    # Pixels in [0, 1] are normalised by (pixel - mean) / std, per channel. These are ImageNet's.
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
 
     config.optim = ml_collections.ConfigDict()
     config.optim.name = "adamw"  # adamw | sgd | lars
-    config.optim.base_lr = 1.5e-4
-    config.optim.warmup = "15 epochs"
-    config.optim.final_lr = 0.0
-    config.optim.b1 = 0.9  # b1, b2, eps: of adamw
+    config.optim.base_lr = 1.5e-4  # peak learning rate for a batch of 256
+    config.optim.warmup = "15 epochs"  # linear increase to the peak; a half cosine down to final_lr follows
+    config.optim.final_lr = 0.0  # at the end; not scaled by the batch
+    config.optim.b1 = 0.9  # adamw: decay rates of the two moments
     config.optim.b2 = 0.95
-    config.optim.eps = 1e-8
-    config.optim.momentum = 0.9  # of sgd and lars
-    config.optim.nesterov = False  # of sgd
-    config.optim.trust = 0.001  # of lars: norm of an update over that of its parameter, before the learning rate
-    config.optim.weight_decay = 0.05  # adamw: a part of the update; sgd and lars: added to the gradient
-    config.optim.no_decay = "pretrain"  # pretrain: 1-D parameters | finetune: and CLS token, position table
-    config.optim.layer_decay = 1.0
-    config.optim.clip_norm = 0.0  # 0: off
+    config.optim.eps = 1e-8  # adamw
+    config.optim.momentum = 0.9  # sgd, lars
+    config.optim.nesterov = False  # sgd
+    config.optim.trust = 0.001  # lars: trust coefficient
+    config.optim.weight_decay = 0.05  # adamw: decoupled from the gradient; sgd, lars: added to the gradient
+    # Parameters without weight decay. pretrain: biases and norms | finetune: also the CLS token and the position table
+    config.optim.no_decay = "pretrain"
+    config.optim.layer_decay = 1.0  # factor on the learning rate per block, counted down from the head; 1: off
+    config.optim.clip_norm = 0.0  # largest norm of the gradient; 0: not clipped
 
     config.train = ml_collections.ConfigDict()
     config.train.batch_size = 4096
     config.train.duration = "300 epochs"
-    config.train.accumulate = 1  # work the batch off in this many parts
-    config.train.ema = 0.0  # decay of a moving average of the weights; 0: off
-    config.train.log_every = 50  # steps
-    config.train.eval_every = "20 epochs"  # "0 epochs": only at the end
+    config.train.accumulate = 1  # split the batch into this many micro-batches, one after another, to save memory
+    config.train.ema = 0.0  # decay of an exponential moving average of the weights, which is evaluated; 0: off
+    config.train.log_every = 50  # steps between lines of the log
+    config.train.eval_every = "20 epochs"  # time between evaluations; "0 epochs": one at the end
     config.train.max_skipped = 10  # updates in a row that may be skipped as not finite; 0: stop at the first
 
     config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every_minutes = 10.0
-    config.checkpoint.keep = 3
+    config.checkpoint.every_minutes = 10.0  # time between checkpoints; 0: one after every step
+    config.checkpoint.keep = 3  # number of newest checkpoints that are kept
     return config
 
 
@@ -83,39 +88,40 @@ def distill() -> ml_collections.ConfigDict:
     """TinyMIM pre-training."""
     config = common("distill")
     config.distill = ml_collections.ConfigDict()
-    config.distill.target = "qk_vv"  # relations qk, qq, kk, vv joined by _ | a row of FEATURES (targets.py)
-    config.distill.relation_loss = "kl"  # of relations: kl (of their softmax) | smooth_l1 | mse (of scaled products)
-    config.distill.feature_loss = "smooth_l1"  # of features: smooth_l1 | mse | cosine
-    config.distill.beta = 2.0  # where smooth_l1 turns linear
-    config.distill.student_tap = config_dict.placeholder(int)  # block counted from 1; None: the last
-    # In place of student_tap and teacher.tap: ((student block, teacher block, weight), ...)
+    config.distill.target = "qk_vv"  # qk, qq, kk, vv joined by _: token relations | or a feature: output, ffn, cls, ...
+    config.distill.relation_loss = "kl"  # for relations: kl of the softmax | smooth_l1 | mse, both without softmax
+    config.distill.feature_loss = "smooth_l1"  # for features: smooth_l1 | mse | cosine
+    config.distill.beta = 2.0  # smooth_l1: the difference at which it changes from quadratic to linear
+    config.distill.student_tap = config_dict.placeholder(int)  # which block, counted from 1; None: the last
+    # Several pairs of blocks instead of student_tap and teacher.tap: ((student block, teacher block, weight), ...)
     config.distill.taps = config_dict.placeholder(object)
-    # adaptive: the student's tapped blocks have the teacher's heads (published) | own: as model.heads says, which must
-    # be the teacher's for relations | resplit: as model.heads says, and relations of q, k, v cut anew into equal heads
+    # Relations need equal numbers of heads. adaptive: the student's tapped blocks get the teacher's number (published)
+    # | own: all blocks have model.heads, which must be the teacher's number | resplit: all blocks have model.heads, and
+    # for the loss, q, k and v of both models are split into distill.relation_heads heads
     config.distill.heads = "adaptive"
-    config.distill.relation_heads = config_dict.placeholder(int)  # of resplit; None: as many as the teacher's
-    config.distill.mask_ratio = 0.0  # share of patches hidden from the student; only visible ones are compared
-    config.distill.mim_weight = 0.0  # of MAE's loss on the hidden patches, added to the distillation's; 0: off
-    config.distill.mim = ml_collections.ConfigDict()  # its decoder, as in mae()
+    config.distill.relation_heads = config_dict.placeholder(int)  # for resplit; None: the teacher's number
+    config.distill.mask_ratio = 0.0  # share of patches hidden from the student; the loss covers visible patches
+    config.distill.mim_weight = 0.0  # weight of an additional MAE loss on the hidden patches; 0: off
+    config.distill.mim = ml_collections.ConfigDict()  # decoder of that loss; keys as in mae()
     config.distill.mim.decoder_dim = 512
     config.distill.mim.decoder_depth = 8
     config.distill.mim.decoder_heads = 16
     config.distill.mim.normalize_pixels = True
-    config.distill.jitter = ml_collections.ConfigDict()  # of the student's view
-    config.distill.jitter.brightness = 0.4
+    config.distill.jitter = ml_collections.ConfigDict()  # colour jitter of the student's view
+    config.distill.jitter.brightness = 0.4  # factor drawn from [1 - 0.4, 1 + 0.4]; the others likewise
     config.distill.jitter.contrast = 0.4
     config.distill.jitter.saturation = 0.4
     config.distill.teacher = ml_collections.ConfigDict()
-    config.distill.teacher.name = ""  # a row of TEACHERS: its tapped block, its address; empty: any checkpoint
-    config.distill.teacher.path = ""  # what `tinymim convert` wrote, or a run of ours
-    config.distill.teacher.tap = config_dict.placeholder(int)  # None: the row's, or the last block
-    config.distill.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: as the student's
-    # Of the teacher's pixels, as data.mean and std are of the student's; None: from its model.json, or else ImageNet's
+    config.distill.teacher.name = ""  # a published teacher (tasks/distill/teachers.py), which sets tap; empty: any
+    config.distill.teacher.path = ""  # its weights: output of `tinymim convert`, or the workdir of a run
+    config.distill.teacher.tap = config_dict.placeholder(int)  # block, counted from 1; None: as published, or the last
+    config.distill.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: the student's
+    # Normalisation of the teacher's input, as data.mean and data.std; None: those of its model.json, else ImageNet's
     config.distill.teacher.mean = config_dict.placeholder(object)
     config.distill.teacher.std = config_dict.placeholder(object)
-    config.distill.teacher.masked = False  # hide the student's hidden patches from the teacher too
-    config.distill.teacher.drop_path = 0.0  # by model.drop_path_schedule
-    config.distill.teacher.jitter = ml_collections.ConfigDict()  # of its view, drawn apart from the student's; 0: clean
+    config.distill.teacher.masked = False  # True: the teacher does not see the hidden patches either
+    config.distill.teacher.drop_path = 0.0  # as model.drop_path, with the same schedule
+    config.distill.teacher.jitter = ml_collections.ConfigDict()  # of the teacher's view, independent of the student's
     config.distill.teacher.jitter.brightness = 0.0
     config.distill.teacher.jitter.contrast = 0.0
     config.distill.teacher.jitter.saturation = 0.0
@@ -129,8 +135,8 @@ def mae() -> ml_collections.ConfigDict:
     config.optim.warmup = "40 epochs"
     config.train.duration = "800 epochs"
     config.mae = ml_collections.ConfigDict()
-    config.mae.mask_ratio = 0.75
-    config.mae.normalize_pixels = True  # compare with each patch's own mean and deviation
+    config.mae.mask_ratio = 0.75  # share of patches hidden from the encoder
+    config.mae.normalize_pixels = True  # the target is each patch normalised by its own mean and standard deviation
     config.mae.decoder_dim = 512
     config.mae.decoder_depth = 8
     config.mae.decoder_heads = 16
@@ -138,10 +144,10 @@ def mae() -> ml_collections.ConfigDict:
 
 
 def probe() -> ml_collections.ConfigDict:
-    """A linear head on a frozen encoder, as MAE's authors judge theirs (main_linprobe.py). init names the encoder."""
+    """A linear classifier on a frozen encoder, named by init: MAE's protocol (main_linprobe.py)."""
     config = common("probe")
     for name in set(config.model) - {"image_size", "dtype", "scan"}:
-        del config.model[name]  # as the checkpoint has it
+        del config.model[name]  # the architecture is that of the checkpoint
     config.data.crop_scale = (0.08, 1.0)
     config.optim.name = "lars"
     config.optim.base_lr = 0.1
@@ -151,13 +157,13 @@ def probe() -> ml_collections.ConfigDict:
     config.train.duration = "90 epochs"
     config.train.eval_every = "10 epochs"
     config.probe = ml_collections.ConfigDict()
-    config.probe.pool = "cls"  # cls: the CLS token after the final norm | mean: of the patch tokens, then a norm
-    config.probe.head_std = 0.01
+    config.probe.pool = "cls"  # cls: CLS token after the final norm | mean: mean of the patch tokens, then a norm
+    config.probe.head_std = 0.01  # standard deviation of the head's initial weights
     return config
 
 
 def classify() -> ml_collections.ConfigDict:
-    """Fine-tuning of an encoder with a new head."""
+    """Fine-tuning of an encoder with a classification head."""
     config = common("classify")
     config.model.pos_embed = "learned"
     config.model.drop_path_schedule = "linear"
@@ -171,35 +177,36 @@ def classify() -> ml_collections.ConfigDict:
     config.train.duration = "100 epochs"
     config.train.eval_every = "5 epochs"
     config.classify = ml_collections.ConfigDict()
-    config.classify.pool = "mean"  # mean | cls
-    config.classify.hidden_dim = 0  # width of a Linear and GELU on the tokens before pooling (TinyMIM*-T); 0: none
-    config.classify.norm_first = False  # of mean pooling: what is pooled is normalised before, not after, that Linear
-    # softmax: cross-entropy with soft targets | bce: a yes-or-no question for each class, mean over the classes
+    config.classify.pool = "mean"  # what the head reads. mean: mean of the patch tokens | cls: the CLS token
+    config.classify.hidden_dim = 0  # width of a Linear and GELU on all tokens before pooling (TinyMIM*-T); 0: none
+    config.classify.norm_first = False  # with mean pooling: LayerNorm before that Linear instead of after pooling
+    # softmax: cross-entropy | bce: binary cross-entropy for each class, mean over the classes
     config.classify.loss = "softmax"
-    # Of bce: targets above it count as 1, others as 0 (ResNet strikes back: 0.2, DeiT III: 0.0); None: soft as they are
+    # bce: mixed targets above this are 1, others 0 (ResNet strikes back: 0.2, DeiT III: 0.0); None: targets stay mixed
     config.classify.bce_threshold = 0.2
     config.classify.label_smoothing = 0.1
-    config.classify.mixup = 0.0  # a of the Beta(a, a) law of lambda; 0: off. One draw for the batch, or for each part
-    config.classify.cutmix = 0.0  # likewise
-    config.classify.mixup_prob = 1.0  # of mixing a batch at all, where one of the two is on
-    config.classify.switch_prob = 0.5  # of cutmix, where both are on
-    config.classify.erase = 0.0  # probability of random erasing, for each image
-    config.classify.head_std = 2e-5
-    # keep: as pre-trained | official: 3, 6, 12 in every block | uniform: those of the first block in every block
+    config.classify.mixup = 0.0  # alpha of the Beta(alpha, alpha) distribution; 0: off. One draw per micro-batch
+    config.classify.cutmix = 0.0  # the same for cutmix
+    config.classify.mixup_prob = 1.0  # probability that a batch is mixed by either
+    config.classify.switch_prob = 0.5  # probability of cutmix instead of mixup, if both are on
+    config.classify.erase = 0.0  # probability of random erasing, per image
+    config.classify.head_std = 2e-5  # standard deviation of the head's initial weights
+    # Attention heads of a pre-trained init. keep: as pre-trained | official: 3 (Ti), 6 (S) or 12 (B) in every block, as
+    # in the authors' fine-tuning | uniform: the number of the first block in every block
     config.classify.heads = "keep"
-    # Of a pre-trained init; relations train nothing of the last block behind q, k and v. keep: as it is (published)
-    # | zero_init: it starts as the identity | copy_previous: what lies behind q, k, v is the block's before
-    # | drop: the encoder is one block shorter
+    # The last block of a pre-trained init, whose projection, norm2 and MLP are not trained by relations. keep: as it is
+    # (published) | zero_init: the block starts as the identity | copy_previous: they are copied from the block before
+    # | drop: the block is removed
     config.classify.last_block = "keep"
-    # What is learned from a supervised teacher (DeiT): none | hard: the class that it ranks first | soft: its
-    # probabilities at temperature tau. By the DIST token's head where model.dist_token is on, or else by the only one
+    # Distillation from a supervised classifier (DeiT). none | hard: its predicted class | soft: its probabilities at
+    # temperature tau. A head on the DIST token learns them if model.dist_token is on, else the only head
     config.classify.distillation = "none"
-    config.classify.alpha = 0.5  # share of the teacher in the loss
-    config.classify.tau = 3.0  # of soft
+    config.classify.alpha = 0.5  # weight of the teacher's part of the loss; the labels' is 1 - alpha
+    config.classify.tau = 3.0  # temperature of soft
     config.classify.teacher = ml_collections.ConfigDict()
-    config.classify.teacher.path = ""  # a classifier for the same classes: a run of ours, or what convert wrote
-    config.classify.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: as the student's
-    # Of the teacher's pixels, as data.mean and std are of the student's; None: from its model.json, or else ImageNet's
+    config.classify.teacher.path = ""  # a classifier of the same classes: workdir of a run, or output of convert
+    config.classify.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: the student's
+    # Normalisation of the teacher's input, as data.mean and data.std; None: those of its model.json, else ImageNet's
     config.classify.teacher.mean = config_dict.placeholder(object)
     config.classify.teacher.std = config_dict.placeholder(object)
     return config

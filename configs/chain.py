@@ -1,14 +1,15 @@
-"""Sequential distillation (paper, section 4.4): each student is the next one's teacher; `tinymim chain` runs it.
+"""Sequential distillation (paper, section 4.4), run by `tinymim chain`: each student is the teacher of the next one.
 
-FILE is MAE-L -> B -> S -> T; FILE:b,t and FILE:s,t are other lists. The last student is fine-tuned. The first one's
-teacher must be given: distill.teacher.path=teachers/mae_vit_large (b.distill.teacher.name=mae_vit_base for another).
-Last blocks have 16 heads, as MAE-L; with distill.heads=resplit every student keeps its own number of heads throughout.
-FILE:digits is a chain on handwritten digits, its teacher included, in minutes on two cores.
+FILE distils MAE-L into Base, Base into Small and Small into Tiny, and fine-tunes the last student. FILE:b,t and
+FILE:s,t are shorter lists. Name the first teacher by distill.teacher.path=teachers/mae_vit_large; for a MAE-B, add
+b.distill.teacher.name=mae_vit_base. All students have 16 heads in their last block, as MAE-L has; with
+distill.heads=resplit every student has its own number of heads in all blocks.
+FILE:digits is a small chain on handwritten digits that trains its teacher too, in minutes on two cores.
 """
 
 SIZES = ("b", "s", "t")
 
-# Of a student of ours the last block is tapped, the one that was trained on relations.
+# Of a distilled student the last block is the target, since it was trained on relations.
 _STUDENT_AS_TEACHER = {"distill.teacher.name": "", "distill.teacher.tap": None}
 
 
@@ -25,7 +26,7 @@ def get_chain(sizes: str = "b,s,t"):
 
 
 def digits():
-    """A teacher of 128 x 6 blocks, students of 96 x 4 and 48 x 4, and a classifier from 100 labels."""
+    """A teacher of width 128 and 6 blocks, students of widths 96 and 48 and 4 blocks, a classifier of 100 labels."""
     return [
         ("teacher", "digits.py:mae_teacher", {}),
         ("large", "digits.py:distill", {"distill.teacher.path": "{teacher}", "model.embed_dim": 96}),

@@ -1,6 +1,6 @@
-"""The replication's experiments: the networks of configs/digits.py on CIFAR-10, at 32 px with patches of 4.
+"""Experiments of docs/replication.md: the models of configs/digits.py on CIFAR-10, 32 x 32 pixels, patches of 4.
 
-FILE:mae_teacher, FILE:mae_student, FILE:distill and FILE:finetune name the four. docs/replication.md has the commands.
+There are four: FILE:mae_teacher, FILE:mae_student, FILE:distill and FILE:finetune.
 """
 
 from configs import digits
@@ -17,12 +17,12 @@ def get_config(experiment: str = "distill"):
     if experiment == "finetune":
         config.data.examples = 10_000
         config.data.train_split = "train[:90%]"
-        config.data.eval_split = "train[90%:]"  # rates are chosen here; the test split is for the final figure
+        config.data.eval_split = "train[90%:]"  # for choosing learning rates; the test split is for the final figure
         config.data.crop_scale = (0.5, 1.0)
         config.optim.base_lr = 4e-3
         config.train.duration = "500 steps"
     else:
-        config.data.eval_split = "test[:1000]"  # pre-training is judged by fine-tuning, not by its own loss
+        config.data.eval_split = "test[:1000]"  # the loss only; pre-trained models are compared after fine-tuning
         config.optim.base_lr = 8e-3 if experiment == "distill" else 3e-3
         config.train.duration = "1500 steps" if experiment == "mae_teacher" else "1000 steps"
     config.optim.warmup = "100 steps" if experiment != "finetune" else "50 steps"

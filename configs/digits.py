@@ -1,11 +1,11 @@
-"""Small experiments on the 1,797 handwritten digits: minutes on two cores. `make demo` runs all of them.
+"""Small experiments on 1,797 handwritten digits, which take minutes on two cores. `make demo` runs all of them.
 
-FILE:mae_teacher, FILE:mae_student, FILE:distill and FILE:finetune name the four.
+There are four: FILE:mae_teacher, FILE:mae_student, FILE:distill and FILE:finetune.
 """
 
 from configs import base
 
-# Grey scans of 8 x 8 pixels, enlarged: a shifted or squeezed digit is the same digit, a mirrored one is not.
+# Scans of 8 x 8 pixels are enlarged to this. Crops preserve a digit; mirroring does not, so flip is off.
 IMAGE_SIZE = (32, 32)
 
 
@@ -17,18 +17,18 @@ def get_config(experiment: str = "distill"):
 
 
 def sweep():
-    """Learning rates of fine-tuning, for `tinymim sweep configs/digits.py:finetune`."""
+    """Two learning rates of fine-tuning, for `tinymim sweep configs/digits.py:finetune`."""
     for rate in (1.6e-2, 3.2e-2):
         yield {"optim.base_lr": rate}
 
 
 def study(trial):
-    """The same for Optuna."""
+    """The search space of `tinymim sweep configs/digits.py:finetune --study study`."""
     return {"optim.base_lr": trial.suggest_float("base_lr", 4e-3, 6.4e-2, log=True)}
 
 
 def mae_teacher():
-    """A teacher of 128 x 6 blocks, 1.2 M parameters."""
+    """MAE pre-training of the teacher: width 128, 6 blocks, 1.2 M parameters."""
     config = _small(base.mae())
     config.model.variant = "nano"
     config.model.depth = 6
@@ -39,7 +39,7 @@ def mae_teacher():
 
 
 def mae_student():
-    """MAE directly on the student: what distillation has to beat."""
+    """MAE pre-training of the student itself, the baseline of distillation."""
     config = _decoder(_student(_small(base.mae())))
     config.optim.base_lr = 4e-3
     config.train.duration = "500 steps"
@@ -48,10 +48,10 @@ def mae_student():
 
 
 def distill():
-    """TinyMIM: the student learns the teacher's relations. Needs distill.teacher.path."""
+    """TinyMIM: the student learns the teacher's token relations. Name the teacher by distill.teacher.path."""
     config = _student(_small(base.distill()))
     config.model.drop_path = 0.0
-    config.distill.teacher.tap = 4  # of 6: the last block serves the teacher's own decoder
+    config.distill.teacher.tap = 4  # of 6; the last blocks are specialised for MAE's decoder
     config.optim.base_lr = 1.6e-2
     config.train.duration = "500 steps"
     config.optim.warmup = "50 steps"
@@ -59,12 +59,12 @@ def distill():
 
 
 def finetune():
-    """A classifier from 100 labels, ten of each digit. init names a pre-trained student; empty: from scratch."""
+    """Fine-tuning on 100 labels, ten of each digit. init names a pre-trained student; empty: from scratch."""
     config = _student(_small(base.classify()))
     config.model.drop_path = 0.0
     config.data.examples = 100
     config.data.train_split = "train[:80%]"
-    config.data.eval_split = "train[80%:]"  # rates are chosen here; the test split is for the final figure
+    config.data.eval_split = "train[80%:]"  # for choosing learning rates; the test split is for the final figure
     config.data.crop_scale = (0.6, 1.0)
     config.train.batch_size = 32
     config.optim.base_lr = 1.6e-2
@@ -90,7 +90,7 @@ def _small(config):
 
 
 def _student(config):
-    """48 x 4 blocks, 0.12 M parameters: a tenth of the teacher."""
+    """Width 48, 4 blocks: 0.12 M parameters, a tenth of the teacher."""
     config.model.variant = "pico"
     config.model.embed_dim = 48
     config.model.depth = 4

@@ -1,9 +1,10 @@
-"""TinyMIM*-T, first stage: TinyMIM of a Tiny with 12 heads in every block. The second is finetune_t_star.py.
+"""TinyMIM*-T, first stage: distillation of TinyMIM-Small into a Tiny with 12 heads. finetune_t_star.py is the second.
 
-Published: 300 epochs from TinyMIM-Small (paper, table 3); 12 heads in every block (the release's segmentation code).
-The authors released no pre-training of it. Their distillation token belongs to fine-tuning (issue 6 of their
-repository), and no pre-training class of theirs has one, so it is new in the second stage. model.dist_token=True has it
-from the start; relations are of CLS and patches all the same. Everything else is ours, as for the other sizes.
+Published: 300 epochs from TinyMIM-Small (paper, table 3); 12 heads in every block (the authors' segmentation code).
+Not published: the code of this pre-training. The authors use the distillation token in fine-tuning (issue 6 of their
+repository) and none of their pre-training classes has one, so here it is added in the second stage. With
+model.dist_token=True it exists from the start; relations are those of CLS and patch tokens in both cases.
+Everything else is as for the other sizes.
 """
 
 from configs import base

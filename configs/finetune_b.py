@@ -1,6 +1,6 @@
-"""Fine-tuning of TinyMIM-Base on ImageNet-1K with the published numbers.
+"""Fine-tuning of TinyMIM-Base on ImageNet-1K with the published hyper-parameters (85.0 in the paper).
 
-Start from a run or a converted file: init=runs/tinymim_b.
+Name the pre-trained student, a run or a converted file, by init=runs/tinymim_b.
 """
 
 from configs import base

@@ -1,9 +1,9 @@
 """Fine-tuning of TinyMIM-Small on ImageNet-1K (83.0 in the paper).
 
-The authors published no numbers for this size, only that rate and batch are larger than those of Base (issue 5 of their
-repository). Ours: base_lr, layer_decay and drop_path; a smaller network overfits less and has more to learn anew, hence
-more of the first two and less of the third. As published for Base: epochs, batch, warm-up and augmentation.
-Start from a run or a converted file: init=runs/tinymim_s.
+The authors published no hyper-parameters for this size, only that learning rate and batch are larger than those of Base
+(issue 5 of their repository). base_lr, layer_decay and drop_path are our choice: a smaller model overfits less, so the
+first two are larger and the third is smaller. Epochs, batch, warm-up and augmentation are those published for Base.
+Name the pre-trained student, a run or a converted file, by init=runs/tinymim_s.
 """
 
 from configs import base

@@ -4,12 +4,13 @@
   tinymim train --config configs/finetune_t_star.py --workdir runs/t_star_finetuned \\
     init=runs/t_star classify.teacher.path=runs/b_finetuned
 
-Published: 1000 epochs, distillation as in DeiT (paper, table 3); tokens CLS, DIST, patches, 12 heads in every block,
-LayerNorm - Linear to 1280 - GELU behind the last one (the release's segmentation code); two heads, and the norm fc_norm
-that the release's mean pooling has (its log).
-Not published, from DeiT (arXiv 2012.12877): hard answers, half of the loss, both heads averaged.
-Not published, ours: the teacher (any classifier; DeiT's was a RegNetY-16GF), the order of widening, pooling and norm,
-that the second head reads DIST, learning rate, layer decay, drop path and batch size. The augmentation is that of Base.
+Published: 1000 epochs, distillation as in DeiT (paper, table 3); tokens CLS, DIST and patches, 12 heads in every block,
+LayerNorm, Linear to 1280 and GELU after the last block (the authors' segmentation code); two heads, and fc_norm, which
+is the norm of mean pooling (their training log).
+Not published, taken from DeiT (arXiv 2012.12877): hard labels of the teacher with half the weight of the loss, and the
+mean of both heads in evaluation.
+Not published, our choice: the teacher (any classifier; DeiT's was a RegNetY-16GF), the order of Linear, pooling and
+norm, that the second head reads DIST, learning rate, layer decay, drop path and batch size. Augmentation: that of Base.
 """
 
 from configs import finetune_t

@@ -1,10 +1,10 @@
-"""Linear probe on ImageNet-1K with the published numbers of MAE: LARS, batch 16384. FILE:sgd is the one of MoCo v3.
+"""Linear probe on ImageNet-1K with MAE's published hyper-parameters: LARS, batch 16384. FILE:sgd is MoCo v3's recipe.
 
-Start from a run or a converted file, of any size: init=runs/b. Images are cropped and flipped anew in each epoch;
-`tinymim probe` does without that, on features that are extracted once, in minutes.
+Name the encoder, a run or a converted file of any size, by init=runs/b. Images get new crops and flips in each epoch;
+`tinymim probe` is the quick alternative without augmentation: it extracts features once and takes minutes.
 
-Departures: batch norm takes its statistics over the whole batch, or over each of train.accumulate parts of it, where
-the authors' runs do over the 512 images of each GPU (train.accumulate=32 is near that); crops are torchvision's.
+Departures from MAE: batch norm uses statistics of the whole batch, or of each micro-batch with train.accumulate, not of
+the 512 images on each GPU (train.accumulate=32 has micro-batches of that size); crops are torchvision's.
 """
 
 from configs import base

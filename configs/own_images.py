@@ -4,10 +4,11 @@
   tinymim train --config configs/own_images.py --workdir runs/pets data.source=folder:/data/pets init=teachers/tinymim_s
   tinymim predict runs/pets cat.jpg
 
-FILE:t, FILE:s (the default) and FILE:b are the sizes; init is a student of that size, yours or the authors'. With
-FILE:s,8000 you say how many images there are: fewer are seen more often (100 epochs at 50,000, and as the inverse root
-of the number: 250 at 8,000). A tenth of the images is held out, unless folders say what is: data.train_split=train
-data.eval_split=val. If memory runs out: train.accumulate=4. Numbers that differ from configs/finetune_*.py are ours.
+FILE:t, FILE:s (the default) and FILE:b are the sizes; init names a student of that size, yours or the authors'.
+FILE:s,8000 gives the number of images, which sets the number of epochs: 100 for 50,000 images, proportional to the
+inverse square root of their number (250 for 8,000). A tenth of the images is held out for evaluation; if folders define
+the splits, set data.train_split=train data.eval_split=val. If memory runs out, set train.accumulate=4. Values that
+differ from configs/finetune_*.py are our choice.
 """
 
 import math
@@ -25,16 +26,16 @@ def get_config(argument: str = "s"):
     config.data.source = "folder:YOUR_IMAGES"
     config.data.train_split = "all[:90%]"
     config.data.eval_split = "all[90%:]"
-    config.data.upright = True  # photographs out of a camera lie as their EXIF says
-    config.model.drop_path = max(0.1, config.model.drop_path)  # a small set is learned by heart sooner
-    # The rate is that of batch 256; a larger batch would leave small sets too few updates.
+    config.data.upright = True  # cameras store the orientation in EXIF
+    config.model.drop_path = max(0.1, config.model.drop_path)  # small sets overfit sooner
+    # With a larger batch, small sets would get too few updates.
     config.train.batch_size = 256
     config.train.duration = f"{_epochs(int(images or 50_000))} epochs"
-    config.train.ema = 0.999  # of some thousand updates; the average is what is evaluated
-    config.optim.clip_norm = 1.0  # a fresh head on few classes: single batches are far off
+    config.train.ema = 0.999  # averages over about a thousand updates
+    config.optim.clip_norm = 1.0  # gradients of a new head on few classes vary much between batches
     return config
 
 
 def _epochs(images: int) -> int:
-    """Between 40 and 300, in tens."""
+    """Epochs for this many images: between 40 and 300, a multiple of 10."""
     return min(300, max(40, round(10 * math.sqrt(50_000 / images)) * 10))

@@ -1,5 +1,6 @@
-"""Eight fake devices for every test, shape checks on the numerical floors, and where the golden files lie."""
+"""What all tests share: eight fake CPU devices, caches of their own, shape checks, the golden files, the order."""
 
+import gc
 import json
 import os
 import pathlib
@@ -11,14 +12,14 @@ os.environ.update({**(_CPU := cpu_devices(8)), **os.environ})
 if "xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " " + _CPU["XLA_FLAGS"]
 
-# Many tests compile the same programs; subprocesses find them here as well.
+# Compiled programs are shared by all tests and by the processes that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="tinymim-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Indexes of the images that tests make; worker processes look here as well.
+# Indexes of image files (data/sources) are kept here, not in the user's cache.
 if "TINYMIM_CACHE" not in os.environ:
     _INDEXES = tempfile.TemporaryDirectory(prefix="tinymim-tests-")
     os.environ["TINYMIM_CACHE"] = _INDEXES.name
@@ -27,18 +28,43 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
-# The signatures of ops, models and targets are enforced here and cost nothing in production.
+# Annotated array shapes of ops, models and targets are checked in tests only.
 _HOOK = install_import_hook(
     ["tinymim_jax.ops", "tinymim_jax.models", "tinymim_jax.tasks.distill.targets"], "beartype.beartype"
 )
 _HOOK.__enter__()
 
+# Tracing makes many objects that live on; with Python's defaults, garbage collection takes a tenth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 20, 50)
+
+# Files that take long, longest first: with `pytest -n 2 --dist loadfile` a file goes to one worker, so its fixtures are
+# made once, and no long one is left for the end. Files that are not named come after these.
+_LONGEST_FIRST = (
+    "sweep",
+    "faults",
+    "distill",
+    "train",
+    "chain",
+    "tpu_vm",
+    "plan",
+    "mixup",
+    "study",
+    "configs",
+    "finetune",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": number for number, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="module")
 def optimized():
-    """XLA's optimizations, for tests of the optimized program: `pytestmark = pytest.mark.usefixtures("optimized")`.
+    """Turns XLA's optimizations on, for tests of the optimized program.
 
-    All that users have but the emitters (`processes.cpu_devices`).
+    Use it by `pytestmark = pytest.mark.usefixtures("optimized")`. The flags of `processes.cpu_devices` remain.
     """
     import jax
 
@@ -49,12 +75,12 @@ def optimized():
 
 
 def golden_dir() -> pathlib.Path:
-    """The folder of the golden files: $TINYMIM_GOLDEN, or the copies beside the tests."""
+    """The folder of the golden files: $TINYMIM_GOLDEN, or tests/golden."""
     return pathlib.Path(os.environ.get("TINYMIM_GOLDEN") or pathlib.Path(__file__).parent / "golden")
 
 
 class Golden:
-    """Arrays and sizes written by the authors' PyTorch code."""
+    """Arrays that the authors' PyTorch code wrote, and the sizes of its models in `meta`."""
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
@@ -93,7 +119,7 @@ def close():
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
-    """A folder with the prepared digits."""
+    """A data folder in which the digits data set is prepared."""
     from tinymim_jax.data.sources.sources import open_source
 
     folder = str(tmp_path_factory.mktemp("data"))

@@ -27,7 +27,7 @@ WORDS = (
     "mae.decoder_depth=1",
     "mae.decoder_heads=2",
     "large.distill.teacher.tap=2",
-    "large.train.duration=300 steps",
+    "large.train.duration=100 steps",
 )
 
 
@@ -79,7 +79,7 @@ def test_killed_in_its_second_stage_it_goes_on_to_the_same_bits(undisturbed, dat
     process.kill()
     process.wait()
     time.sleep(1.0)
-    assert read(metrics)[-1]["step"] < 300
+    assert read(metrics)[-1]["step"] < 100
     assert not (tmp_path / "small").exists()
     status, out, err = output_of(start(command(tmp_path, data_dir)))
     assert status == 0, out + err

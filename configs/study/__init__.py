@@ -1,7 +1,7 @@
-"""The paper's tables as sweeps. Each point distils a student and fine-tunes it; the note is the paper's top-1.
+"""The paper's tables as sweeps. Each point distils a student and fine-tunes it; its note is the paper's top-1.
 
-FILE is full size, ImageNet-1K: TinyMIM-B from MAE-L, 100 epochs; FILE:small is CIFAR-10 at 32 px (configs/cifar10.py).
-The teacher is made first, and given to all points:
+FILE is the full size on ImageNet-1K: MAE-L into TinyMIM-B, 100 epochs. FILE:small is CIFAR-10 (configs/cifar10.py).
+Train or convert the teacher first and name it for all points:
 
   tinymim sweep configs/study/targets.py --workdir runs/study/targets --run local \\
     distill.teacher.path=teachers/mae_vit_large

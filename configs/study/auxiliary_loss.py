@@ -1,4 +1,4 @@
-"""MAE's loss beside distillation (paper, table on the auxiliary loss)."""
+"""MAE's loss in addition to distillation (paper, table on the auxiliary loss)."""
 
 from configs.study.pipeline import two_stages
 

@@ -1,14 +1,13 @@
-"""Is distillation worth more than MAE on the student itself, or than no pre-training? (paper, first table)
+"""Distillation compared with MAE pre-training of the student itself and with no pre-training (paper, first table).
 
-FILE:tinymim, FILE:mae and FILE:scratch are the three ways at full size, a sweep over sizes each, all with the
-fine-tuning of Base; the teacher of S and T is MAE-B, that of B is MAE-L, and they lie at teachers/mae_vit_base and
-teachers/mae_vit_large. At the small scale they are FILE:small_tinymim (with distill.teacher.path=runs/study/teacher),
-FILE:small_mae and FILE:small_scratch.
+FILE:tinymim, FILE:mae and FILE:scratch are sweeps over the sizes T, S and B, all fine-tuned with the recipe of Base.
+The teachers are expected at teachers/mae_vit_base (for T and S) and teachers/mae_vit_large (for B).
+At the small scale use FILE:small_tinymim (with distill.teacher.path=runs/study/teacher), FILE:small_mae and FILE:small_scratch.
 """
 
 # Top-1 of T, S and B: (TinyMIM, MAE directly).
 PAPER = {"Ti": (75.8, 71.6), "S": (83.0, 80.6), "B": (85.0, 83.6)}
-HEADS = {"Ti": 6, "S": 6, "B": 12}  # as published for students of TinyMIM
+HEADS = {"Ti": 6, "S": 6, "B": 12}  # of TinyMIM's students, as published
 
 _SMALL = {"tinymim": "../cifar10.py:distill", "mae": "../cifar10.py:mae_student"}
 _FULL = {"tinymim": "../distill_b.py", "mae": "../mae_b.py"}
@@ -28,7 +27,7 @@ def get_chain(way: str = "tinymim"):
 
 
 def sweep(way: str):
-    """Sizes; at the small scale there is one, and the learning rate of fine-tuning is chosen instead."""
+    """One point per size. The small scale has one size; its points are learning rates of fine-tuning."""
     if way.startswith("small_"):
         for rate in (4e-3, 8e-3):
             yield {"classifier.optim.base_lr": rate}

@@ -1,8 +1,8 @@
-"""How it is compared: relations with softmax and KL, or without; features by three distances."""
+"""Loss functions: of relations, with softmax and KL or without softmax; of features, three distances."""
 
 from configs.study.pipeline import two_stages
 
-# Top-1 of TinyMIM-B after 100 epochs; "without softmax" has one figure, its distance is not named.
+# Top-1 of TinyMIM-B after 100 epochs; the paper has one result "without softmax" and does not name its distance.
 PAPER = {
     ("qk_vv", "kl"): 84.6,
     ("qk_vv", "smooth_l1"): 84.4,

@@ -10,7 +10,7 @@ def get_chain(scale: str = ""):
 
 
 def sweep():
-    """The paper's 83.9 is for masked input; both readings of it, a plain and a masked teacher, are here."""
+    """The paper has 83.9 for masked input and does not say whether the teacher's input is masked: both are here."""
     yield {"student.distill.mask_ratio": 0.0, "note.paper": 84.6}
     yield MASKED | {"student.distill.teacher.masked": False, "note.paper": 83.9}
     yield MASKED | {"student.distill.teacher.masked": True, "note.paper": 83.9}

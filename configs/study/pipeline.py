@@ -1,8 +1,8 @@
-"""What the studies have in common: distil a student, then fine-tune it."""
+"""The two stages of all studies: distil a student, then fine-tune it."""
 
 
 def two_stages(scale: str, *, full: str = "b"):
-    """The stages `student` and `classifier` at full size (scale "", TinyMIM of the size `full`) or small."""
+    """The stages `student` and `classifier`: at full size (scale "", TinyMIM of size `full`) or at scale "small"."""
     if scale == "small":
         return [
             ("student", "../cifar10.py:distill", {}),

@@ -1,8 +1,8 @@
-"""Whom the student learns from: MAE-B, MAE-L, or a student of a size between (paper, table on sequential distillation).
+"""Teachers compared: MAE-B, MAE-L, or a distilled model of intermediate size (paper, table on sequential distillation).
 
-The teachers are made first, where the points look for them: teachers/mae_vit_base, teachers/mae_vit_large and
+Make the teachers first, at teachers/mae_vit_base, teachers/mae_vit_large and by this command:
   tinymim chain configs/chain.py:b,s --workdir runs/study/chain distill.teacher.path=teachers/mae_vit_large
-FILE is TinyMIM-S; FILE:t with --sweep t is TinyMIM-T. FILE:small compares the teacher with a student of 96 x 4:
+FILE is TinyMIM-S; FILE:t with --sweep t is TinyMIM-T. FILE:small has an intermediate student of width 96, 4 blocks:
   tinymim train --config configs/cifar10.py:mae_teacher --workdir runs/study/teacher
   tinymim train --config configs/cifar10.py:distill --workdir runs/study/between model.embed_dim=96 \\
     distill.teacher.path=runs/study/teacher

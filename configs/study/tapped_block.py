@@ -1,4 +1,4 @@
-"""Which block of the teacher is imitated (paper, table on the target block)."""
+"""Which block of the teacher is the target (paper, table on the target block)."""
 
 from configs.study.pipeline import two_stages
 
