@@ -1,8 +1,8 @@
 """Distillation compared with MAE pre-training of the student itself and with no pre-training (paper, first table).
 
 FILE:tinymim, FILE:mae and FILE:scratch are sweeps over the sizes T, S and B, all fine-tuned with the recipe of Base.
-The teachers are expected at teachers/mae_vit_base (for T and S) and teachers/mae_vit_large (for B).
-At the small scale use FILE:small_tinymim (with distill.teacher.path=runs/study/teacher), FILE:small_mae and FILE:small_scratch.
+The teachers are expected at teachers/mae_vit_base (for T and S) and teachers/mae_vit_large (for B). At the small scale
+there are FILE:small_tinymim (with distill.teacher.path=runs/study/teacher), FILE:small_mae and FILE:small_scratch.
 """
 
 # Top-1 of T, S and B: (TinyMIM, MAE directly).
