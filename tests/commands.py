@@ -30,14 +30,26 @@ def run(capsys, *words) -> tuple[int, str, str]:
 
 
 def shown_in(document: str) -> list[str]:
-    """The command lines of a document: fenced blocks of Markdown, indented lines in the strings of a Python file."""
+    """The command lines of a document: fenced blocks of Markdown, indented lines in the strings of a Python file.
+
+    Comments and redirections are left out.
+    """
     text = (ROOT / document).read_text()
     if document.endswith(".py"):
         strings = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
         lines = [line for string in strings if isinstance(string, str) for line in _joined(string)]
-        return [line.strip() for line in lines if line.startswith(tuple(f"  {program}" for program in _PROGRAMS))]
+        return [
+            line.split(" > ")[0].strip()
+            for line in lines
+            if line.startswith(tuple(f"  {program}" for program in _PROGRAMS))
+        ]
     blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    lines = [line.split(" #")[0].strip() for language, block in blocks if not language for line in _joined(block)]
+    lines = [
+        line.split(" #")[0].split(" > ")[0].strip()
+        for language, block in blocks
+        if not language
+        for line in _joined(block)
+    ]
     return [line for line in lines if line]
 
 
