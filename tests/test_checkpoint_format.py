@@ -65,6 +65,31 @@ def test_digest_does_not_depend_on_where_or_how_the_arrays_lie():
     assert digest({"float32": matrix.astype(">f4")}) == digest({"float32": matrix})
 
 
+def test_sums_over_several_cpu_devices_run_one_after_another(monkeypatch):
+    """Two at once may wait for each other for ever, also in one process: the next begins when the last is ready."""
+    tree = {f"w{n}": np.full((512, 512), n, np.float32) for n in range(6)}
+    tree = jax.device_put(tree, state_sharding(make_mesh(2), tree, min_size=1))
+    fold, sums = stored._fold, []
+
+    def noted(x):
+        assert all(sum.is_ready() for sum in sums)
+        sums.append(fold(x))
+        return sums[-1]
+
+    waited = []
+    monkeypatch.setattr(stored, "_fold", noted)
+    wait = jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(x) or wait(x))
+    assert len(stored.describe(tree)) == 6
+    assert [id(x) for x in waited] == [id(x) for x in sums]
+
+
+def test_digest_of_large_arrays_on_the_host_and_on_a_device():
+    """Several chunks, and a part of one."""
+    x = np.random.default_rng(3).normal(size=(3, 200_001)).astype(np.float32)
+    assert digest({"x": x}) == digest({"x": jnp.asarray(x)})
+
+
 def test_digest_notices_every_bit():
     rng = np.random.default_rng(1)
     for name, x in arrays().items():
@@ -93,7 +118,7 @@ def test_digest_notices(other):
 
 def test_names_follow_fields_keys_and_places():
     tree = {"opt_state": ({"mu": [np.zeros(1), np.zeros(2)]}, ()), "step": np.int32(0)}
-    assert list(stored.named(tree)) == ["opt_state/0/mu/0", "opt_state/0/mu/1", "step"]
+    assert list(stored.leaves_by_name(tree)) == ["opt_state/0/mu/0", "opt_state/0/mu/1", "step"]
     assert stored.nested({"a/b": 1, "a/c": 2, "d": 3}) == {"a": {"b": 1, "c": 2}, "d": 3}
 
 
@@ -138,7 +163,7 @@ def test_manifest_is_read_back_and_any_change_to_it_is_noticed(tmp_path):
         (OSError(28, "No space left on device"), "free some space"),
         (ValueError("RESOURCE_EXHAUSTED: ... No space left on device [os_error_code='28']"), "free some space"),
         (OSError(30, "Read-only file system"), "may write to"),
-        (RuntimeError("strange"), "See to the storage"),
+        (RuntimeError("strange"), "Check the storage"),
     ],
 )
 def test_storage_errors_say_what_to_do(error, remedy):
@@ -149,11 +174,16 @@ def test_storage_errors_say_what_to_do(error, remedy):
 
 
 def test_trouble_of_the_storage_is_not_taken_for_damage(monkeypatch, tmp_path):
-    for trouble in (PermissionError(13, "denied"), ValueError("PERMISSION_DENIED: x"), MemoryError()):
+    class HttpError(Exception):
+        """As gcsfs raises it: no OSError."""
+
+    HttpError.__module__ = "gcsfs.retry"
+    troubles = (PermissionError(13, "denied"), ValueError("PERMISSION_DENIED: x"), MemoryError())
+    for trouble in (*troubles, HttpError("503"), ConnectionResetError(), TimeoutError()):
 
         def fail(*_, trouble=trouble, **__):
             raise RuntimeError("reading") from trouble
 
         monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.restore", fail)
-        with pytest.raises(CheckpointError, match="Mend that"):
+        with pytest.raises(CheckpointError, match="Remove the cause"):
             stored.read_arrays(epath.Path(tmp_path), {"a": None})

@@ -10,8 +10,10 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from ml_collections import ConfigDict
 from processes import free_port, output_of, run_python
 from saved_states import (
     abstract,
@@ -27,6 +29,10 @@ from saved_states import (
 
 from tinymim_jax.checkpoints.format import CheckpointError, digest, read_arrays
 from tinymim_jax.checkpoints.manager import Checkpoints
+from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.data.prepare.prepare import write_set
+from tinymim_jax.runtime.paths import check_output_path
+from tinymim_jax.train import train
 
 # Reads that fail leave callbacks behind inside Orbax, which find their event loop closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -201,6 +207,116 @@ def test_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
         assert checkpoints.save(2, small, force=True)
     assert only_steps(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run\\1", "run*", "what?", "a[b/c"])
+def test_paths_that_are_patterns_are_refused(tmp_path, name, monkeypatch):
+    """Orbax would not find its own files there, and says nothing."""
+    with pytest.raises(ValueError, match=r"checkpoint directory .* cannot be used.*Rename '"):
+        Checkpoints(tmp_path / name / "checkpoints")
+    with pytest.raises(ValueError, match=r"output .* cannot be used"):
+        save_params(tmp_path / name, {"x": np.zeros(2)}, {})
+    with pytest.raises(ValueError, match=r"--workdir .* cannot be used"):
+        train(ConfigDict(), str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"--output .* cannot be used"):
+        write_set({}, tmp_path / name, "pets")
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / name)  # a relative path is looked at as a whole
+    with pytest.raises(ValueError, match="--workdir runs/x"):
+        check_output_path("runs/x", "--workdir")
+    check_output_path(tmp_path / "a b (v2) {x} 100% é !~#]", "--workdir")
+
+
+def test_the_first_save_is_read_back(tmp_path, monkeypatch):
+    """In a folder where Orbax loses its files (see above) the first save is the last, not the first of many."""
+    monkeypatch.setattr("tinymim_jax.checkpoints.manager.check_output_path", lambda *_: None)
+    state = place(make_state(1), 2)
+    checkpoints = Checkpoints(tmp_path / "run[1]" / "checkpoints")
+    checkpoints.save(1, state, force=True)
+    with pytest.raises(CheckpointError, match=r"first checkpoint of this run, .*/1, is not what .*NOT_FOUND"):
+        checkpoints.wait()
+
+
+def test_bits_that_change_on_the_way_to_the_disk_are_found_at_once(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(
+        1, place({"noise": np.random.default_rng(0).integers(2**31, size=2**16, dtype=np.int32)}, 1), force=True
+    )
+    checkpoints._manager.wait_until_finished()
+    flip_bit(tmp_path / "1")
+    with pytest.raises(CheckpointError, match=r"first checkpoint .* 1 of its arrays are not what .* first is noise"):
+        checkpoints.wait()
+
+
+class HttpError(Exception):
+    """As gcsfs raises it: no OSError."""
+
+
+HttpError.__module__ = "gcsfs.retry"
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Folders count as buckets; waiting takes no time."""
+    monkeypatch.setattr("tinymim_jax.checkpoints.manager.is_remote", lambda path: True)
+    monkeypatch.setattr("tinymim_jax.checkpoints.manager._PAUSES", (0, 0))
+
+
+def failing(monkeypatch, what: str, times: int) -> None:
+    """The method of an Orbax class, by its dotted name, raises an HttpError the next `times` times."""
+    owner, _, method = what.rpartition(".")
+    target = getattr(ocp, owner)
+    works, left = getattr(target, method), [times]
+
+    def stumbles(*args, **kwargs):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise HttpError("Service Unavailable, 503")
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(target, method, stumbles)
+
+
+def test_a_failed_save_in_a_bucket_is_repeated_and_training_goes_on(tmp_path, bucket, monkeypatch, caplog):
+    now = [0.0]
+    state = place(make_state(1), 1)
+    with Checkpoints(tmp_path, every_seconds=600, clock=lambda: now[0]) as checkpoints:
+        saved = []
+        failing(monkeypatch, "CheckpointManager.save", 2)
+        for step in range(1, 30):
+            now[0] += 30
+            if checkpoints.save(step, state):
+                saved.append(step)
+                checkpoints.wait()
+        # Due at 600 s (step 20); repeated after a minute, twice.
+        assert saved == [24]
+        assert caplog.text.count("SAVING FAILED") == 2
+        assert_same_bits(checkpoints.restore(abstract(state)), state)
+
+
+def test_saving_in_a_bucket_that_never_works_is_an_error(tmp_path, bucket, monkeypatch):
+    now = [0.0]
+    with Checkpoints(tmp_path, every_seconds=60, clock=lambda: now[0]) as checkpoints:
+        failing(monkeypatch, "CheckpointManager.save", 100)
+        for step in range(1, 5):
+            now[0] += 60
+            assert not checkpoints.save(step, place(make_state(1), 1))
+        now[0] += 60
+        with pytest.raises(CheckpointError, match="503"):
+            checkpoints.save(5, place(make_state(1), 1))
+
+
+def test_the_last_save_and_reads_in_a_bucket_are_repeated(tmp_path, bucket, monkeypatch):
+    state = place(make_state(1), 1)
+    with Checkpoints(tmp_path) as checkpoints:
+        failing(monkeypatch, "CheckpointManager.save", 2)
+        assert checkpoints.save(1, state, force=True)
+        failing(monkeypatch, "PyTreeCheckpointHandler.restore", 2)
+        assert_same_bits(checkpoints.restore(abstract(state)), state)
+        failing(monkeypatch, "PyTreeCheckpointHandler.restore", 3)
+        with pytest.raises(CheckpointError, match=r"Cannot read .*503"):  # not taken for damage
+            checkpoints.restore(abstract(state))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
 
 
 def test_unwritable_directory_says_so(tmp_path):

@@ -26,6 +26,7 @@ from tinymim_jax.metrics import Averages, no_averages
 from tinymim_jax.report import Report
 from tinymim_jax.resume import as_json, check_same
 from tinymim_jax.runtime.exits import STALL_MINUTES, Interrupted, StopRequest
+from tinymim_jax.runtime.paths import check_output_path
 from tinymim_jax.runtime.workdir import claimed, write_json
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
 from tinymim_jax.state import (
@@ -68,6 +69,7 @@ def train(
       Busy: another process runs in this workdir.
       FloatingPointError: loss or gradient were not finite more than `train.max_skipped` times in a row.
     """
+    check_output_path(workdir, "--workdir")
     folder = epath.Path(workdir).expanduser()
     check_same(folder, config)
     finished = folder / "result.json"

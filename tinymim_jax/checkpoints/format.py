@@ -1,4 +1,4 @@
-"""What a stored tree of arrays is: named leaves, digests of their bits, a manifest, and how it is read."""
+"""The format of a stored tree of arrays: leaves by name, digests of their bits, a manifest; how it is read."""
 
 import contextlib
 import dataclasses
@@ -24,12 +24,12 @@ class CheckpointError(RuntimeError):
 
 
 class Damaged(Exception):
-    """What is stored is unreadable, or not what was saved."""
+    """Stored data cannot be decoded, or are not what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of a tree. `bits` is a uint32 digest of its contents, None where they are not known."""
+    """One array of a tree. `bits` is a uint32 digest of its contents; None if it was not computed."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -48,18 +48,25 @@ def digest(tree: Any) -> str:
 
 
 def describe(tree: Any) -> dict[str, Leaf]:
-    """The leaves of a tree of arrays by name, with their bits."""
+    """The leaves of a tree of arrays by name, with their bits.
+
+    The digests of jax arrays are computed where the arrays are, those of numpy arrays on the host.
+    """
     # One small program for each distinct shape: a single one for the whole tree takes 7x as long to compile.
-    folds = jax.device_get({name: _in_turn(_fold(_words(x))) for name, x in named(tree).items()})
+    folds = {
+        name: _finish_on_cpu(_fold(x)) if isinstance(x, jax.Array) else _fold_on_host(np.asarray(x))
+        for name, x in leaves_by_name(tree).items()
+    }
+    folds = jax.device_get(folds)
     return {n: dataclasses.replace(leaf, bits=int(folds[n])) for n, leaf in outline(tree).items()}
 
 
 def outline(tree: Any) -> dict[str, Leaf]:
     """The leaves of a tree of arrays or of jax.ShapeDtypeStruct by name, without their bits."""
-    return {n: Leaf(tuple(np.shape(x)), np.dtype(x.dtype).name) for n, x in named(tree).items()}
+    return {n: Leaf(tuple(np.shape(x)), np.dtype(x.dtype).name) for n, x in leaves_by_name(tree).items()}
 
 
-def named(tree: Any) -> dict[str, Any]:
+def leaves_by_name(tree: Any) -> dict[str, Any]:
     """The leaves of any pytree by name, such as `params/encoder/cls_token` or `opt_state/0/mu/head/bias`."""
     paths = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
@@ -110,7 +117,7 @@ def compare(stored: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> Differenc
 
 
 def manifest(tree: Any, **more: Any) -> dict[str, Any]:
-    """The JSON record that lies beside a stored tree: its leaves, `more` values, and a checksum of all that."""
+    """The JSON that is stored beside a tree: its leaves, the values `more`, and a checksum of these."""
     leaves = {name: [list(leaf.shape), leaf.dtype, leaf.bits] for name, leaf in describe(tree).items()}
     record = {"leaves": leaves, **more}
     return {**record, "sha256": _checksum(record)}
@@ -154,14 +161,14 @@ def read_arrays(
 
 
 def verify(arrays: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> None:
-    """Raises Damaged unless the arrays are those that the manifest tells of, bit by bit."""
+    """Raises Damaged unless the arrays are those that the manifest describes, bit by bit."""
     if changed := sorted(name for name, leaf in describe(arrays).items() if leaf != leaves[name]):
         raise Damaged(f"{len(changed)} of its arrays are not what was saved, the first is {changed[0]}")
 
 
 @contextlib.contextmanager
 def writing(directory: epath.Path) -> Iterator[None]:
-    """Turns what goes wrong while writing into CheckpointError with a remedy."""
+    """Turns an error while writing into a CheckpointError with a remedy."""
     try:
         yield
     except CheckpointError:
@@ -170,8 +177,8 @@ def writing(directory: epath.Path) -> Iterator[None]:
         # TensorStore gives the number in its text only.
         code = getattr(error, "errno", None) or int((re.findall(r"os_error_code='(\d+)'", str(error)) or [0])[0])
         if not code and isinstance(error, jax.errors.JaxRuntimeError):
-            raise  # no storage, but the devices or a peer
-        remedy = "See to the storage and try again."
+            raise  # an error of a device or another process, not of the storage
+        remedy = "Check the storage and try again."
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             remedy = "The disk is full, or a quota: free some space or choose another directory."
         elif code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -189,18 +196,37 @@ def _reading(directory: epath.Path) -> Iterator[None]:
     except Damaged:
         raise
     except Exception as error:
-        if blameless := _environmental(error):
-            raise CheckpointError(f"Cannot read {directory}: {blameless}\nMend that and try again.") from error
+        if cause := _environmental(error):
+            raise CheckpointError(f"Cannot read {directory}: {cause}\nRemove the cause and try again.") from error
         raise Damaged(f"{type(error).__name__}: {error}") from error
 
 
 _ENVIRONMENTAL = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+# Packages that raise errors of their own, which are no OSError, when a network or a service fails.
+_NETWORK = ("gcsfs", "fsspec", "aiohttp", "requests", "urllib3", "httpx", "google", "botocore", "s3fs")
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether a network, a service or a time limit failed somewhere in a chain of errors: trying again may help."""
+    while error is not None:
+        package = type(error).__module__.partition(".")[0]
+        if isinstance(error, ConnectionError | TimeoutError) or package in _NETWORK:
+            return True
+        if any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _environmental(error: BaseException | None) -> str | None:
     """The message of a permission, network or memory problem in a chain of errors."""
+    transient = is_transient(error)
     while error is not None:
-        if isinstance(error, (PermissionError, MemoryError)) or any(code in str(error) for code in _ENVIRONMENTAL):
+        if (
+            transient
+            or isinstance(error, PermissionError | MemoryError)
+            or any(code in str(error) for code in _ENVIRONMENTAL)
+        ):
             return str(error) or type(error).__name__
         error = error.__cause__
     return None
@@ -216,22 +242,11 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _words(x: Any) -> Any:
-    """Numpy arrays as unsigned integers: jax would narrow their 64-bit types. jax arrays as they are."""
-    if isinstance(x, jax.Array):
-        return x
-    x = np.asarray(x, order="C")
-    x = x.astype(x.dtype.newbyteorder("="), copy=False)
-    if x.dtype.itemsize > 4:
-        x = x.reshape(*x.shape, 1).view(np.uint32)
-    return jax.device_put(x.view(f"uint{8 * x.dtype.itemsize}"))
-
-
 @jax.jit
 def _fold(x: jax.Array) -> jax.Array:
-    """A uint32 sum over the elements, each mixed with its place: any one change changes it for certain.
+    """A uint32 sum over the elements, each mixed with its position: a change of one element always changes it.
 
-    Integer sums do not depend on order, hence not on the sharding either.
+    Integer sums do not depend on the order, so they do not depend on the sharding either.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -244,18 +259,37 @@ def _fold(x: jax.Array) -> jax.Array:
     return jnp.sum(_mix(words ^ _mix(place)), dtype=jnp.uint32)
 
 
-def _in_turn(result: jax.Array) -> jax.Array:
-    """Waits for it where several processes compute on CPUs, which may begin programs in different orders.
+def _fold_on_host(x: np.ndarray) -> int:
+    """As `_fold`, without compiling a program and without copying the array to a device."""
+    x = np.asarray(x, order="C")
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
+    words = x.reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
+    total = 0
+    for start in range(0, len(words), _CHUNK):
+        chunk = words[start : start + _CHUNK].astype(np.uint32)
+        place = np.arange(start, start + len(chunk), dtype=np.uint64).astype(np.uint32)
+        total += int(np.sum(_mix(chunk ^ _mix(place)), dtype=np.uint64))
+    return total % 2**32
 
-    Each of two then waits for the other's part of another sum, for ever. Accelerators keep the order.
+
+_CHUNK = 1 << 18
+
+
+def _finish_on_cpu(result: jax.Array) -> jax.Array:
+    """Waits for a sum over several CPU devices before the next one is begun.
+
+    The programs of several CPU devices share one pool of threads, in one process as in several. Two sums at once can
+    each wait for a part of the other to get a thread, for ever. Accelerators run programs in order.
     """
-    return jax.block_until_ready(result) if jax.default_backend() == "cpu" and jax.process_count() > 1 else result
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        return jax.block_until_ready(result)
+    return result
 
 
-def _mix(x: jax.Array) -> jax.Array:
-    """A one-to-one scrambling of uint32 (C. Wellons, "lowbias32")."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+def _mix(x: Any) -> Any:
+    """A one-to-one scrambling of uint32 arrays (C. Wellons, "lowbias32")."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
@@ -265,5 +299,5 @@ def _without_stack(record: logging.LogRecord) -> bool:
     return True
 
 
-# Orbax logs each failure several times over with its stack, then raises it: a thousand lines for a full disk.
+# Orbax logs each failure several times with its stack before it raises it: a thousand lines for a full disk.
 logging.getLogger("absl").addFilter(_without_stack)

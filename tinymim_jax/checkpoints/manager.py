@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: saved in the background by the clock, verified bit by bit when restored."""
+"""Checkpoints of a training run: saved in the background at intervals, verified bit by bit when restored."""
 
 import contextlib
 import logging
@@ -14,8 +14,15 @@ from jax.experimental import multihost_utils
 
 from tinymim_jax.checkpoints import format as stored
 from tinymim_jax.checkpoints.format import CheckpointError, Damaged
+from tinymim_jax.runtime.files import is_remote
+from tinymim_jax.runtime.paths import check_output_path
 
 _MIN_SLICE_BYTES = 2**20
+_READ_BACK_BYTES = 2**29
+# Seconds between attempts to read or to save for the last time, and before a failed save is repeated (buckets only).
+_PAUSES = (2, 10, 30)
+_RETRY_SECONDS = 60.0
+_MAX_FAILED_SAVES = 5
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +32,11 @@ class Checkpoints:
 
     A step holds `state/`, the tree as nested dicts by name, and `manifest/`, a digest of each of its arrays. Only the
     training process may open such a directory (it removes what a killed save left behind); others read it with
-    `params_io.load_params`. Use it as a context manager, or call `close`.
+    `params.load_params`. Use it as a context manager, or call `close`.
+
+    The first save into an empty directory is read back and compared, so that storage which loses data is noticed then.
+    In a bucket (gs://) reads are repeated when the network fails, and so are the saves of a single process: one that
+    failed is logged and repeated soon, and training goes on; after `_MAX_FAILED_SAVES` in a row it is an error.
 
     Args:
       directory: shared by all processes; made if missing.
@@ -44,23 +55,31 @@ class Checkpoints:
     ):
         self.extra: dict[str, Any] = {}
         """What was given to `save` as `extra` with the restored state."""
+        check_output_path(directory, "checkpoint directory")
         self._directory = epath.Path(directory).expanduser().resolve()
+        self._remote = is_remote(self._directory)
         self._every_seconds = every_seconds
         self._clock = clock
         self._saved_at = clock()
         self._preempted = False
         self._writing = False
         self._failures: list[BaseException] = []
+        self._failed_in_a_row = 0
         self._asked, self._next_check, self._checked_at = 0, 1, self._saved_at
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # does not stumble over a damaged step
         )
-        with stored.writing(self._directory):
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_handlers=_handlers(self._failures)
-            )
+
+        def open_manager() -> ocp.CheckpointManager:
+            with stored.writing(self._directory):
+                return ocp.CheckpointManager(self._directory, options=options, item_handlers=_handlers(self._failures))
+
+        self._manager = self._repeated(open_manager)
+        # The step to be read back after it is saved: the first one of a directory that was empty.
+        self._unread: int | None = None
+        self._first = not self._manager.all_steps()
         if not self._directory.exists():  # process 0 has made it
             raise CheckpointError(
                 f"Process {jax.process_index()} does not see {self._directory}: it must lie on storage that all "
@@ -73,14 +92,14 @@ class Checkpoints:
         return self._preempted
 
     def latest_step(self) -> int | None:
-        """The newest step saved or being saved, None without any. Whether it is intact, `restore` finds out."""
+        """The newest step saved or being saved, None without any. `restore` finds out whether it is intact."""
         return self._manager.latest_step()
 
     def restore(self, abstract_state: Any) -> Any | None:
         """The newest state whose bits are those that were saved; None when nothing was ever saved.
 
-        Damaged steps that are newer are renamed to `<step>.damaged` and reported; should every step be damaged,
-        nothing is touched.
+        Damaged steps that are newer are renamed to `<step>.damaged` and reported. If every step is damaged, nothing is
+        changed.
 
         Args:
           abstract_state: the state with jax.ShapeDtypeStruct, each with a sharding, at its leaves. The
@@ -110,12 +129,12 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: Any, *, force: bool = False, extra: Mapping[str, Any] | None = None) -> bool:
-        """Saves when it is time to; call it after every step, on every process, with consecutive steps.
+        """Saves if a save is due; call it after every step, on every process, with consecutive steps.
 
-        It is time when `every_seconds` have passed since the last save or the start, when the machine is about to be
-        taken away (see `preempted`), or when `force` says so, which all processes must agree on. A step is saved only
+        A save is due when `every_seconds` have passed since the last one or the start, when the machine is about to be
+        taken away (see `preempted`), or with `force`, which must be the same on all processes. A step is saved only
         once. The state is copied before the call returns and may then be donated; it is written in the background.
-        Deciding costs microseconds, and with several processes a broadcast now and then.
+        The decision takes microseconds, and with several processes an occasional broadcast.
 
         Args:
           extra: a few JSON values kept beside the state.
@@ -128,22 +147,35 @@ class Checkpoints:
         """
         self._raise_failure()
         if self._writing and not self._manager.is_saving_in_progress():
-            self.wait()  # at once; raises what went wrong in the background
+            with self._tolerating_failure():
+                self.wait()  # returns at once, or raises the error of the save in the background
         preempted = self._manager.reached_preemption(step)
         self._preempted |= preempted
         due = self._due()
         if not (force or preempted or due) or step in self._manager.all_steps():
             return False
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(stored.nested(stored.named(state))),
+            state=ocp.args.PyTreeSave(stored.nested(stored.leaves_by_name(state))),
             manifest=ocp.args.JsonSave(stored.manifest(state, step=step, extra=dict(extra or {}))),
         )
+        final = force or preempted
+        if final and self._remote and jax.process_count() == 1:
+            # There may be no later step at which to try again, so the result is waited for.
+            self._repeated(lambda: (self._begin(step, args), self.wait()))
+            return True
+        with contextlib.nullcontext() if final else self._tolerating_failure():
+            self._begin(step, args)
+            return True
+        return False
+
+    def _begin(self, step: int, args: ocp.args.Composite) -> None:
         self._wait_unless_failed()
         with stored.writing(self._directory):
             self._manager.save(step, args=args, force=True)
         self._writing = True
         self._saved_at = self._clock()
-        return True
+        if self._first:
+            self._first, self._unread = False, step
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk; raises CheckpointError if it failed."""
@@ -153,15 +185,19 @@ class Checkpoints:
             try:
                 self._manager.wait_until_finished()
             except Exception:
-                self._manager.reload()  # it had counted on the new step and forgotten the oldest
+                self._manager.reload()  # its list of steps has the new one already, and no longer the oldest
+                self._first, self._unread = self._first or self._unread is not None, None
                 raise
+        self._failed_in_a_row = 0
+        self._read_first_save_back()
 
     def close(self) -> None:
-        """Waits and lets go; raises CheckpointError if the last save failed."""
-        self._wait_unless_failed()
-        self._writing = False
-        with stored.writing(self._directory):
-            self._manager.close()
+        """Waits for the last save and frees the directory; raises CheckpointError if it failed."""
+        try:
+            self.wait()
+        finally:
+            with stored.writing(self._directory):
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -169,27 +205,74 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if kind is None:
             self.close()
-        elif jax.process_count() == 1:  # with several, the others would have to take part
+        elif jax.process_count() == 1:  # with several, closing would wait for the others
             try:
                 self.close()
             except CheckpointError:
                 _log.exception("The last checkpoint failed too.")
 
     def _wait_unless_failed(self) -> None:
-        """Orbax's own waiting keeps to itself, for ten minutes, that this process failed while its peers did not."""
+        """Waits for a save, but not on for the others (ten minutes in Orbax) after this process failed."""
         if jax.process_count() > 1:
             while self._manager.is_saving_in_progress():
                 self._raise_failure()
                 time.sleep(0.02)
 
     def _raise_failure(self) -> None:
-        # A process alone hears of it from Orbax, which tidies up first.
+        # To a single process Orbax itself raises the error, after it has removed what was written.
         if self._failures and jax.process_count() > 1:
             with stored.writing(self._directory):
                 raise self._failures[0]
 
+    @contextlib.contextmanager
+    def _tolerating_failure(self) -> Iterator[None]:
+        """Logs the failure of a save in a bucket and lets training go on; another save is due soon."""
+        try:
+            yield
+        except CheckpointError as error:
+            self._failed_in_a_row += 1
+            # With several processes, each would have to know of the failure of the others.
+            hopeless = not self._remote or not stored.is_transient(error) or jax.process_count() > 1
+            if hopeless or self._failed_in_a_row >= _MAX_FAILED_SAVES:
+                raise
+            soon = min(_RETRY_SECONDS, self._every_seconds)
+            self._saved_at = self._clock() - self._every_seconds + soon
+            _log.error("SAVING FAILED (%d in a row), trying again in %.0f s: %s", self._failed_in_a_row, soon, error)
+
+    def _repeated(self, action: Callable[[], Any]) -> Any:
+        """The result of `action`; in a bucket it is tried several times if it fails because of the network."""
+        for pause in _PAUSES if self._remote and jax.process_count() == 1 else ():
+            try:
+                return action()
+            except CheckpointError as error:
+                if not stored.is_transient(error):
+                    raise
+                _log.error("Trying again in %d s: %s", pause, error)
+                time.sleep(pause)
+        return action()
+
+    def _read_first_save_back(self) -> None:
+        """Compares what is stored with the manifest; process 0 does so for all, in portions of `_READ_BACK_BYTES`."""
+        step, self._unread = self._unread, None
+        if step is None or jax.process_index() > 0:
+            return
+        directory = self._directory / str(step)
+        try:
+            if step not in ocp.utils.checkpoint_steps(self._directory):
+                raise Damaged("it is not found there")
+            leaves, _ = self._repeated(lambda: stored.read_manifest(directory / "manifest"))
+            for names in _portions(leaves):
+                wanted = dict.fromkeys(names)
+                arrays = self._repeated(lambda wanted=wanted: stored.read_arrays(directory / "state", wanted))
+                stored.verify(arrays, leaves)
+        except Damaged as error:
+            raise CheckpointError(
+                f"The first checkpoint of this run, {directory}, is not what was saved: {str(error)[:300]}\n"
+                "This storage does not keep checkpoints. Choose another --workdir."
+            ) from error
+
     def _due(self) -> bool:
-        """Whether the clock says so: process 0's clock, so that all processes agree."""
+        """Whether the interval has passed by process 0's clock, so that all processes agree."""
         now = self._clock()
         due = now - self._saved_at >= self._every_seconds and not self._manager.is_saving_in_progress()
         if jax.process_count() == 1:
@@ -197,7 +280,7 @@ class Checkpoints:
         self._asked += 1
         if self._asked < self._next_check:
             return False
-        # The next check is so many calls away as last about a twentieth of the interval.
+        # Until the next check pass as many calls as take about a twentieth of the interval.
         rate = self._asked / max(now - self._checked_at, 1e-6)
         calls = int(np.clip(rate * self._every_seconds / 20, 1, 256))
         due, calls = multihost_utils.broadcast_one_to_all(np.array([due, calls], np.int32))
@@ -205,16 +288,16 @@ class Checkpoints:
         return bool(due)
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, extra) of one step; Damaged on all processes if it is so on any."""
+        """(state, extra) of one step; Damaged on all processes if any of them finds it damaged."""
         directory = self._directory / str(step)
-        leaves, more = _together(lambda: stored.read_manifest(directory / "manifest"))
+        leaves, more = _together(lambda: self._repeated(lambda: stored.read_manifest(directory / "manifest")))
         if difference := stored.compare(leaves, stored.outline(abstract_state)):
             raise CheckpointError(
                 f"{directory} holds a different model or optimizer than this configuration:\n{difference}\n"
                 f"Train with the configuration that wrote it, or choose another --workdir."
             )
-        wanted = stored.named(abstract_state)
-        arrays = _together(lambda: stored.read_arrays(directory / "state", wanted))
+        wanted = stored.leaves_by_name(abstract_state)
+        arrays = _together(lambda: self._repeated(lambda: stored.read_arrays(directory / "state", wanted)))
         stored.verify(arrays, leaves)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[n] for n in wanted]), more["extra"]
 
@@ -234,8 +317,21 @@ class Checkpoints:
         self._manager.reload()
 
 
+def _portions(leaves: Mapping[str, stored.Leaf]) -> Iterator[list[str]]:
+    """The names in groups of about `_READ_BACK_BYTES`."""
+    names, size = [], 0
+    for name, leaf in leaves.items():
+        names.append(name)
+        size += int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        if size >= _READ_BACK_BYTES:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names
+
+
 def _together(read: Callable[[], Any]) -> Any:
-    """The result of `read`; Damaged on all processes if it was raised on any."""
+    """The result of `read`; Damaged on all processes if it is raised on any of them."""
     result, error = None, None
     try:
         result = read()
@@ -251,12 +347,12 @@ def _together(read: Callable[[], Any]) -> Any:
 
 
 def _handlers(failures: list[BaseException]) -> dict[str, ocp.CheckpointHandler]:
-    """Orbax's own, but copies of small arrays are not cut so that each device may write a slice.
+    """Orbax's own handlers, which do not slice small replicated arrays so that each device writes a part of them.
 
-    That cutting compiles a program for every shape and device: seconds of the first save, for nothing.
+    Slicing compiles a program for each shape and device, which takes seconds in the first save and gains nothing.
 
     Args:
-      failures: what goes wrong in the background on this process is appended.
+      failures: errors in the background on this process are appended.
     """
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
@@ -267,7 +363,7 @@ def _handlers(failures: list[BaseException]) -> dict[str, ocp.CheckpointHandler]
 
 
 def _reporting(handler: Any, failures: list[BaseException]) -> ocp.CheckpointHandler:
-    """The handler, which from now on notes in `failures` what goes wrong while it writes. A subclass Orbax refuses."""
+    """The handler, changed so that errors while it writes are appended to `failures`. Orbax accepts no subclass."""
     async_save, finalize = handler.async_save, handler.finalize
 
     async def reported_save(*args: Any, **kwargs: Any) -> list[Any]:
@@ -282,7 +378,7 @@ def _reporting(handler: Any, failures: list[BaseException]) -> ocp.CheckpointHan
 
 
 class _Reported:
-    """An Orbax future that notes its failure."""
+    """An Orbax future that appends its error to `failures`."""
 
     def __init__(self, future: Any, failures: list[BaseException]):
         self._future, self._failures = future, failures

@@ -13,6 +13,7 @@ from etils import epath
 from tinymim_jax.checkpoints import format as stored
 from tinymim_jax.checkpoints.format import CheckpointError, Damaged, digest
 from tinymim_jax.checkpoints.probes import folded_head, frozen_parts
+from tinymim_jax.runtime.paths import check_output_path
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any]
 
 def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
     """Raises CheckpointError where `save_params` would find `directory` in use."""
+    check_output_path(directory, "output")
     directory = _resolved(directory)
     if not directory.exists():
         return
@@ -119,8 +121,8 @@ def merge(
             f"The loaded parameters do not fit this model:\n{difference}\n"
             f"Give the model the architecture in the checkpoint's model.json, or load another checkpoint."
         )
-    values = stored.named(loaded)
-    return stored.nested({name: values.get(name, own) for name, own in stored.named(initial).items()})
+    values = stored.leaves_by_name(loaded)
+    return stored.nested({name: values.get(name, own) for name, own in stored.leaves_by_name(initial).items()})
 
 
 def _load_export(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
