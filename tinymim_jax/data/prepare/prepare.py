@@ -24,7 +24,6 @@ from tinymim_jax.data.prepare.shards import Conversion, Shard, finished, set_fea
 from tinymim_jax.data.prepare.workers import GO_ON, Progress, write_shards
 from tinymim_jax.data.sources import sources as image_sources
 from tinymim_jax.data.sources.examples import Source
-from tinymim_jax.runtime.paths import check_output_path
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +101,6 @@ def write_set(
         OSError: a shard cannot be written, for one because the disk is full.
         KeyboardInterrupt, Terminated (see `prepare_workers.terminable`): the workers have ended by then.
     """
-    check_output_path(output, "--output")
     class_names = _check(sources, name, shard_images, max_rejected, workers)
     workers = (os.cpu_count() or 1) if workers is None else workers
     root = Path(output).expanduser().absolute() / name
