@@ -11,6 +11,7 @@ from PIL import Image
 from runs import small_config
 
 from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.cli import main as cli
 from tinymim_jax.evaluation.collect import count_substituted
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.evaluation.knn import evaluate_knn
@@ -244,3 +245,29 @@ def test_evaluation_takes_batches_of_that_size(pets):
     experiment = build_experiment(config_of(pets, "train.batch_size=65536"))
     with evaluation_batches(experiment, workers=0) as batches:
         assert next(batches)["image"].shape[0] == 256 * jax.device_count()
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["evaluate"], ["evaluate", "--suite", "a"], ["knn"], ["probe"]],
+    ids=["evaluate", "suites", "knn", "probe"],
+)
+def test_commands_that_save_nothing_end_on_sigterm(tmp_path, classifier, monkeypatch, capsys, words):
+    """JAX's service would catch the signal and the command would run on to its end."""
+
+    class Prepared(Exception):
+        pass
+
+    def end_on_sigterm():
+        raise Prepared
+
+    monkeypatch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
+    monkeypatch.setattr("tinymim_jax.runtime.exits.end_on_sigterm", end_on_sigterm)
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), PETS)
+    command, *rest = words
+    config = [] if rest else ["--config", "configs/digits.py:finetune"]
+    with pytest.raises(Prepared):
+        cli.main([command, checkpoint, *rest, *config])
