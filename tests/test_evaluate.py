@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from labelled_files import write_array_records, write_parquet
+from pictures import encoded
 from PIL import Image
 from runs import small_config
 
@@ -220,6 +222,29 @@ def test_substitutions_of_all_hosts_are_added(monkeypatch):
     assert count_substituted(batches, 3000) == 3
     with pytest.raises(RuntimeError, match="3 of 2000 images cannot be decoded"):
         count_substituted(batches, 2000)
+
+
+# ------------------------------------------------------------------------------------------------ labels of -1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("late", [False, True], ids=["known before", "found while reading"])
+def test_labels_that_are_missing_are_refused(tmp_path, classifier, monkeypatch, command, late):
+    """As in the test splits of Hugging Face's hub; the label of one image of many is found only when it is read."""
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), PETS)
+    (tmp_path / "images").mkdir()
+    files = [encoded(image, "PNG") for image in IMAGES]
+    for split, labels in (("train", [0, 1, 2] * 15), ("test", [0, 1, -1] + [0, 1, 2] * 14)):
+        rows = [files[i % 9] for i in range(len(labels))]
+        if late:
+            write_array_records(tmp_path / "images", split, labels, names=PETS, images=rows)
+        else:
+            write_parquet(tmp_path / "images", split, labels, names=PETS, images=rows)
+    kind = "array_record" if late else "parquet"
+    source = f"{kind}:{tmp_path}/images"
+    message = r"label -1 \(no label\)" if late else r"1 of 45 examples of split 'test' of 'parquet:.* have label -1"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        evaluation_of(command, config_of(source), checkpoint, source, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -9,8 +9,8 @@ HELP = "accuracy of a linear classifier on a checkpoint's features"
 _EPILOG = """\
 Features of both splits are extracted once, without augmentation; then linear classifiers are trained on them, one for
 each --base_lr, all at once (SGD, momentum 0.9, cosine schedule). The rate with the best top-1 on a held-out tenth of
-the training split is used to train on all of it. The result is one line of JSON: loss, top-1 and top-5 on the evaluation
-split.
+the training split is used to train on all of it. The result is one line of JSON: loss, top-1 and top-5 on the
+evaluation split.
 
   tinymim probe runs/b --config configs/linprobe.py --output runs/b_probe
   tinymim predict runs/b_probe cat.jpg

@@ -34,7 +34,7 @@ def evaluate_knn(
     data_dir: str | None = None,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Top-1 and top-5 for each k on `config.data`: neighbors from the training split, queries from the evaluation split.
+    """Top-1 and top-5 for each k on `config.data`: neighbors from its training, queries from its evaluation split.
 
     "substituted" counts the images of both splits that could not be decoded, so that another one was used instead.
 
