@@ -257,7 +257,10 @@ def test_a_token_is_not_lost_silently(tmp_path):
     ("words", "message"),
     [
         (["classify.loss=bec"], r"did you mean 'bce'"),
-        (["classify.loss=bce", "classify.bce_threshold=0.001"], r"bce_threshold=0\.001 would count all classes"),
+        (
+            ["classify.loss=bce", "classify.bce_threshold=0.001"],
+            r"bce_threshold=0\.001 would turn the targets of all classes into 1",
+        ),
         (["classify.distillation=hrad"], r"did you mean 'hard'"),
         (["classify.distillation=hard"], r"teacher\.path is empty: name a classifier"),
         (["classify.distillation=none", "classify.teacher.path=TEACHER"], r"distillation='none' asks no teacher"),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.config import load_config
-from tinymim_jax.experiment import assemble, batch_shapes, build_optimizer, open_sources
+from tinymim_jax.experiment import assemble, batch_shapes, build_optimizer, open_sources, preprocessing
 from tinymim_jax.resume import differences
 from tinymim_jax.state import trained_paths
 from tinymim_jax.sweeps.points import Point, Run
@@ -78,7 +78,8 @@ def _check(config: ConfigDict, run: Run, kept: dict, seen: dict, data_dir: str |
             task.start(zeros)
         seen[step] = trained_paths(task, task.load_frozen(), batch_shapes(experiment))
     build_optimizer(dataclasses.replace(experiment, task=task), seen[step])
-    seen[everything] = Loaded(str(run.workdir), task.model, zeros)
+    model = task.model | {"preprocessing": preprocessing(config, experiment.train_source.class_names)}
+    seen[everything] = Loaded(str(run.workdir), model, zeros)
     return seen[everything]
 
 
@@ -89,6 +90,5 @@ def _key(config: ConfigDict, kept: dict[str, Loaded], without: tuple[str, ...] =
         values.pop(name)
     text = json.dumps(values, sort_keys=True, default=str)
     for path, loaded in kept.items():
-        read = {part: loaded.model.get(part) for part in ("encoder", "classifier")}  # all that is read of another run
-        text = text.replace(json.dumps(path), json.dumps(read, sort_keys=True))
+        text = text.replace(json.dumps(path), json.dumps(loaded.model, sort_keys=True))
     return text
