@@ -1,4 +1,4 @@
-"""benchmarks/input_pipeline.py runs as its README says, and its ratios are those of its rates."""
+"""benchmarks/input_pipeline.py runs as its README shows, and its ratios follow from its rates."""
 
 import json
 import pathlib
