@@ -79,6 +79,7 @@ def fake_classifier(path) -> Loaded:
     return Loaded(path, {"encoder": network.encoder.record(), "classifier": network.record()}, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_shipped_configs_build_at_full_size(spec, monkeypatch):
     config = load_config(str(ROOT / spec), next((words for name, words in NEEDS.items() if name in spec), []))
@@ -131,6 +132,7 @@ def flat_keys(config: ConfigDict, prefix: str = "") -> set[str]:
     return keys
 
 
+@pytest.mark.slow
 def test_every_key_is_read_by_something(tmp_path, data_dir):
     vit = ViT(embed_dim=16, depth=2, heads=2, patch_size=8, image_size=(16, 16))
     params = jax.jit(vit.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]

@@ -78,6 +78,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_train(folder, data_dir, name):
     config = distill(folder, *OPTIONS[name])
@@ -254,6 +255,7 @@ def test_masks_come_from_the_step_key_and_differ_between_images(folder):
     assert not set(loss) & set(other)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_grid(folder):
     """Of a plain picture and without positions all patch tokens agree, so the teacher's grid makes no difference."""
     vit, params = TEACHER.clone(pos_embed="learned"), load_params(folder / "teacher")[1]["encoder"]
@@ -378,6 +380,7 @@ def test_an_encoder_alone_starts_mae_and_what_it_lacks_is_logged(folder, caplog)
     assert re.search(r"INFO .*init: \S+/teacher has no decoder; it starts from its initialization", caplog.text)
 
 
+@pytest.mark.slow
 def test_a_chain_of_students_with_resplit(folder, data_dir):
     """L -> S -> T with the heads of each size: relations are cut anew, no stage changes a head count."""
     mesh = make_mesh(devices=jax.devices()[:1])
