@@ -1,5 +1,7 @@
 """Exit statuses, the watchdog, the lock, who is expected, what time is lost to: each by itself, without a training."""
 
+import collections
+import fcntl
 import http.server
 import json
 import logging
@@ -20,13 +22,14 @@ from tinymim_jax import sharding
 from tinymim_jax.cli.prepare import one_by_one
 from tinymim_jax.config import load_config
 from tinymim_jax.resume import as_json
-from tinymim_jax.runtime import distributed, files, heartbeat, hosts, workdir
+from tinymim_jax.runtime import distributed, files, heartbeat, hosts, locks, workdir
 from tinymim_jax.runtime.exits import STALLED, TERMINATED
 from tinymim_jax.runtime.goodput import LOSSES, Goodput, describe, shares
 from tinymim_jax.runtime.heartbeat import Heartbeat, read_status
 from tinymim_jax.runtime.hosts import Job, find_job, find_slice
 from tinymim_jax.runtime.locks import Busy, holder, locked
 from tinymim_jax.runtime.workdir import owner
+from tinymim_jax.sweeps import children
 from tinymim_jax.sweeps.children import Children
 from tinymim_jax.sweeps.points import Point, Stage, make_runs
 from tinymim_jax.sweeps.sweep import exit_status
@@ -107,6 +110,32 @@ def test_a_pause_of_the_whole_process_is_no_stall(monkeypatch):
     steps = iter([20.0])
     heart._run()
     assert ended.is_set()
+
+
+class HttpError(Exception):
+    """As gcsfs raises them: no OSError."""
+
+
+def test_the_heartbeat_outlives_any_error_of_writing(tmp_path, monkeypatch, caplog):
+    calls, enough = [], threading.Event()
+    write = heartbeat.write_json
+
+    def fail_twice(path, value, **options):
+        calls.append(value)
+        if len(calls) in (2, 3):
+            raise HttpError("503")
+        write(path, value, **options)
+        if len(calls) > 4:
+            enough.set()
+
+    monkeypatch.setattr(heartbeat, "write_json", fail_twice)
+    monkeypatch.setattr(heartbeat, "WRITE_SECONDS", 0.01)
+    with Heartbeat(epath.Path(tmp_path), stall_seconds=0) as heart:
+        assert enough.wait(60)
+        heart.note(stage="training")
+    assert read_status(tmp_path)["stage"] == "training"
+    assert caplog.text.count("cannot write") == 1
+    assert "HttpError('503')" in caplog.text
 
 
 def test_status_cannot_be_written_is_said_once(tmp_path, caplog):
@@ -232,6 +261,72 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert path.read_text() == "text"
 
 
+def test_an_access_to_a_bucket_is_repeated(tmp_path, monkeypatch, caplog):
+    waits, answers = [], iter([KeyError("503"), KeyError("503"), None])
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+
+    def action():
+        if error := next(answers, KeyError("503")):
+            raise error
+        return 7
+
+    assert files.with_retries(action, "reading gs://b/x") == 7
+    assert waits == [1, 2]
+    assert caplog.text.count("reading gs://b/x failed, trying again: KeyError: '503'") == 2
+    with pytest.raises(OSError, match="reading gs://b/x failed 5 times: KeyError"):
+        files.with_retries(action, "reading gs://b/x")
+
+
+# --------------------------------------------------------------------------------------------------- output
+
+
+class Broken:
+    """A stream that cannot be written to."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def write(self, _):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+    def fileno(self):
+        raise OSError("no file")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left"), UnicodeEncodeError("ascii", "é", 0, 1, "no")],
+)
+def test_all_output_of_a_child_is_read_whatever_becomes_of_it(error, tmp_path, monkeypatch):
+    lines, tail = iter([f"line {i}\n" for i in range(1000)]), collections.deque(maxlen=2)
+    monkeypatch.setattr(sys, "stdout", Broken(error))
+    children._copy(lines, Broken(error), "000 | ", tail)
+    assert list(tail) == ["line 998", "line 999"]
+
+
+def test_a_log_that_cannot_be_written_says_nothing_on_standard_error():
+    code = """
+        import logging, os, sys
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        from tinymim_jax.runtime.startup import print_line, start_logging
+        start_logging()
+        for i in range(3):
+            logging.getLogger("tinymim_jax").info("line %d", i)
+            print_line("é")
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        logging.getLogger("tinymim_jax").info("line")
+        print_line("x")
+        print("END", file=sys.stderr, flush=True)
+        os._exit(0)
+    """
+    assert output_of(run_python(textwrap.dedent(code))) == (0, "", "END\n")
+
+
 # ----------------------------------------------------------------------------------------------------- lock
 
 
@@ -270,6 +365,15 @@ def test_a_lock_keeps_the_others_out_and_dies_with_its_process(tmp_path):
     assert holder(tmp_path) is None
     with locked(tmp_path):
         assert f"process {os.getpid()}" in holder(tmp_path)
+
+
+def test_a_lock_is_tried_again_while_somebody_looks_who_holds_it(tmp_path, monkeypatch):
+    """`holder` takes a shared lock for a moment; that must not keep a run out of its folder."""
+    with (tmp_path / locks.LOCK).open("a+") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(locks.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
+        with locked(tmp_path):
+            assert f"process {os.getpid()}" in holder(tmp_path)
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
@@ -356,6 +460,14 @@ def test_one_host_of_a_slice_alone_is_warned_before_it_hangs(environment, monkey
     environment(TPU_WORKER_HOSTNAMES="t0,t1", JAX_NUM_PROCESSES="1")
     distributed._warn_of_absent_hosts(find_job())
     assert "JAX_NUM_PROCESSES says 1 processes, but this is a host of a TPU slice of 2" in caplog.text
+
+
+def test_incomplete_variables_of_slurm_are_named(environment):
+    environment(SLURM_STEP_NODELIST="n[1-2]", SLURM_NTASKS="8", SLURM_LOCALID="0")
+    with pytest.raises(ValueError, match=r"SLURM_JOB_ID, SLURM_PROCID are not\. .* JAX_NUM_PROCESSES=1"):
+        distributed.initialize_distributed()
+    environment(SLURM_STEP_NODELIST="")  # an interactive shell of a job: it runs alone
+    assert hosts.missing_slurm_variables() == []
 
 
 def test_devices_of_other_processes_than_joined(monkeypatch):
@@ -464,8 +576,8 @@ def test_a_second_run_in_a_workdir_refuses(tmp_path):
 
 def test_a_point_that_another_command_trains_is_left_to_it(point):
     point.runs[0].workdir.mkdir()
-    with locked(point.runs[0].workdir), Children() as children:
-        state = children.run_point(point)
+    with locked(point.runs[0].workdir), Children() as running:
+        state = running.run_point(point)
     assert state.name == "running"
     assert f"process {os.getpid()}" in state.detail
     assert exit_status([state]) == 75

@@ -18,7 +18,7 @@ FLOORS = {
     "tasks": 3,
     "checkpoints": 2, "convert": 2, "optim": 2, "sharding": 2, "metrics": 2,
     "models": 1, "data": 1,
-    "ops": 0, "runtime": 0, "errors": 0, "config": 0, "class_names": 0,
+    "ops": 0, "runtime": 0, "errors": 0, "markdown": 0, "config": 0, "class_names": 0,
 }  # fmt: skip
 
 

@@ -12,10 +12,12 @@ from commands import run
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tinymim_jax import metrics
 from tinymim_jax.cli.status import find_runs, read_run
 from tinymim_jax.config import load_config
 from tinymim_jax.metrics import Writer, read
 from tinymim_jax.resume import as_json, check_same
+from tinymim_jax.runtime import heartbeat
 from tinymim_jax.runtime import workdir as workdirs
 from tinymim_jax.runtime.goodput import LOSSES
 from tinymim_jax.runtime.locks import LOCK, Busy
@@ -98,6 +100,17 @@ def test_a_line_for_each_run_of_a_folder(tmp_path, capsys):
     assert lines[3] == "3 runs: 1 finished, 1 interrupted, 1 failed"
 
 
+@pytest.mark.parametrize("text", ["", '{"top1": 0.', "[]"])
+def test_a_damaged_result_is_named_and_the_run_can_go_on(text, tmp_path, capsys):
+    make_run(tmp_path / "run", stage="finished", error="")
+    (tmp_path / "run" / "result.json").write_text(text)
+    code, out, _ = run(capsys, "status", tmp_path / "run")
+    assert code == 75
+    assert out.splitlines()[0].split() == ["stage", "interrupted"]
+    assert f"{tmp_path / 'run' / 'result.json'} is empty or damaged" in out
+    assert workdirs.read_state(tmp_path / "run").name == "interrupted"  # so a sweep runs it again
+
+
 def test_nothing_there(tmp_path, capsys):
     code, _, err = run(capsys, "status", tmp_path / "nothing")
     assert code == 1
@@ -153,6 +166,7 @@ def test_metrics_in_a_bucket_go_on_resuming(bucket):
 
 def test_a_bucket_is_claimed_by_who_is_alive(bucket, monkeypatch):
     monkeypatch.setattr(workdirs.heartbeat, "WRITE_SECONDS_REMOTE", 0.5)
+    monkeypatch.setattr(workdirs, "_SETTLE_SECONDS", 0.0)
     config = load_config("configs/digits.py:finetune")
     with workdirs.claimed(bucket, as_json(config)):
         pass
@@ -174,12 +188,54 @@ def test_a_bucket_is_claimed_by_who_is_alive(bucket, monkeypatch):
         pytest.fail("it was not kept out")
     assert waits
     monkeypatch.undo()
+    monkeypatch.setattr(workdirs, "_SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(workdirs.heartbeat, "WRITE_SECONDS_REMOTE", 0.1)
     (bucket / "status.json").write_text(json.dumps(status | {"time": time.time()}))
     with workdirs.claimed(
         bucket, as_json(config)
     ):  # silent for three times as long as it would take: its process is dead
         assert workdirs.owner(bucket) is None
+
+
+def test_of_two_newcomers_one_gets_the_bucket(bucket, monkeypatch):
+    other = {"claim": "theirs", "pid": 7, "host": "elsewhere"}
+    monkeypatch.setattr(workdirs.time, "sleep", lambda _: (bucket / "owner.json").write_text(json.dumps(other)))
+    with pytest.raises(Busy, match=r"in use by process 7 on elsewhere, which writes its owner\.json"):
+        workdirs.claimed(bucket, {}).__enter__()
+    assert not (bucket / "config.json").exists()
+
+
+def test_a_run_whose_bucket_was_claimed_by_another_ends(bucket, monkeypatch):
+    ended = []
+    monkeypatch.setattr(heartbeat, "exit_at_once", lambda status, why, **_: ended.append((status, why)))
+    monkeypatch.setattr(workdirs, "_SETTLE_SECONDS", 0.0)
+    with workdirs.claimed(bucket, {}):
+        heart = heartbeat.Heartbeat(bucket, stall_seconds=0)
+        heart._write()
+        assert ended == []
+        assert read_run(bucket)["stage"]
+        (bucket / "owner.json").write_text(json.dumps({"claim": "theirs", "pid": 7, "host": "elsewhere"}))
+        heart._write()
+    ((status, why),) = ended
+    assert status == 1
+    assert "now belongs to process 7 on elsewhere" in why
+
+
+def test_metrics_that_cannot_be_copied_do_not_end_a_run(bucket, monkeypatch, caplog, tmp_path):
+    def fail(_):
+        raise KeyError("503")
+
+    monkeypatch.setattr(metrics, "_COPY_SECONDS", 0.0)
+    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tinymim_jax.runtime.files.time.sleep", lambda _: None)
+    with Writer(bucket, start_step=0, active=True) as writer:
+        monkeypatch.setattr(Writer, "_copy", fail)
+        writer.write(1, {"train/loss": 1.0})
+        writer.write(2, {"train/loss": 2.0})
+    assert "metrics could not be copied" in caplog.text
+    (kept,) = tmp_path.glob("tinymim-metrics-*")
+    assert f"They are kept in {kept}" in caplog.text
+    assert [row["step"] for row in read(kept / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_reader_that_has_left_is_no_error_to_speak_of(tmp_path):

@@ -16,8 +16,10 @@ from processes import cpu_devices, output_of, run_python, saved_steps
 from runs import SMALL
 
 from tinymim_jax.metrics import read
+from tinymim_jax.runtime.locks import locked
+from tinymim_jax.runtime.workdir import RunState
+from tinymim_jax.sweeps.children import Children
 from tinymim_jax.sweeps.points import (
-    State,
     folder_name,
     format_override,
     make_runs,
@@ -114,7 +116,6 @@ def results(workdir) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in workdir.glob("*/result.json")}
 
 
-@pytest.mark.slow
 def test_all_points_are_run_and_tabled(undisturbed):
     workdir, out = undisturbed
     found = {name: json.loads(text) for name, text in results(workdir).items()}
@@ -137,7 +138,6 @@ def test_all_points_are_run_and_tabled(undisturbed):
     assert "001 seed 1 | " in out
 
 
-@pytest.mark.slow
 def test_the_same_command_again_runs_nothing(undisturbed, data_dir, capsys):
     workdir, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.json*")}
@@ -147,7 +147,6 @@ def test_the_same_command_again_runs_nothing(undisturbed, data_dir, capsys):
     assert {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.json*")} == before
 
 
-@pytest.mark.slow
 def test_list_shows_states_and_results(undisturbed, data_dir, tmp_path, capsys):
     workdir, _ = undisturbed
     words = [word for word in command(workdir, data_dir) if word not in ("--run", "local")]
@@ -164,7 +163,6 @@ def test_list_shows_states_and_results(undisturbed, data_dir, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.slow
 def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_dir, tmp_path):
     for name in NAMES[2:]:
         shutil.copytree(undisturbed[0] / name, tmp_path / name)  # finished points, which are left alone
@@ -185,7 +183,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_di
     status, out, _ = output_of(process)
     assert status == 75, out
     assert "all saved" in out
-    assert "interrupted step" in out
+    assert "interrupted: stopped after step" in out
 
     process, running = begin(9)
     process.kill()
@@ -202,7 +200,6 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_di
     assert results(tmp_path) == results(undisturbed[0])
 
 
-@pytest.mark.slow
 def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_path, capsys):
     words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
     status, out, _ = run(capsys, *words, "--run", "local")
@@ -221,7 +218,6 @@ def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_p
     assert [line.split()[2] for line in out.splitlines()[:2]] == ["failed", "finished"]
 
 
-@pytest.mark.slow
 def test_index_runs_one_point(file, data_dir, tmp_path, capsys):
     words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
     status, _, err = output_of(start([*words, "--index", "1"]))
@@ -237,7 +233,6 @@ def test_index_runs_one_point(file, data_dir, tmp_path, capsys):
     assert "points 0 to 1" in err
 
 
-@pytest.mark.slow
 def test_a_point_may_be_a_chain(data_dir, tmp_path, capsys):
     (tmp_path / "digits.py").write_text((ROOT / "configs" / "digits.py").read_text())
     (tmp_path / "chain.py").write_text(
@@ -284,7 +279,6 @@ def test_nothing_runs_before_everything_is_sound(words, messages, file, data_dir
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.slow
 def test_a_changed_sweep_is_noticed(undisturbed, data_dir, capsys):
     status, _, err = run(capsys, *command(undisturbed[0], data_dir, "optim.b1=0.8"))
     assert status == 1
@@ -332,21 +326,20 @@ def test_keys_find_their_stages(tmp_path):
 def test_the_table_counts_as_numpy_does(tmp_path):
     points = read_points("configs/digits.py:finetune", "sweep", tmp_path, {}, 3)
     values = dict(zip((point.name for point in points), (0.5, 0.7, 0.6, 0.9, 0.8, 0.75)))
-    states = {name: State("finished", result={"top1": value, "loss": -value}) for name, value in values.items()}
+    states = {name: RunState("finished", result={"top1": value, "loss": -value}) for name, value in values.items()}
     rows = summarize(points, states, metric="top1", direction="max")
     for row in rows:
         own = [values[name] for name in row["workdirs"]]
         np.testing.assert_allclose([row["mean"], row["std"]], [np.mean(own), np.std(own, ddof=1)], rtol=1e-12)
     assert [row["point"] for row in rows] == [1, 0]
     assert [row["point"] for row in summarize(points, states, metric="top1", direction="min")] == [0, 1]
-    states[points[1].name] = State("failed", "why")  # of three seeds two are left, and the table says so
+    states[points[1].name] = RunState("failed", "why")  # of three seeds two are left, and the table says so
     row = next(row for row in summarize(points, states, metric="loss", direction="min") if row["point"] == 1)
     assert (row["states"], len(row["values"])) == ({"failed": 1, "finished": 2}, 2)
     with pytest.raises(ValueError, match="did you mean 'top1'"):
         write_table(points, states, tmp_path, metric="top")
 
 
-@pytest.mark.slow
 def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path, capsys):
     words = ["sweep", "configs/digits.py:finetune", "--study", "study", "--workdir", tmp_path, "--data_dir", data_dir]
     words += ["--compile_cache", "", *SMALL]
@@ -361,6 +354,47 @@ def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path, capsys):
     assert len(set(rates)) == 2
     assert all(4e-3 <= rate <= 6.4e-2 for rate in rates)
     assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 2
+
+
+def test_a_metric_that_does_not_exist_is_refused_before_the_first_trial(data_dir, tmp_path, capsys):
+    words = ["sweep", "configs/digits.py:finetune", "--study", "study", "--workdir", tmp_path / "w", *SMALL]
+    status, _, err = run(capsys, *words, "--data_dir", data_dir, "--metric", "topp1")
+    assert status == 1
+    assert "--metric='topp1' is unknown; did you mean 'top1'" in err
+    assert not (tmp_path / "w").exists()
+    (tmp_path / "w").mkdir()
+    with locked(tmp_path / "w"):  # another command runs a study there
+        status, _, err = run(capsys, *words, "--data_dir", data_dir)
+    assert status == 1
+    assert f"in use by process {os.getpid()}" in err
+
+
+def test_a_study_keeps_its_metric_and_direction(tmp_path):
+    from tinymim_jax.sweeps.optuna_study import _open_study
+
+    _open_study(optuna, tmp_path, "study", "top1", "max")
+    _open_study(optuna, tmp_path, "study", "top1", "max")
+    for metric, direction in (("loss", "min"), ("top5", "max"), ("top1", "min")):
+        with pytest.raises(ValueError, match=rf"compares 'top1' \(max is better\), but --metric {metric}"):
+            _open_study(optuna, tmp_path, "study", metric, direction)
+
+
+def test_a_tilde_is_the_home_folder(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    points = read_points("configs/digits.py:finetune", "sweep", tmp_path / "w", {})
+    points[0].runs[0].workdir.mkdir(parents=True)
+    (points[0].runs[0].workdir / "result.json").write_text('{"top1": 0.5}')
+    words = ["sweep", "configs/digits.py:finetune", "--workdir", "~/w", "--list", *SMALL, "--data_dir", data_dir]
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert "finished     top1 0.5" in out
+    seen = []
+    monkeypatch.setattr("tinymim_jax.sweeps.checks.check_points", lambda points, **_: seen.extend(points))
+    monkeypatch.setattr(Children, "run_point", lambda *_, **__: RunState("finished"))
+    (tmp_path / "c").mkdir()
+    assert run(capsys, "chain", "configs/chain.py:digits", "--workdir", "~/c")[0] == 0
+    assert [each.workdir.parent for each in seen[0].runs] == [tmp_path / "c"] * 4
+    assert (tmp_path / "c" / "table.md").exists()
 
 
 def test_trials_behind_the_median_are_stopped(tmp_path):
@@ -381,13 +415,13 @@ def test_trials_behind_the_median_are_stopped(tmp_path):
 
 
 def test_trials_of_a_stopped_study_are_taken_up(data_dir, tmp_path):
-    from tinymim_jax.sweeps.optuna_study import _take_up
+    from tinymim_jax.sweeps.optuna_study import _requeue_running
 
     study = optuna.create_study()
     stopped = study.ask()
     rate = stopped.suggest_float("rate", 0, 1)
     stopped.set_user_attr("number", 0)
-    _take_up(study, optuna.trial.TrialState)
+    _requeue_running(study, optuna.trial.TrialState)
     again = study.ask()
     assert again.suggest_float("rate", 0, 1) == rate
     assert (again.number, again.user_attrs["number"]) == (1, 0)  # so it goes on in the folder where it was

@@ -1,4 +1,4 @@
-"""Builds the objects of a run from its config: sources, task, schedule, optimizer, batches."""
+"""From a config to the objects of a run: sources, task, schedule, optimizer, batches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ import optax
 from ml_collections import ConfigDict
 
 from tinymim_jax import optim
-from tinymim_jax.class_names import ClassMismatch, describe_difference, same_names
 from tinymim_jax.data.pipeline import Batches, eval_batches, train_batches
 from tinymim_jax.data.rows import row_arrays
 from tinymim_jax.data.sources.examples import Source
@@ -26,11 +25,10 @@ _EVALUATED_PER_DEVICE = 256  # images at a time
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config with its data sets opened, its task built, and durations counted in steps.
+    """What a config means once its data sets are open.
 
-    views: of the task; they make the rows of training and evaluation batches.
-    batch_size: examples in one update, over all processes.
-    total_steps, eval_every: in updates; eval_every is 0 when evaluation comes at the end only.
+    batch_size: images of one update, over all processes.
+    total_steps, eval_every: in updates; eval_every is 0 when only the end is evaluated.
     schedule: update number -> learning rate.
     """
 
@@ -46,7 +44,7 @@ class Experiment:
 
 
 def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Experiment:
-    """Opens the data and builds the task; no device is used."""
+    """Opens the data and builds the task; nothing touches the accelerator."""
     return assemble(config, *open_sources(config, data_dir=data_dir))
 
 
@@ -58,7 +56,7 @@ def task_type(config: ConfigDict) -> TaskType:
 
 
 def open_sources(config: ConfigDict, *, data_dir: str | None = None, need_data: bool = True) -> tuple[Source, Source]:
-    """(training data, evaluation data). Where the data is missing and `need_data` is False, both are `MissingData`."""
+    """(what is trained on, what is evaluated on). Without `need_data`, missing data gives two `MissingData`."""
     try:
         return _open_sources(config, data_dir)
     except FileNotFoundError:
@@ -97,7 +95,7 @@ def _open_sources(config: ConfigDict, data_dir: str | None) -> tuple[Source, Sou
 
 
 def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> Experiment:
-    """The experiment of `config` on these sources. Raises ValueError where they do not fit each other."""
+    """The experiment of `config` on these sources."""
     kind = task_type(config)
     if kind.needs_labels:
         train_source = labelled(train_source, f"task {config.task!r} learns from them")
@@ -111,7 +109,7 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         )
     if config.data.crops < 1 or batch_size % config.data.crops:
         raise ValueError(
-            f"data.crops={config.data.crops} does not divide train.batch_size={batch_size}: a batch holds that many "
+            f"data.crops={config.data.crops} does not divide train.batch_size={batch_size}: a batch holds so many "
             "views of each image; choose a divisor, or 1"
         )
 
@@ -135,18 +133,14 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
 
 
 def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source) -> None:
-    """Raises ClassMismatch where a label does not mean the same in both splits.
-
-    In folders a class that one split lacks changes the labels of all classes after it. The last ones may be missing
-    from the evaluation split.
-    """
+    """A label must mean the same in both splits: of folders, one class that has none changes all that follow."""
     trained, evaluated = train_source.class_names, eval_source.class_names
-    if trained and not same_names(trained[: len(evaluated)], evaluated):
-        splits = (f"data.train_split={config.data.train_split!r}", f"data.eval_split={config.data.eval_split!r}")
-        difference = describe_difference(trained, evaluated, then=f"in {splits[0]}", now=f"in {splits[1]}")
-        raise ClassMismatch(
-            f"{splits[0]} has {len(trained)} classes and {splits[1]} {len(evaluated)}, and their names differ: "
-            f"{difference}. Give both the same classes; a class without images may be an empty folder"
+    if trained and evaluated != trained[: len(evaluated)]:
+        only = sorted(set(trained) ^ set(evaluated))[:5] or "their order"
+        raise ValueError(
+            f"data.train_split={config.data.train_split!r} has {len(trained)} classes, data.eval_split="
+            f"{config.data.eval_split!r} {len(evaluated)}, and they differ in {only}; give both the same ones, empty "
+            "where there are no images"
         )
 
 
@@ -182,7 +176,7 @@ def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def training_batches(experiment: Experiment, *, start_step: int, workers: int) -> Batches:
-    """This process's rows of the endless sequence of global batches, from batch `start_step` on."""
+    """This process's rows of every global batch, from `start_step` on, for ever."""
     data = experiment.config.data
     return train_batches(
         experiment.train_source,
@@ -221,9 +215,9 @@ def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
 
 
 def preprocessing(config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:
-    """How evaluation makes an input of the model from an image, and the names of its classes, as plain JSON.
+    """How an image becomes what the model sees in evaluation, and what its answers are called: plain JSON.
 
-    It is saved with the weights, in model.json, so that they can be used without the config (evaluation/predictor.py).
+    It travels beside the weights, in model.json, so that they can be used without the config; see inference.py.
     """
     return {
         "image_size": list(config.model.image_size),

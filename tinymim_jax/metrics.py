@@ -1,8 +1,11 @@
 """Averages over training steps, metrics over an evaluation split, and the files that both are written to."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +17,9 @@ import numpy as np
 from clu import metrics as clu_metrics
 from etils import epath
 
-from tinymim_jax.runtime.files import write_text
+from tinymim_jax.runtime.files import with_retries, write_text
+
+_log = logging.getLogger(__name__)
 
 _LINES, _EVENTS = "metrics.jsonl", "tensorboard"
 _COPY_SECONDS = 60.0
@@ -24,9 +29,9 @@ Averages = dict[str, clu_metrics.Average]
 
 
 def averages(values: Mapping[str, jax.Array], counted: jax.Array) -> Averages:
-    """Averages of `values` (each [n]) over the entries where `counted` (bool [n]) is True; the others may be NaN."""
+    """Averages of `values` (each [n]) where `counted` (bool [n]) is True; the rest may even be NaN."""
     for name, value in values.items():
-        # clu ignores a mask of another shape silently.
+        # clu drops a mask of another shape without a word.
         if value.shape != counted.shape:
             raise ValueError(f"metric {name!r} has shape {value.shape}, but its mask has {counted.shape}")
     return {
@@ -36,17 +41,17 @@ def averages(values: Mapping[str, jax.Array], counted: jax.Array) -> Averages:
 
 
 def no_averages(names: tuple[str, ...]) -> Averages:
-    """The averages of no values, to start from."""
+    """Averages over nothing yet."""
     return {name: clu_metrics.Average.empty() for name in names}
 
 
 def merge(first: Averages, second: Averages) -> Averages:
-    """Averages over the values of both."""
+    """Averages over both."""
     return {name: first[name].merge(second[name]) for name in second}
 
 
 def compute(values: Averages) -> dict[str, float]:
-    """Averages as floats, read from the device; NaN where nothing was counted."""
+    """Averages as floats; waits for the device. NaN where nothing was counted."""
     host = jax.device_get(values)
     return {name: float(v.total) / float(v.count) if v.count else float("nan") for name, v in host.items()}
 
@@ -154,8 +159,9 @@ class Writer:
         if self._remote:
             self._scratch = tempfile.TemporaryDirectory(prefix="tinymim-metrics-")
             local = pathlib.Path(self._scratch.name)
-            if (workdir / _LINES).exists():
-                (workdir / _LINES).copy(local / _LINES)
+            with contextlib.suppress(FileNotFoundError):
+                text = with_retries((workdir / _LINES).read_text, f"reading {workdir / _LINES}")
+                write_text(local / _LINES, text)
         self._local = local
         if (local / _LINES).exists():
             _keep_until(local / _LINES, start_step)
@@ -180,7 +186,11 @@ class Writer:
             self._events.add_scalar(name, value, step)
         if self._remote and time.monotonic() - self._copied_at > _COPY_SECONDS:
             self._events.flush()
-            self._copy()
+            self._copied_at = time.monotonic()
+            try:
+                self._copy()
+            except Exception as error:  # training does not depend on it, and in a minute it is tried again
+                _log.warning("metrics could not be copied to %s, trying again later: %r", self._remote, error)
 
     def close(self) -> None:
         """Flushes and closes both."""
@@ -188,9 +198,15 @@ class Writer:
             return
         self._file.close()
         self._events.close()
-        if self._remote:
-            self._copy()
-            self._scratch.cleanup()
+        if not self._remote:
+            return
+        try:
+            with_retries(self._copy, f"copying metrics to {self._remote}")
+        except OSError as error:
+            kept = pathlib.Path(tempfile.mkdtemp(prefix="tinymim-metrics-"))
+            shutil.copytree(self._local, kept, dirs_exist_ok=True)
+            _log.error("%s. They are kept in %s", error, kept)
+        self._scratch.cleanup()
 
     def __enter__(self) -> "Writer":
         return self
@@ -203,11 +219,10 @@ class Writer:
         (self._remote / _EVENTS).mkdir(parents=True, exist_ok=True)
         for path in (self._local / _LINES, *(self._local / _EVENTS).iterdir()):
             epath.Path(path).copy(self._remote / path.relative_to(self._local), overwrite=True)
-        self._copied_at = time.monotonic()
 
 
 def read(path: epath.PathLike) -> list[dict]:
-    """The lines of a metrics.jsonl; a line that a crash cut short is left out."""
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
     for line in epath.Path(path).read_text(encoding="utf-8").splitlines():
         try:

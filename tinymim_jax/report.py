@@ -158,7 +158,6 @@ class Report:
         )
         self._heart.note(stage="training", eval=_finite(figures))
         self._progress.restart(step)
-        return result
 
     def end(self) -> None:
         """All is done and written."""

@@ -1,8 +1,8 @@
 """The loop. Rerunning the same command resumes: the step number is the position in the data."""
 
-import json
 import logging
 import os
+from collections.abc import Mapping
 
 import jax
 from etils import epath
@@ -24,10 +24,10 @@ from tinymim_jax.experiment import (
 )
 from tinymim_jax.metrics import Averages, no_averages
 from tinymim_jax.report import Report
-from tinymim_jax.resume import as_json, check_same
+from tinymim_jax.resume import Inputs, accept, as_json, check_inputs, check_same
 from tinymim_jax.runtime.exits import STALL_MINUTES, Interrupted, StopRequest
 from tinymim_jax.runtime.paths import check_output_path
-from tinymim_jax.runtime.workdir import claimed, write_json
+from tinymim_jax.runtime.workdir import RESULT, claimed, read_result, write_json
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
 from tinymim_jax.state import (
     TrainState,
@@ -51,6 +51,7 @@ def train(
     workers: int = 0,
     fsdp: int = 1,
     stall_minutes: float = STALL_MINUTES,
+    extend: bool = False,
 ) -> dict[str, float]:
     """Runs the experiment of `config` to its end and returns the figures of its last evaluation.
 
@@ -63,22 +64,26 @@ def train(
       fsdp: over how many devices each large parameter is split.
       stall_minutes: without a finished step, evaluation batch or checkpoint for so long, the process ends with exit
         status 86 and the stacks of its threads; 0 waits for ever.
+      extend: a run in this workdir, finished or not, may go on for a longer train.duration; see resume.py.
 
     Raises:
+      ValueError: the workdir holds another experiment, or one with another teacher or other data.
       Interrupted: after Ctrl-C or a preemption notice; everything is saved.
       Busy: another process runs in this workdir.
       FloatingPointError: loss or gradient were not finite more than `train.max_skipped` times in a row.
     """
     check_output_path(workdir, "--workdir")
     folder = epath.Path(workdir).expanduser()
-    check_same(folder, config)
-    finished = folder / "result.json"
-    if finished.exists():
+    changes = check_same(folder, config, extend=extend)
+    result = read_result(folder)
+    if result is not None and "train.duration" not in changes:
         log.info("%s is finished; delete it or choose another workdir to run again", folder)
-        return json.loads(finished.read_text())
+        return result
+    if result is None and (folder / RESULT).exists():
+        log.warning("%s is empty or damaged: the last evaluation is repeated", folder / RESULT)
     with claimed(folder, as_json(config)), Report(folder, stall_minutes=stall_minutes) as report:
-        result = _run(config, folder, report, data_dir=data_dir, workers=workers, fsdp=fsdp)
-        write_json(finished, result)
+        result = _run(config, folder, report, changes, data_dir=data_dir, workers=workers, fsdp=fsdp)
+        write_json(folder / RESULT, result)
         report.end()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("result written")  # whoever comes next finds it
@@ -86,13 +91,23 @@ def train(
 
 
 def _run(
-    config: ConfigDict, workdir: epath.Path, report: Report, *, data_dir: str | None, workers: int, fsdp: int
+    config: ConfigDict,
+    workdir: epath.Path,
+    report: Report,
+    changes: Mapping[str, tuple],
+    *,
+    data_dir: str | None,
+    workers: int,
+    fsdp: int,
 ) -> dict[str, float]:
     experiment = build_experiment(config, data_dir=data_dir)  # whatever the data lacks is said before devices are taken
     mesh = make_mesh(fsdp)
     _check_batch(experiment, mesh)
     task = experiment.task
     frozen = place_frozen(task.load_frozen(), mesh)
+    names = experiment.train_source.class_names
+    inputs = Inputs(digest(frozen), tuple(names), len(experiment.train_source), len(experiment.eval_source))
+    check_inputs(workdir, inputs)
     paths = trained_paths(task, frozen, batch_shapes(experiment))
     optimizer = build_optimizer(experiment, paths)
     settings = {"ema": config.train.ema}
@@ -106,11 +121,12 @@ def _run(
     )
     with checkpoints:
         state = checkpoints.restore(abstract)
+        check_inputs(workdir, inputs, frozen_before=checkpoints.extra.get("frozen"))
+        accept(workdir, config, inputs, changes)
         state = fresh_state() if state is None else state
-        names = experiment.train_source.class_names
         write_json(workdir / "model.json", task.model | task.origin | {"preprocessing": preprocessing(config, names)})
         report.begin(experiment, state, paths, mesh, workers)
-        return _loop(experiment, mesh, state, frozen, train_step, checkpoints, report, workers)
+        return _loop(experiment, mesh, state, frozen, train_step, checkpoints, report, workers, inputs.frozen)
 
 
 def _loop(
@@ -122,12 +138,13 @@ def _loop(
     checkpoints: Checkpoints,
     report: Report,
     workers: int,
+    frozen_digest: str,
 ) -> dict[str, float]:
     settings, task, total = experiment.config.train, experiment.task, experiment.total_steps
     eval_step = make_eval_step(evaluation_metric(task), mesh)
     root = jax.random.key(experiment.config.seed)
     names = (*task.names, "gradient_norm")
-    start, extra = int(state.step), {"frozen": digest(frozen)}
+    start, extra = int(state.step), {"frozen": frozen_digest}
     recorded, skipped_in_a_row = _nothing_recorded(names, mesh), 0
     batches = training_batches(experiment, start_step=start, workers=workers)
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from tinymim_jax.cli.options import add_training
+from tinymim_jax.cli.options import add_training, training_words
 
 HELP = "train several stages in a row; run it again to go on"
 
@@ -37,7 +37,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit status."""
+    """Returns the exit status: 0 done, 1 a stage failed, 75 stopped with everything saved."""
     from tinymim_jax.sweeps.chain import run_chain
+    from tinymim_jax.sweeps.points import parse_overrides
 
-    return run_chain(options)
+    return run_chain(
+        options.file,
+        options.workdir,
+        parse_overrides(options.overrides),
+        child_options=training_words(options),
+        data_dir=options.data_dir,
+    )

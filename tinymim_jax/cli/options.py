@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,8 +24,22 @@ def add_training(command: argparse.ArgumentParser) -> None:
         help="end with status 86 when nothing was finished for so long: no step, no batch of an evaluation "
         f"(default {exits.STALL_MINUTES:g}; 0: wait for ever)",
     )
+    command.add_argument(
+        "--extend",
+        action="store_true",
+        help="accept a longer train.duration than the workdir was begun with; the learning rate then follows the "
+        "schedule of the new length",
+    )
     add_runtime(command)
     add_overrides(command)
+
+
+def training_words(options: argparse.Namespace) -> list[str]:
+    """The options of `add_training` but for KEY=VALUE, as command-line words for `tinymim train`."""
+    words = ["--workers", str(options.workers), "--fsdp", str(options.fsdp), "--compile_cache", options.compile_cache]
+    words += ["--stall_minutes", str(options.stall_minutes)]
+    words += ["--data_dir", options.data_dir] if options.data_dir else []
+    return [*words, "--extend"] if options.extend else words
 
 
 def add_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -37,7 +52,11 @@ def add_checkpoint(command: argparse.ArgumentParser) -> None:
 
 def add_runtime(command: argparse.ArgumentParser) -> None:
     """Where data lie, how many processes decode, and the compile cache."""
-    command.add_argument("--data_dir", help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+    command.add_argument(
+        "--data_dir",
+        type=os.path.expanduser,
+        help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+    )
     command.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode images; 0: none extra"
     )

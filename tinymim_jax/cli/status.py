@@ -9,11 +9,11 @@ from typing import Any
 
 from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED, STALLED
 from tinymim_jax.runtime.progress import format_seconds
+from tinymim_jax.runtime.workdir import CONFIG, FAILED, LIVE, PRUNED, read_state
 
 EXIT_RUNNING = 3
 
 _CODES = {"finished": DONE, "failed": ERROR, "pruned": ERROR, "interrupted": PREEMPTED, "stalled": STALLED}
-_LIVE = ("starting", "compiling", "training", "evaluating")
 
 HELP = "how far a run, or each of a sweep or chain, has come"
 
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 def find_runs(root: Any, depth: int = 2) -> list[Any]:
     """The folders of runs: `root` itself, or those in it: points, stages, or points and their stages."""
-    if any((root / name).exists() for name in ("config.json", "failed.txt", "pruned.txt")):
+    if any((root / name).exists() for name in (CONFIG, FAILED, PRUNED)):
         return [root]
     if depth == 0 or not root.is_dir():
         return []
@@ -79,18 +79,22 @@ def read_run(workdir: Any) -> dict[str, Any]:
     """
     from tinymim_jax.runtime.goodput import shares
     from tinymim_jax.runtime.heartbeat import read_status
-    from tinymim_jax.runtime.workdir import owner
 
-    status = read_status(workdir)
-    row: dict[str, Any] = {"workdir": os.fspath(workdir), "stage": status.get("stage", "interrupted")}
+    status, state = read_status(workdir), read_state(workdir)
+    row: dict[str, Any] = {"workdir": os.fspath(workdir), "stage": state.name}
+    if state.name == "running":
+        row["stage"] = status["stage"] if status.get("stage") in LIVE else "starting"
     if status:
         row["restarts"] = status.get("attempts", 1) - 1
         row["seconds_since_sign_of_life"] = max(0.0, time.time() - status["time"])
         row |= shares(status["seconds"]) if "seconds" in status else {}
     copied = ("step", "total_steps", "processes", "host", "pid", "images_per_second", "data_wait", "skipped")
-    row |= {key: status[key] for key in (*copied, "substituted", "train", "eval", "error") if key in status}
-    row |= _ending(workdir, row, owner(workdir))
-    if row["stage"] in _LIVE and {"eta_seconds", "reported"} <= status.keys():
+    row |= {key: status[key] for key in (*copied, "substituted", "train", "eval") if key in status}
+    if state.result is not None:
+        row["eval"] = {f"eval/{name}": value for name, value in state.result.items()}
+    elif state.name != "running" and state.detail:
+        row["error"] = state.detail
+    if row["stage"] in LIVE and {"eta_seconds", "reported"} <= status.keys():
         row["eta_seconds"] = max(0.0, status["eta_seconds"] - (time.time() - status["reported"]))
     if (saved := _newest_checkpoint(workdir)) is not None:
         row["checkpoint"] = saved
@@ -129,7 +133,7 @@ def in_a_line(row: dict[str, Any]) -> str:
     parts = [row["stage"], _step(row)]
     if "eta_seconds" in row:
         parts.append(f"ETA {format_seconds(row['eta_seconds'])}")
-    if row["stage"] in _LIVE and "images_per_second" in row:
+    if row["stage"] in LIVE and "images_per_second" in row:
         parts.append(f"{row['images_per_second']:,.0f} images/s")
     if row.get("restarts"):
         parts.append(f"{row['restarts']} restarts")
@@ -139,25 +143,6 @@ def in_a_line(row: dict[str, Any]) -> str:
     if row.get("error") and row["stage"] != "finished":
         parts.append(row["error"].split("\n")[0][:100])
     return " | ".join(parts)
-
-
-def _ending(workdir: Any, row: dict[str, Any], owner: str | None) -> dict[str, Any]:
-    """Stage, error and figures as the files tell that outlive a process, whatever it said last."""
-    if (workdir / "result.json").exists():
-        result = json.loads((workdir / "result.json").read_text())
-        return {"stage": "finished", "eval": {f"eval/{name}": value for name, value in result.items()}}
-    if owner is not None:
-        return {"stage": row["stage"] if row["stage"] in _LIVE else "starting", "error": ""}
-    for name, stage in (("failed.txt", "failed"), ("pruned.txt", "pruned")):
-        if (workdir / name).exists() and row["stage"] != "stalled":
-            return {"stage": stage, "error": (workdir / name).read_text().strip()}
-    if row["stage"] in _LIVE:
-        ago = format_seconds(row["seconds_since_sign_of_life"])
-        return {
-            "stage": "interrupted",
-            "error": f"it ended without a word {ago} ago, {row['stage']}: killed, most likely",
-        }
-    return {}
 
 
 def _newest_checkpoint(workdir: Any) -> dict[str, Any] | None:
@@ -173,7 +158,7 @@ def _newest_checkpoint(workdir: Any) -> dict[str, Any] | None:
 
 def _stage(row: dict[str, Any]) -> str:
     silent = row.get("seconds_since_sign_of_life", 0.0)
-    if row["stage"] in _LIVE and silent > 60:
+    if row["stage"] in LIVE and silent > 60:
         return f"{row['stage']}, but no sign of life for {format_seconds(silent)}"
     return row["stage"]
 

@@ -1,9 +1,10 @@
 """`tinymim sweep`: trains the points that a config file yields."""
 
 import argparse
+import pathlib
 
 from tinymim_jax.cli import train
-from tinymim_jax.cli.options import add_training
+from tinymim_jax.cli.options import add_training, training_words
 
 HELP = "train the points that a config file yields; run it again to go on"
 
@@ -62,7 +63,40 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit status."""
-    from tinymim_jax.sweeps.sweep import run_sweep
+    """Returns the exit status: 0 all finished, 1 some failed, 75 stopped with everything saved; of --index, train's."""
+    from tinymim_jax.sweeps import sweep
+    from tinymim_jax.sweeps.points import parse_overrides
+    from tinymim_jax.sweeps.running import require_folder, require_one_process
 
-    return run_sweep(options, train.run)
+    if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
+        raise ValueError("--jobs and --seeds are counted from 1")
+    if options.index is None and not options.list:
+        remedy = "run its points one by one with --index N, each of them over all processes"
+        require_one_process("--study" if options.study is not None else "--run local", options.workdir, remedy)
+    require_folder("a sweep", options.workdir)
+    overrides = parse_overrides(options.overrides)
+    settings = sweep.Settings(
+        pathlib.Path(options.workdir).expanduser(),
+        child_options=training_words(options),
+        data_dir=options.data_dir,
+        jobs=options.jobs,
+        metric=options.metric,
+        direction=options.direction,
+    )
+    if options.study is not None:
+        if options.seeds:
+            raise ValueError("--study runs each point once: leave --seeds out, or yield the best points in a sweep")
+        from tinymim_jax.sweeps.optuna_study import run_optuna_study
+
+        return run_optuna_study(options.file, options.study, overrides, settings, trials=options.trials)
+    points = sweep.read_points(options.file, options.sweep, settings.workdir, overrides, options.seeds)
+    if options.list:
+        return sweep.list_points(points, settings)
+    if options.index is None:
+        return sweep.run_all(points, settings)
+
+    def train_here(run: sweep.Run) -> int:
+        changed = {"config": run.config, "overrides": run.overrides, "workdir": str(run.workdir)}
+        return train.run(argparse.Namespace(**vars(options) | changed))
+
+    return sweep.run_index(points, options.index, settings, train_here)

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     start_jax(options, resumable=True)
     from tinymim_jax.train import train
 
-    where = {"data_dir": options.data_dir, "workers": options.workers, "fsdp": options.fsdp}
+    where = {"data_dir": options.data_dir, "workers": options.workers, "fsdp": options.fsdp, "extend": options.extend}
     try:
         train(config, options.workdir, stall_minutes=options.stall_minutes, **where)
     except exits.Interrupted as stop:

@@ -1,4 +1,4 @@
-"""Evaluation of a task on a split: every example counts exactly once."""
+"""One split, every example exactly once."""
 
 import pathlib
 from collections.abc import Callable

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 
 from tinymim_jax.runtime.exits import watch_peers
-from tinymim_jax.runtime.hosts import Job, env_number, find_job, find_slice
+from tinymim_jax.runtime.hosts import Job, env_number, find_job, find_slice, missing_slurm_variables
 
 _JOIN_SECONDS = 1800  # hosts of a large job may queue for a while
 _REMIND_SECONDS = 60
@@ -51,6 +51,12 @@ def initialize_distributed() -> None:
     job, process_id = find_job(), env_number("JAX_PROCESS_ID")
     alone = job.processes == 1 or (job.processes is None and not any(map(os.environ.get, _ENVIRONMENT)))
     _warn_of_absent_hosts(job)
+    if not os.environ.get("JAX_NUM_PROCESSES") and (missing := missing_slurm_variables()):
+        raise ValueError(
+            f"SLURM_STEP_NODELIST is set, as in a task that srun has started, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not. Start the command with srun and pass its environment on, or "
+            "set JAX_NUM_PROCESSES=1 to run a single process"
+        )
     try:
         if job.processes == 1:
             return _initialize_alone(initialize)
@@ -63,7 +69,7 @@ def initialize_distributed() -> None:
         got = ", ".join(f"{name}={os.environ.get(name)!r}" for name in _ENVIRONMENT)
         raise ValueError(
             f"The environment does not describe a job of several processes: {error} Got {got}. "
-            f"Set all three in each process (ids from 0), or none of them to run alone."
+            f"Set all three in each process (ids from 0), or JAX_NUM_PROCESSES=1 alone to run a single process."
         ) from error
     except Exception as error:
         if alone:

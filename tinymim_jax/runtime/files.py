@@ -2,13 +2,19 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import threading
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from etils import epath
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -36,7 +42,7 @@ def replacing(path: str | os.PathLike, *, sync: bool = True) -> Iterator[pathlib
 def write_text(path: str | os.PathLike, text: str, *, sync: bool = True) -> None:
     """Writes UTF-8 text to a file with `replacing`, or to a URL, where an object appears in one step anyway."""
     if is_remote(path):
-        epath.Path(path).write_text(text)
+        with_retries(lambda: epath.Path(path).write_text(text), f"writing {path}")
         return
     with replacing(path, sync=sync) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -45,6 +51,27 @@ def write_text(path: str | os.PathLike, text: str, *, sync: bool = True) -> None
 def write_json(path: str | os.PathLike, value: Any, *, sync: bool = True) -> None:
     """Writes indented JSON with `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n", sync=sync)
+
+
+def with_retries(action: Callable[[], T], what: str, *, attempts: int = 5) -> T:
+    """The result of `action`, an access to a bucket, which is repeated after 1, 2, 4, 8 seconds while it fails.
+
+    Client libraries raise exceptions of their own (gcsfs's HttpError is no OSError), so every exception counts, except
+    that a file does not exist.
+
+    Raises OSError, with `what` in its message, when the last attempt fails.
+    """
+    for attempt in range(attempts):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            if attempt == attempts - 1:
+                raise OSError(f"{what} failed {attempts} times: {type(error).__name__}: {error}") from error
+            _log.warning("%s failed, trying again: %s: %s", what, type(error).__name__, error)
+            time.sleep(2.0**attempt)
+    raise AssertionError("unreachable")
 
 
 def sync_to_disk(path: str | os.PathLike) -> None:

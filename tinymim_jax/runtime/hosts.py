@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 _METADATA_SECONDS = 5
+_SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what jax reads of a task's environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,18 @@ def find_job() -> Job:
     """
     if (count := env_number("JAX_NUM_PROCESSES")) is not None:
         return Job(count, env_number("JAX_PROCESS_ID"), "JAX_NUM_PROCESSES")
-    if os.environ.get("SLURM_STEP_NODELIST"):  # set by srun, not by sbatch: the tasks do run
+    if os.environ.get("SLURM_STEP_NODELIST"):  # set by srun for its tasks, not by sbatch
         return Job(env_number("SLURM_NTASKS"), env_number("SLURM_PROCID"), "SLURM_NTASKS")
     if (count := env_number("OMPI_COMM_WORLD_SIZE")) is not None:
         return Job(count, env_number("OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE")
     return find_slice()
+
+
+def missing_slurm_variables() -> list[str]:
+    """Which variables are unset that jax needs in one of several tasks of srun; [] outside such a task."""
+    if not os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NTASKS") == "1":
+        return []
+    return [name for name in _SLURM if not os.environ.get(name)]
 
 
 def find_slice() -> Job:

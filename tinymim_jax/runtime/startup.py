@@ -1,29 +1,53 @@
-"""What every process of ours does before its first step: logging, and the cache of compiled programs."""
+"""Start of a command: logging, output to a terminal or pipe, and the cache of compiled programs."""
 
+import contextlib
 import logging
 import os
 import sys
 
-from tinymim_jax.runtime.exits import is_first, process_label
+from tinymim_jax.runtime.exits import is_first, process_label, stdout_closed
 
 
 def start_logging(prefix: str = "") -> None:
-    """Our progress goes to standard output, each line behind `prefix`; other libraries speak up from warnings on."""
-    line = f"%(asctime)s {prefix}%(message)s"
-    # Some libraries configure logging on import; whoever starts a process decides.
-    logging.basicConfig(level=logging.WARNING, format=line, datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    """Logs to standard output, each line behind `prefix`: this package from level INFO on, other libraries warnings.
+
+    Output that cannot be written, as its reader has gone or the disk is full, is dropped and does not stop the process.
+    """
+    with contextlib.suppress(AttributeError):  # a stream that a test has put in its place
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    handler = _Handler(sys.stdout)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    # Some libraries configure logging when they are imported: `force` replaces that.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("tinymim_jax").setLevel(logging.INFO)
 
 
+def print_line(text: str = "") -> None:
+    """Prints a line at once. A reader that has gone (`| head`) or a full disk is no error: the line is dropped."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            stdout_closed()
+
+
+class _Handler(logging.StreamHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            return super().handleError(record)
+        with contextlib.suppress(OSError, ValueError):
+            stdout_closed()
+
+
 def quiet_unless_first() -> None:
-    """Of a job of several processes, those behind the first speak up from warnings on, and say which they are."""
+    """Makes all processes of a job but the first log only warnings, each line with the number of the process."""
     if not is_first():
         start_logging(process_label().strip() + " ")
         logging.getLogger("tinymim_jax").setLevel(logging.WARNING)
 
 
 def use_compile_cache(directory: str) -> None:
-    """Keeps compiled programs in `directory` for the next run; "" keeps none."""
+    """Makes jax keep compiled programs in `directory` for later runs; "" keeps none."""
     import jax
 
     if directory:

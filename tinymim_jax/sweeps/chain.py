@@ -1,43 +1,63 @@
-"""Several trainings in a row, each with the checkpoint of an earlier one."""
+"""Several trainings in a row, each of which may start from a checkpoint of an earlier one."""
 
-import argparse
 import logging
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tinymim_jax.sweeps.points import Point, State, make_runs, parse_overrides, read_stages, run_state
-from tinymim_jax.sweeps.running import ONE_BY_ONE, child_options, exit_status, require_one_process
+from tinymim_jax.markdown import markdown_table
+from tinymim_jax.runtime.files import write_text
+from tinymim_jax.runtime.startup import print_line
+from tinymim_jax.runtime.workdir import RunState, read_state
+from tinymim_jax.sweeps.children import EXTEND, Children
+from tinymim_jax.sweeps.points import Point, make_runs, read_stages
+from tinymim_jax.sweeps.running import ONE_BY_ONE, exit_status, require_one_process
 
 log = logging.getLogger(__name__)
 
 
-def run_chain(options: argparse.Namespace) -> int:
-    """Returns the exit status."""
-    from tinymim_jax.sweeps.checks import check_points
-    from tinymim_jax.sweeps.children import Children
+def run_chain(
+    file: str,
+    workdir: str,
+    overrides: Mapping[str, Any],
+    *,
+    child_options: Sequence[str] = (),
+    data_dir: str | None = None,
+) -> int:
+    """Checks all stages of FILE[:ARGUMENT], trains those that are not finished, and writes table.md.
 
-    stages = read_stages(options.file)
+    Args:
+      workdir: stage NAME is trained in workdir/NAME. A folder, `~` allowed.
+      overrides: by key, or by STAGE.KEY.
+      child_options: command-line words for each `tinymim train`.
+
+    Returns the exit status. Raises ValueError for a stage that cannot be built.
+    """
+    from tinymim_jax.sweeps.checks import check_points
+
+    stages = read_stages(file)
     if stages[0].name == "":
-        raise ValueError(f"{options.file} has no function get_chain(); `tinymim chain --help` shows one")
-    require_one_process("a chain", options.workdir, ONE_BY_ONE)
-    workdir = pathlib.Path(options.workdir)
-    point = Point("", 0, None, {}, {}, make_runs(stages, workdir, parse_overrides(options.overrides)))
-    check_points([point], data_dir=options.data_dir)
-    log.info("%d stages are sound: %s", len(stages), ", ".join(stage.name for stage in stages))
-    with Children(child_options(options)) as children:
+        raise ValueError(f"{file} has no function get_chain(); `tinymim chain --help` shows one")
+    require_one_process("a chain", workdir, ONE_BY_ONE)
+    folder = pathlib.Path(workdir).expanduser()
+    point = Point("", 0, None, {}, {}, make_runs(stages, folder, overrides))
+    check_points([point], data_dir=data_dir, extend=EXTEND in child_options)
+    log.info("all %d stages can be built: %s", len(stages), ", ".join(stage.name for stage in stages))
+    with Children(child_options) as children:
         state = children.run_point(point)
-    text = table([(run.name, run_state(run)) for run in point.runs])
-    (workdir / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}")
-    if state.name == "failed":
-        print(f"\n{state.detail}")
+    text = table([(run.name, read_state(run.workdir)) for run in point.runs])
+    write_text(folder / "table.md", text + "\n")
+    print_line(f"\n{text}")
+    if state.name in ("failed", "stalled"):
+        print_line(f"\n{state.detail}")
     return exit_status([state])
 
 
-def table(states: list[tuple[str, State]]) -> str:
+def table(states: Sequence[tuple[str, RunState]]) -> str:
     """Markdown: stage, state, and the figures of its last evaluation."""
-    lines = ["| stage | state | result |", "|---|---|---|"]
+    rows = []
     for name, state in states:
         figures = {key: value for key, value in (state.result or {}).items() if key != "examples"}
-        said = ", ".join(f"{key} {value:.4g}" for key, value in figures.items()) or state.detail.split("\n")[0]
-        lines.append(f"| {name} | {state.name} | {said.replace('|', '/')} |")
-    return "\n".join(lines)
+        text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items()) or state.detail.split("\n")[0]
+        rows.append([name, state.name, text])
+    return markdown_table(["stage", "state", "result"], rows)

@@ -1,6 +1,7 @@
-"""Trainings as processes of their own: started, watched, asked to stop, and never left behind."""
+"""Runs trainings as child processes: starts them, passes stop signals on, and records why one failed."""
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -10,22 +11,31 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import IO
 
 from tinymim_jax.runtime.exits import INTERRUPTED, PREEMPTED
+from tinymim_jax.runtime.files import write_text
 from tinymim_jax.runtime.parent import PARENT_VARIABLE
-from tinymim_jax.sweeps.points import FAILED, LOG, Point, Run, State, run_state
+from tinymim_jax.runtime.startup import print_line
+from tinymim_jax.runtime.workdir import FAILED, RunState, read_state
+from tinymim_jax.sweeps.points import LOG, Point, Run
+
+EXTEND = "--extend"
+"""The option of `tinymim train` with which a finished run, too, may go on for longer."""
 
 _TAIL_LINES = 30
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass
 class Children:
-    """Runs points as `tinymim train` processes; a context manager that passes Ctrl-C and SIGTERM on as stop requests.
+    """Runs points as `tinymim train` processes. A context manager: Ctrl-C, SIGTERM and SIGHUP then stop the children.
 
-    A child saves and stops after its step, exits with 75, and goes on when its point is run again. Should this process
-    be killed, its children end at once: two processes must never write to one workdir.
+    A child saves and stops after its step, exits with 75, and resumes when its point is run again. If this process is
+    killed, its children end at once: two processes must never write to one workdir.
 
-    options: words for every child, such as ("--data_dir", "/data").
+    options: command-line words for every child, such as ("--data_dir", "/data").
+    stopping: whether the children have been asked to stop; nothing is started any more.
     """
 
     options: Sequence[str] = ()
@@ -37,7 +47,8 @@ class Children:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+            caught = [s for s in _SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+            self._previous = {s: signal.signal(s, self.stop) for s in caught}
         return self
 
     def __exit__(self, *_):
@@ -46,20 +57,25 @@ class Children:
         for process in self._running:
             process.kill()
 
-    def run_point(self, point: Point, *, prefix: str = "", watch: Callable[[], bool] | None = None) -> State:
-        """Runs what is missing of a point, one training after another; its state then.
+    def run_point(self, point: Point, *, prefix: str = "", watch: Callable[[], bool] | None = None) -> RunState:
+        """Runs what is missing of a point, one training after another, and returns its state.
 
-        watch: asked about once a second; True stops the point as Ctrl-C would.
+        Args:
+          prefix: put before each line of output.
+          watch: called about once a second; when it returns True, the point is stopped as by Ctrl-C.
         """
-        state = State("not started")
+        state = RunState("not started")
         for run in point.runs:
-            state = run_state(run)
-            if state.name == "finished":
+            state = read_state(run.workdir)
+            if state.name == "finished" and EXTEND not in self.options:
                 continue
-            if state.name == "running":  # by another command, which it is left to
+            if state.name == "running":  # another command trains it
                 break
             label = " ".join(filter(None, (prefix, run.name)))
-            state = self._run(run, f"{label} | " if label else "", watch)
+            try:
+                state = self._run(run, f"{label} | " if label else "", watch)
+            except OSError as error:  # such as a full disk
+                state = RunState("failed", str(error))
             if state.name != "finished":
                 break
         return state
@@ -67,20 +83,20 @@ class Children:
     def stop(self, *_) -> None:
         """Asks every child to save and stop; nothing more is started."""
         if not self.stopping:
-            print("stopping: every run saves after its step; press Ctrl-C again to stop at once, unsaved", flush=True)
+            print_line("stopping: every run saves after its step; press Ctrl-C again to stop at once, without saving")
         self.stopping = True
         for process in list(self._running):
-            _ask(process)
+            _interrupt(process)
 
-    def _run(self, run: Run, prefix: str, watch: Callable[[], bool] | None) -> State:
+    def _run(self, run: Run, prefix: str, watch: Callable[[], bool] | None) -> RunState:
         if self.stopping:
-            return run_state(run)
+            return read_state(run.workdir)
         run.workdir.mkdir(parents=True, exist_ok=True)
         (run.workdir / FAILED).unlink(missing_ok=True)
         words = ["train", "--config", run.config, "--workdir", str(run.workdir), *self.options, *run.overrides]
-        with (run.workdir / LOG).open("a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(['tinymim', *words])}\n")
-            log.flush()
+        # Unbuffered: on a full disk a line is lost, but nothing is left over that makes closing the file fail.
+        with (run.workdir / LOG).open("ab", buffering=0) as log:
+            _append(log, f"$ {shlex.join(['tinymim', *words])}\n")
             process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "tinymim_jax", *words],
                 env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
@@ -89,11 +105,11 @@ class Children:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # a terminal's Ctrl-C comes through here alone, or a child would get two
+                start_new_session=True,  # or a terminal's Ctrl-C would reach the child twice: directly and from here
             )
             self._running.append(process)
             if self.stopping:
-                _ask(process)
+                _interrupt(process)
             tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
             reader = threading.Thread(target=_copy, args=(process.stdout, log, prefix, tail), daemon=True)
             reader.start()
@@ -107,45 +123,48 @@ class Children:
         while process.poll() is None:
             if watch and not asked and watch():
                 asked = True
-                _ask(process)
+                _interrupt(process)
             try:
                 process.wait(timeout=1 if watch else None)
             except subprocess.TimeoutExpired:
                 continue
 
-    def _outcome(self, run: Run, code: int, tail: list[str]) -> State:
-        if code == 0:
-            return run_state(run)
-        if self.stopping or code in (PREEMPTED, INTERRUPTED):
-            return State("interrupted", run_state(run).detail)
-        if (state := run_state(run)).name == "running":  # another command was quicker
+    def _outcome(self, run: Run, code: int, tail: list[str]) -> RunState:
+        state = read_state(run.workdir)
+        if code == 0 or state.name == "running":  # another command started the same run a moment earlier
             return state
+        if self.stopping or code in (PREEMPTED, INTERRUPTED):
+            return RunState("interrupted", state.detail)
         note_failure(run.workdir, _reason(tail, code))
-        return run_state(run)
+        return read_state(run.workdir)
 
 
 def note_failure(workdir: pathlib.Path, reason: str, file: str = FAILED) -> None:
-    """Notes in a workdir why its run has no result."""
+    """Writes to `file` in a workdir why its run has no result."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / file).write_text(reason.strip() + "\n", encoding="utf-8")
+    write_text(workdir / file, reason.strip() + "\n")
 
 
-def _ask(process: subprocess.Popen) -> None:
+def _interrupt(process: subprocess.Popen) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
 
 
-def _copy(lines, log, prefix: str, tail: collections.deque) -> None:
+def _copy(lines: IO[str], log: IO[bytes], prefix: str, tail: collections.deque) -> None:
+    """Reads all of a child's output, as a child whose pipe is full stops; neither log nor terminal must prevent it."""
     for line in lines:
         tail.append(line.rstrip())
-        if not log.closed:
-            log.write(line)
-            log.flush()
-        print(f"{prefix}{line}", end="", flush=True)
+        _append(log, line)
+        print_line(f"{prefix}{line.rstrip()}")
+
+
+def _append(log: IO[bytes], text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the disk is full; the file is closed
+        log.write(text.encode(errors="replace"))
 
 
 def _reason(tail: list[str], code: int) -> str:
-    """The error that ended a run: our one message, or the end of a traceback."""
+    """The error that ended a run: its own message, or the end of a traceback."""
     starts = [i for i, line in enumerate(tail) if line.startswith("tinymim train: ")]
     if starts:
         return "\n".join(tail[starts[-1] :]).removeprefix("tinymim train: ")

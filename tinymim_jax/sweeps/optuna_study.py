@@ -1,80 +1,94 @@
-"""`tinymim sweep --study`: Optuna chooses the points; trials that fall behind are stopped."""
+"""`tinymim sweep --study`: Optuna chooses the points, and trials that fall behind the others are stopped."""
 
-import argparse
 import concurrent.futures
-import logging
 import pathlib
 import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tinymim_jax.errors import unknown
 from tinymim_jax.metrics import read
-from tinymim_jax.sweeps.children import note_failure
-from tinymim_jax.sweeps.points import PRUNED, Point, State, parse_overrides, read_stages, state_of
-from tinymim_jax.sweeps.running import child_options, exit_status, find_function, make_point, write_summary
+from tinymim_jax.runtime.locks import locked
+from tinymim_jax.runtime.startup import print_line
+from tinymim_jax.runtime.workdir import PRUNED, RunState
+from tinymim_jax.sweeps.checks import check_points
+from tinymim_jax.sweeps.children import Children, note_failure
+from tinymim_jax.sweeps.points import Point, read_stages, state_of
+from tinymim_jax.sweeps.running import default_direction, exit_status, find_function, make_point, write_summary
+from tinymim_jax.sweeps.sweep import Settings
 
-log = logging.getLogger(__name__)
+_OPTUNA_DIRECTIONS = {"max": "maximize", "min": "minimize"}
 
 
-def run_study(options: argparse.Namespace, workdir: pathlib.Path) -> int:
-    """Runs trials until there are --trials of them; returns the exit status. The study is kept in study.journal.
+def run_optuna_study(file: str, name: str, overrides: Mapping[str, Any], settings: Settings, *, trials: int) -> int:
+    """Runs trials until `trials` of them have ended, writes the table, and returns the exit status.
 
-    Raises ImportError without Optuna, and ValueError where the first trial's overrides do not fit the config.
+    The study is kept in study.journal in the workdir, and resumed from there.
+
+    Args:
+      file, name: FILE[:ARGUMENT] and which of its functions, study or study_NAME, chooses the points.
+      overrides: hold for all points.
+
+    Raises:
+      ImportError: Optuna is missing.
+      ValueError: the first trial cannot be built, the metric does not exist, or the study compares another metric.
+      Busy: another command runs a study in this workdir.
     """
-    optuna = _optuna()
-    if options.seeds:
-        raise ValueError("--study draws its points once each: leave --seeds out, or yield the best of them in a sweep")
-    choose, _ = find_function(options.file, "study", options.study)
-    metric = options.metric or "top1"
-    direction = options.direction or ("min" if "loss" in metric else "max")
-    workdir.mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(workdir / "study.journal"))
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name=choose.__name__,
-        load_if_exists=True,
-        direction={"max": "maximize", "min": "minimize"}[direction],
-        pruner=optuna.pruners.MedianPruner(),
-    )
-    _take_up(study, optuna.trial.TrialState)
-    trials = _Trials(options, workdir, choose, study, metric)
-    return trials.run(optuna)
+    optuna = _import_optuna()
+    choose, _ = find_function(file, "study", name)
+    make = _PointMaker(file, choose, settings.workdir, overrides)
+    metric = settings.metric or "top1"
+    direction = settings.direction or default_direction(metric)
+    # A point for checks, drawn from a study that is thrown away.
+    first = make.point(0, dict(choose(optuna.create_study().ask())))
+    (figures,) = check_points([first], data_dir=settings.data_dir, extend=True).values()
+    if figures and metric not in figures:
+        raise unknown("--metric", metric, figures)
+    settings.workdir.mkdir(parents=True, exist_ok=True)
+    with locked(settings.workdir):
+        study = _open_study(optuna, settings.workdir, choose.__name__, metric, direction)
+        return _Trials(optuna, study, make, choose, settings, metric).run(trials)
+
+
+class _PointMaker:
+    def __init__(self, file: str, choose: Callable, workdir: pathlib.Path, overrides: Mapping[str, Any]):
+        self._name = f"{choose.__name__}() in {file}"
+        self._stages, self._workdir, self._overrides = read_stages(file), workdir, overrides
+
+    def point(self, number: int, chosen: Mapping[str, Any]) -> Point:
+        try:
+            return make_point(self._stages, self._workdir, number, chosen, self._overrides, None)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._name}: {error}") from error
 
 
 class _Trials:
-    def __init__(self, options: argparse.Namespace, workdir: pathlib.Path, choose, study, metric: str):
-        self._options, self._workdir, self._metric = options, workdir, metric
-        self._choose, self._study = choose, study
-        self._stages, self._words = read_stages(options.file), parse_overrides(options.overrides)
+    def __init__(self, optuna, study, make: _PointMaker, choose: Callable, settings: Settings, metric: str):
+        self._states = optuna.trial.TrialState
+        self._study, self._make, self._choose = study, make, choose
+        self._settings, self._metric = settings, metric
         self._one_at_a_time = threading.Lock()
 
-    def run(self, optuna) -> int:
-        from tinymim_jax.sweeps.children import Children
-
-        ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-        missing = self._options.trials - len(self._study.get_trials(deepcopy=False, states=ended))
+    def run(self, trials: int) -> int:
+        settings = self._settings
+        ended = self._study.get_trials(deepcopy=False, states=(self._states.COMPLETE, self._states.PRUNED))
+        missing = max(trials - len(ended), 0)
         with (
-            Children(child_options(self._options)) as children,
-            concurrent.futures.ThreadPoolExecutor(self._options.jobs) as pool,
+            Children(settings.child_options) as children,
+            concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool,
         ):
-            states = list(pool.map(lambda _: self._trial(children, optuna), range(max(missing, 0))))
-        points = [
-            self._point(trial, trial.user_attrs)
-            for trial in self._study.get_trials()
-            if "overrides" in trial.user_attrs
-        ]
-        unique = list({point.name: point for point in points}.values())
-        if unique:
-            print()
-            write_summary(unique, self._workdir, self._options.metric, self._options.direction)
-        stopped = [State("not started")] if children.stopping else []
+            states = list(pool.map(lambda _: self._run_trial(children), range(missing)))
+        attributes = [trial.user_attrs for trial in self._study.get_trials() if "overrides" in trial.user_attrs]
+        points = [self._make.point(each["number"], each["overrides"]) for each in attributes]
+        if unique := list({point.name: point for point in points}.values()):
+            print_line()
+            write_summary(unique, settings.workdir, settings.metric, settings.direction)
+        stopped = [RunState("not started")] if children.stopping else []
         return exit_status([state for state in states if state.name != "pruned"] + stopped)
 
-    def _trial(self, children, optuna) -> State:
+    def _run_trial(self, children: Children) -> RunState:
         if children.stopping:
-            return State("not started")
-        from tinymim_jax.sweeps.checks import check_points
-
+            return RunState("not started")
         trial = self._study.ask()
         overrides = dict(self._choose(trial))
         number = trial.user_attrs.get("number", trial.number)
@@ -82,10 +96,10 @@ class _Trials:
         trial.set_user_attr("overrides", overrides)
         try:
             with self._one_at_a_time:
-                point = self._point(trial, trial.user_attrs)
-                check_points([point], data_dir=self._options.data_dir)
+                point = self._make.point(number, overrides)
+                check_points([point], data_dir=self._settings.data_dir, extend=self._settings.extend)
         except ValueError:
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self._study.tell(trial, state=self._states.FAIL)
             children.stop()
             raise
         watch = _Watch(trial, point, self._metric)
@@ -98,23 +112,15 @@ class _Trials:
         elif watch.pruned:
             note_failure(point.runs[-1].workdir, "behind the median of the trials before it", PRUNED)
             state = state_of(point)
-            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        elif state.name == "failed":
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        print(f"{prefix} | {state.name} {state.detail}".rstrip(), flush=True)
+            self._study.tell(trial, state=self._states.PRUNED)
+        elif state.name in ("failed", "stalled"):
+            self._study.tell(trial, state=self._states.FAIL)
+        print_line(f"{prefix} | {': '.join(filter(None, (state.name, state.detail)))}")
         return state
-
-    def _point(self, trial, attributes: dict[str, Any]) -> Point:
-        try:
-            return make_point(
-                self._stages, self._workdir, attributes["number"], attributes["overrides"], self._words, None
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self._choose.__name__}() in {self._options.file}: {error}") from error
 
 
 class _Watch:
-    """Hands the evaluations of a running point to Optuna; calling it says whether to stop."""
+    """Reports the evaluations of a running point to Optuna; calling it says whether to stop the point."""
 
     def __init__(self, trial, point: Point, metric: str):
         self._trial, self._path, self._key = trial, point.runs[-1].workdir / "metrics.jsonl", f"eval/{metric}"
@@ -131,15 +137,40 @@ class _Watch:
         return self.pruned
 
 
-def _take_up(study, states) -> None:
-    """Trials that were running when the study was stopped are queued again, with their numbers and folders."""
+def _open_study(optuna, workdir: pathlib.Path, name: str, metric: str, direction: str) -> Any:
+    """The study in `workdir`, which is created if it does not exist.
+
+    Raises ValueError where it compares another metric, or in another direction: its values so far would mean nothing.
+    """
+    backend = optuna.storages.journal.JournalFileBackend(str(workdir / "study.journal"))
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name=name,
+        load_if_exists=True,
+        direction=_OPTUNA_DIRECTIONS[direction],
+        pruner=optuna.pruners.MedianPruner(),
+    )
+    kept = study.user_attrs.get("metric", metric)  # journals of earlier versions do not name it
+    kept_direction = next(short for short, long in _OPTUNA_DIRECTIONS.items() if long == study.direction.name.lower())
+    if (kept, kept_direction) != (metric, direction):
+        raise ValueError(
+            f"the study in {workdir} compares {kept!r} ({kept_direction} is better), but --metric {metric} --direction "
+            f"{direction} was asked for: leave them as they were, or choose another --workdir"
+        )
+    study.set_user_attr("metric", metric)
+    _requeue_running(study, optuna.trial.TrialState)
+    return study
+
+
+def _requeue_running(study, states) -> None:
+    """Queues trials again, with their numbers and folders, that were running when the study was stopped."""
     for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
         number = trial.user_attrs.get("number", trial.number)
         study.enqueue_trial(trial.params, user_attrs={"number": number})
         study.tell(trial.number, state=states.FAIL)
 
 
-def _optuna() -> Any:
+def _import_optuna() -> Any:
     try:
         import optuna
         import optuna.storages.journal

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -10,9 +9,8 @@ from typing import Any
 
 from tinymim_jax.config import find_file, flat_names, load_config, load_file, parse
 from tinymim_jax.errors import unknown
-from tinymim_jax.runtime.workdir import owner
+from tinymim_jax.runtime.workdir import RunState, read_state
 
-FAILED, PRUNED = "failed.txt", "pruned.txt"  # why a run has no result
 LOG = "log.txt"
 
 _NAME_LENGTH = 120
@@ -55,18 +53,6 @@ class Point:
     overrides: Mapping[str, Any]
     notes: Mapping[str, Any]
     runs: tuple[Run, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """name: finished | running | interrupted | failed | pruned | not started.
-
-    result: figures of the last evaluation, of what is finished.
-    """
-
-    name: str
-    detail: str = ""
-    result: Mapping[str, float] | None = None
 
 
 def read_stages(spec: str) -> list[Stage]:
@@ -158,35 +144,15 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def state_of(point: Point) -> State:
-    """How far a point has come: finished with its last training."""
+def state_of(point: Point) -> RunState:
+    """How far a point has come: that of its first run which is not finished, or of its last one."""
     for run in point.runs:
-        state = run_state(run)
+        state = read_state(run.workdir)
+        if state.name == "not started" and run is not point.runs[0]:
+            return RunState("interrupted", f"before {run.name}")
         if state.name != "finished":
-            begun = run.name if state.name == "not started" and run is not point.runs[0] else ""
-            detail = " ".join(filter(None, (run.name, state.detail)))
-            return State("interrupted", f"before {begun}") if begun else State(state.name, detail)
+            return RunState(state.name, ": ".join(filter(None, (run.name, state.detail))))
     return state
-
-
-def run_state(run: Run) -> State:
-    """How far a run has come, from what lies in its workdir."""
-    finished, failed = run.workdir / "result.json", run.workdir / FAILED
-    if finished.exists():
-        return State("finished", result=json.loads(finished.read_text()))
-    if (process := owner(run.workdir)) is not None:
-        return State("running", process)
-    if failed.exists():
-        return State("failed", failed.read_text().strip())
-    if (run.workdir / PRUNED).exists():
-        return State("pruned", (run.workdir / PRUNED).read_text().strip())
-    if not (run.workdir / "config.json").exists():
-        return State("not started")
-    from tinymim_jax.metrics import read  # jax, which whoever only reads --help need not wait for
-
-    metrics = run.workdir / "metrics.jsonl"
-    rows = read(metrics) if metrics.exists() else []
-    return State("interrupted", f"step {rows[-1]['step']}" if rows else "")
 
 
 def _addressed(key: str, keys: Mapping[str, list[str]]) -> list[tuple[str, str]]:

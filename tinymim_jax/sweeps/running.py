@@ -1,6 +1,5 @@
-"""What sweeps, chains and studies share: points from overrides, the table, exit status, options of the children."""
+"""What sweeps, chains and Optuna studies share: making points, the final summary, the exit status."""
 
-import argparse
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,9 @@ from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED
 from tinymim_jax.runtime.files import is_remote
 from tinymim_jax.runtime.hosts import find_job
-from tinymim_jax.sweeps.points import Point, State, folder_name, make_runs, state_of
+from tinymim_jax.runtime.startup import print_line
+from tinymim_jax.runtime.workdir import RunState
+from tinymim_jax.sweeps.points import Point, folder_name, make_runs, state_of
 
 ONE_BY_ONE = "train the stages one after another with `tinymim train`, each of them over all processes"
 
@@ -20,7 +21,14 @@ _NOTE = "note."
 def make_point(
     stages: Sequence, workdir: pathlib.Path, number: int, given: Any, words: Mapping[str, Any], seed: int | None
 ) -> Point:
-    """One point from what a sweep yields or a study returns. Raises ValueError for keys that no config has."""
+    """A point from what a sweep yields or a study returns.
+
+    Args:
+      given: overrides by key; keys that begin with "note." are columns of the table instead.
+      words: overrides from the command line, which hold for all points.
+
+    Raises ValueError for keys that no config has.
+    """
     if not isinstance(given, Mapping):
         raise TypeError(f"yielded {given!r}; a point is a dict of overrides, such as {{'optim.base_lr': 1e-3}}")
     overrides = {key: value for key, value in given.items() if not key.startswith(_NOTE)}
@@ -45,35 +53,38 @@ def find_function(spec: str, kind: str, name: str) -> tuple[Callable, str]:
 
 
 def write_summary(points: Sequence[Point], workdir: pathlib.Path, metric: str | None, direction: str | None) -> None:
-    """Writes the table of what is finished, and prints it with the reasons of what failed."""
+    """Writes the table of the finished points, and prints it with the reasons of those that failed."""
     from tinymim_jax.sweeps.tables import write_table
 
     states = {point.name: state_of(point) for point in points}
-    print(write_table(points, states, workdir, metric=metric, direction=direction))
+    print_line(write_table(points, states, workdir, metric=metric, direction=direction))
     for point in points:
-        if states[point.name].name == "failed":
-            print(f"\n{point.name} failed: {states[point.name].detail}")
+        if states[point.name].name in ("failed", "stalled"):
+            print_line(f"\n{point.name} {states[point.name].name}: {states[point.name].detail}")
 
 
-def exit_status(states: Sequence[State]) -> int:
-    """Of a command that ran them all."""
+def exit_status(states: Sequence[RunState]) -> int:
+    """The exit status of a command that ran all of these: 75 if some can be resumed, else 1 if some failed, else 0."""
     names = {state.name for state in states}
     if names & {"interrupted", "not started", "running"}:
         return PREEMPTED
-    return ERROR if "failed" in names else DONE
+    return ERROR if names & {"failed", "stalled"} else DONE
+
+
+def default_direction(metric: str) -> str:
+    """Whether a metric is better "min" or "max", by its name."""
+    return "min" if "loss" in metric else "max"
 
 
 def require_one_process(what: str, workdir: str, remedy: str) -> None:
-    """Raises ValueError for a job of several processes, or a bucket."""
+    """Raises ValueError in a job of several processes, or for a bucket."""
     job = find_job()
     if (job.processes or 1) > 1:
         raise ValueError(f"{what} is for one process, but {job.said_by} says {job.processes}: {remedy}")
+    require_folder(what, workdir)
+
+
+def require_folder(what: str, workdir: str) -> None:
+    """Raises ValueError for a bucket."""
     if is_remote(workdir):
         raise ValueError(f"--workdir {workdir}: {what} needs a folder; `tinymim train` takes gs:// as well")
-
-
-def child_options(options: argparse.Namespace) -> list[str]:
-    """The words with which options that say where a run happens are handed to `tinymim train`."""
-    words = ["--workers", str(options.workers), "--fsdp", str(options.fsdp), "--compile_cache", options.compile_cache]
-    words += ["--stall_minutes", str(options.stall_minutes)]
-    return words + (["--data_dir", options.data_dir] if options.data_dir else [])

@@ -1,7 +1,7 @@
-"""Trains the points that a config file yields, here or one by one elsewhere, and writes their table."""
+"""Trains the points that a config file yields, all of them here or one of them, and writes their table."""
 
-import argparse
 import concurrent.futures
+import dataclasses
 import inspect
 import logging
 import pathlib
@@ -10,10 +10,12 @@ from typing import Any
 
 from tinymim_jax.runtime.exits import is_first
 from tinymim_jax.runtime.locks import Busy
-from tinymim_jax.sweeps.points import Point, State, parse_overrides, read_stages, state_of
+from tinymim_jax.runtime.startup import print_line
+from tinymim_jax.runtime.workdir import RunState
+from tinymim_jax.sweeps.children import EXTEND, Children, note_failure
+from tinymim_jax.sweeps.points import Point, Run, read_stages, state_of
 from tinymim_jax.sweeps.running import (
     ONE_BY_ONE,
-    child_options,
     exit_status,
     find_function,
     make_point,
@@ -24,24 +26,27 @@ from tinymim_jax.sweeps.running import (
 log = logging.getLogger(__name__)
 
 
-def run_sweep(options: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
-    """Returns the exit status; `train` is the `train` command, which --index becomes."""
-    if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
-        raise ValueError("--jobs and --seeds are counted from 1")
-    workdir = pathlib.Path(options.workdir)
-    if options.index is None and not options.list:
-        remedy = "run its points one by one with --index N, each of them over all processes"
-        require_one_process("--study" if options.study is not None else "--run local", options.workdir, remedy)
-    if options.study is not None:
-        from tinymim_jax.sweeps.optuna_study import run_study
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the points of a sweep or study are run and compared.
 
-        return run_study(options, workdir)
-    points = read_points(options.file, options.sweep, workdir, parse_overrides(options.overrides), options.seeds)
-    if options.list:
-        return _list(points, options, workdir)
-    if options.index is not None:
-        return _run_one(points, options, train)
-    return _run_all(points, options, workdir)
+    workdir: each point has a folder in it.
+    child_options: command-line words for each `tinymim train`.
+    jobs: points at a time.
+    metric, direction: what the table is sorted by, and whether "max" or "min" is better; None: chosen by what there is.
+    """
+
+    workdir: pathlib.Path
+    child_options: Sequence[str] = ()
+    data_dir: str | None = None
+    jobs: int = 1
+    metric: str | None = None
+    direction: str | None = None
+
+    @property
+    def extend(self) -> bool:
+        """Whether runs may be trained for longer than their workdirs say."""
+        return EXTEND in self.child_options
 
 
 def read_points(
@@ -56,7 +61,7 @@ def read_points(
     yielded = list(sweep(argument) if inspect.signature(sweep).parameters else sweep())
     if not yielded:
         raise ValueError(f"{spec}: {sweep.__name__}() yields no points")
-    _check_words(yielded, words, {stage.name for stage in stages})
+    _check_conflicts(yielded, words, {stage.name for stage in stages})
     points = []
     for seed in range(seeds) if seeds else [None]:
         for number, given in enumerate(yielded):
@@ -67,41 +72,47 @@ def read_points(
     return points
 
 
-def _list(points: list[Point], options: argparse.Namespace, workdir: pathlib.Path) -> int:
+def list_points(points: Sequence[Point], settings: Settings) -> int:
+    """Prints the state of each point and, where some are finished, writes and prints their table. Exit status 0."""
     from tinymim_jax.sweeps.checks import check_points
 
-    check_points(points, data_dir=options.data_dir, need_data=False)
+    check_points(points, data_dir=settings.data_dir, need_data=False, extend=settings.extend)
     width = max(len(point.name) for point in points)
-    for index, point in enumerate(points):
-        state = state_of(point)
-        said = state.detail.split("\n")[0]
+    states = [state_of(point) for point in points]
+    for index, (point, state) in enumerate(zip(points, states, strict=True)):
+        text = state.detail.split("\n")[0]
         if state.result is not None:
-            said = ", ".join(f"{key} {value:.4g}" for key, value in state.result.items() if key != "examples")
-        print(f"{index:4d}  {point.name:<{width}}  {state.name:<12} {said}".rstrip())
-    if any(state_of(point).result for point in points):
+            text = ", ".join(f"{key} {value:.4g}" for key, value in state.result.items() if key != "examples")
+        print(f"{index:4d}  {point.name:<{width}}  {state.name:<12} {text}".rstrip())
+    if any(state.result for state in states):
         print()
-        write_summary(points, workdir, options.metric, options.direction)
+        write_summary(points, settings.workdir, settings.metric, settings.direction)
     return 0
 
 
-def _run_one(points: list[Point], options: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
-    from tinymim_jax.sweeps.checks import check_points, check_words
-    from tinymim_jax.sweeps.children import Children, note_failure
+def run_index(points: Sequence[Point], index: int, settings: Settings, train: Callable[[Run], int]) -> int:
+    """Runs one point and returns the exit status; for job arrays.
 
-    if not 0 <= options.index < len(points):
-        raise ValueError(f"--index {options.index}: there are points 0 to {len(points) - 1}")
-    check_words(points)
-    point = points[options.index]
-    log.info("point %d of %d: %s", options.index, len(points), point.name)
+    A point of one training runs in this process, or in all processes of the job. A failure is noted in its workdir.
+
+    Args:
+      train: runs one training in this process and returns its exit status.
+    """
+    from tinymim_jax.sweeps.checks import check_overrides, check_points
+
+    if not 0 <= index < len(points):
+        raise ValueError(f"--index {index}: there are points 0 to {len(points) - 1}")
+    check_overrides(points)
+    point = points[index]
+    log.info("point %d of %d: %s", index, len(points), point.name)
     if len(point.runs) > 1:
-        require_one_process("a sweep over a chain", options.workdir, ONE_BY_ONE)
-        check_points([point], data_dir=options.data_dir)
-        with Children(child_options(options)) as children:
+        require_one_process("a sweep over a chain", str(settings.workdir), ONE_BY_ONE)
+        check_points([point], data_dir=settings.data_dir, extend=settings.extend)
+        with Children(settings.child_options) as children:
             return exit_status([children.run_point(point)])
-    (only,) = point.runs
-    options.config, options.overrides, options.workdir = only.config, only.overrides, str(only.workdir)
+    only = point.runs[0]
     try:
-        return train(options)
+        return train(only)
     except Busy:
         raise
     except Exception as error:
@@ -110,32 +121,33 @@ def _run_one(points: list[Point], options: argparse.Namespace, train: Callable[[
         raise
 
 
-def _run_all(points: list[Point], options: argparse.Namespace, workdir: pathlib.Path) -> int:
+def run_all(points: Sequence[Point], settings: Settings) -> int:
+    """Checks all points, runs those that are not finished, writes the table, and returns the exit status."""
     from tinymim_jax.sweeps.checks import check_points
-    from tinymim_jax.sweeps.children import Children
 
-    check_points(points, data_dir=options.data_dir)
-    log.info("%d points are sound; each is trained in a process of its own, %d at a time", len(points), options.jobs)
+    check_points(points, data_dir=settings.data_dir, extend=settings.extend)
+    log.info("all %d points can be built; each is trained in its own process, %d at a time", len(points), settings.jobs)
     with (
-        Children(child_options(options)) as children,
-        concurrent.futures.ThreadPoolExecutor(options.jobs) as pool,
+        Children(settings.child_options) as children,
+        concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool,
     ):
-        states = list(pool.map(lambda point: _run_point(children, point), points))
-    print()
-    write_summary(points, workdir, options.metric, options.direction)
+        states = list(pool.map(lambda point: _run_point(children, point, settings.extend), points))
+    print_line()
+    write_summary(points, settings.workdir, settings.metric, settings.direction)
     return exit_status(states)
 
 
-def _run_point(children, point: Point) -> State:
-    if children.stopping or state_of(point).name == "finished":
-        return state_of(point)
+def _run_point(children: Children, point: Point, extend: bool) -> RunState:
+    state = state_of(point)
+    if children.stopping or (state.name == "finished" and not extend):
+        return state
     prefix = f"{point.number:03d}" + ("" if point.seed is None else f" seed {point.seed}")
     state = children.run_point(point, prefix=prefix)
-    print(f"{prefix} | {state.name} {state.detail}".rstrip(), flush=True)
+    print_line(f"{prefix} | {': '.join(filter(None, (state.name, state.detail)))}")
     return state
 
 
-def _check_words(yielded: Sequence[Any], words: Mapping[str, Any], stages: Collection[str]) -> None:
+def _check_conflicts(yielded: Sequence[Any], words: Mapping[str, Any], stages: Collection[str]) -> None:
     """Words behind the command win over what points set, which must not undo the sweep; and no two points are equal."""
     given = [dict(point) for point in yielded if isinstance(point, Mapping)]
     for i, point in enumerate(given):

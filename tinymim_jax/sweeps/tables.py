@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +9,18 @@ from typing import Any
 import numpy as np
 
 from tinymim_jax.errors import unknown
-from tinymim_jax.sweeps.points import Point, State, short_names
+from tinymim_jax.markdown import markdown_table
+from tinymim_jax.runtime.files import write_json, write_text
+from tinymim_jax.runtime.workdir import RunState
+from tinymim_jax.sweeps.points import Point, short_names
+from tinymim_jax.sweeps.running import default_direction
 
 _USUAL = ("top1", "loss")
 
 
 def write_table(
     points: Sequence[Point],
-    states: Mapping[str, State],
+    states: Mapping[str, RunState],
     workdir: pathlib.Path,
     *,
     metric: str | None = None,
@@ -28,24 +31,22 @@ def write_table(
     Raises ValueError when no result has the metric.
     """
     metric = _metric(metric, states)
-    best = direction or ("min" if "loss" in metric else "max")
+    best = direction or default_direction(metric)
     rows = summarize(points, states, metric=metric, direction=best)
     labels = short_names(dict.fromkeys(key for row in rows for key in row["overrides"]))
     first = "highest" if best == "max" else "lowest"
     title = f"{workdir.name}: {metric}, mean and standard deviation over seeds, {first} first"
     text = f"{title}\n\n{_markdown(rows, labels, metric)}"
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "table.md").write_text(text + "\n", encoding="utf-8")
-    (workdir / "table.csv").write_text(_csv(rows, metric), encoding="utf-8")
-    (workdir / "table.json").write_text(
-        json.dumps({"metric": metric, "direction": best, "rows": rows}, indent=2) + "\n"
-    )
+    write_text(workdir / "table.md", text + "\n")
+    write_text(workdir / "table.csv", _csv(rows, metric))
+    write_json(workdir / "table.json", {"metric": metric, "direction": best, "rows": rows})
     names = "table.md, table.csv, table.json" + _draw(rows, labels, metric, workdir / "table.png")
     return f"{text}\n\n{workdir}: {names}"
 
 
 def summarize(
-    points: Sequence[Point], states: Mapping[str, State], *, metric: str, direction: str
+    points: Sequence[Point], states: Mapping[str, RunState], *, metric: str, direction: str
 ) -> list[dict[str, Any]]:
     """A row for each number: overrides, notes, mean, std (n - 1 in the denominator, None for one run), the values by
     seed, and how many of its points are in which state. Sorted; those without a value come last.
@@ -72,7 +73,7 @@ def summarize(
     return sorted(rows, key=lambda row: (row["mean"] is None, sign * (row["mean"] or 0.0), row["point"]))
 
 
-def _metric(wanted: str | None, states: Mapping[str, State]) -> str:
+def _metric(wanted: str | None, states: Mapping[str, RunState]) -> str:
     found = dict.fromkeys(key for state in states.values() if state.result for key in state.result)
     if wanted is None:
         return next((name for name in _USUAL if name in found), next(iter(found), "loss"))
@@ -89,7 +90,7 @@ def _columns(rows: list[dict]) -> tuple[list[str], list[str]]:
 def _markdown(rows: list[dict], labels: Mapping[str, str], metric: str) -> str:
     overrides, notes = _columns(rows)
     head = ["point", *(labels[key] for key in overrides), metric, "std", *notes, "runs"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         states = ", ".join(f"{count} {name}" for name, count in row["states"].items())
         lines.append(
@@ -99,7 +100,7 @@ def _markdown(rows: list[dict], labels: Mapping[str, str], metric: str) -> str:
             + [_text(row["notes"].get(key, "")) for key in notes]
             + [states]
         )
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return markdown_table(head, lines)
 
 
 def _csv(rows: list[dict], metric: str) -> str:

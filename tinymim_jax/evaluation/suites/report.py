@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinymim_jax.evaluation.suites.registry import PAPER_MODELS, SUITES
+from tinymim_jax.markdown import markdown_table
 
 _NAMED = 5
 _HEAD = ("suite", "images", "classes", "top-1", "top-5", "ECE", "mCE")
@@ -22,8 +23,7 @@ def markdown(results: Mapping[str, Any], data_dir: str | None = None) -> str:
         for suite, row in zip(suites, rows):
             figure = SUITES[suite].paper.get(width) if suite in SUITES else None
             row.append("-" if figure is None else f"{figure:.1f}")
-    lines = [" | ".join(cell.replace("|", "/") for cell in row) for row in [head, ["---"] * len(head), *rows]]
-    parts = [_description(results), "\n".join(f"| {line} |" for line in lines)]
+    parts = [_description(results), markdown_table(head, rows)]
     for suite, found in suites.items():
         if "top1" in found and "sets" in found:
             paper = "; the paper's figure is the mCE" if "mce" in found else ""
