@@ -1,5 +1,7 @@
 """Array operations against numpy, Pillow and the golden files."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from PIL import Image, ImageEnhance
 
 from tinymim_jax.ops import color, drop_path, losses, masking, patches, posembed, relations
 from tinymim_jax.ops.keys import fold_in_name
+from tinymim_jax.ops.platform import compiling_for
 from tinymim_jax.ops.products import scaled_products
 
 
@@ -164,3 +167,32 @@ def test_keys_are_addressed_by_name():
     root = jax.random.key(0)
     draws = [float(jax.random.uniform(fold_in_name(root, name))) for name in ("jitter", "masking", "jitter")]
     assert draws[0] == draws[2] != draws[1]
+
+
+def test_products_of_float32_ask_for_full_precision():
+    """TPUs and GPUs multiply float32 operands in fewer bits by default; those of bfloat16 are left alone."""
+    from tinymim_jax.models.heads import Classifier
+    from tinymim_jax.models.vit import ViT
+    from tinymim_jax.ops.neighbors import nearest
+
+    def precisions(function, *arguments) -> set[str]:
+        with compiling_for("tpu"):
+            text = str(jax.make_jaxpr(function)(*arguments))
+        products = re.findall(r"dot_general\[(.*?)\]\s", text, flags=re.DOTALL)
+        assert products
+        return {"HIGHEST" if "HIGHEST" in each else "default" for each in products}
+
+    images = jnp.zeros((2, 16, 16, 3))
+    for dtype, expected in ((jnp.float32, {"HIGHEST"}), (jnp.bfloat16, {"default"})):
+        encoder = ViT(embed_dim=16, depth=1, heads=2, patch_size=8, image_size=(16, 16), dtype=dtype)
+        params = encoder.init(jax.random.key(0), images)["params"]
+
+        def loss(params, encoder=encoder):
+            return encoder.apply({"params": params}, images).astype(jnp.float32).sum()
+
+        assert precisions(jax.grad(loss), params) == expected
+        network = Classifier(encoder, 3, pool="cls")
+        variables = network.init(jax.random.key(0), images)
+        assert "HIGHEST" in precisions(network.apply, variables, images)
+    features, labels = jnp.zeros((4, 8)), jnp.zeros(4, jnp.int32)
+    assert precisions(lambda x: nearest(x, x, labels, labels == 0, 2), features) == {"HIGHEST"}

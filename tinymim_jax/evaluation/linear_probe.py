@@ -26,6 +26,7 @@ from tinymim_jax.experiment import preprocessing
 from tinymim_jax.ops.batch_norm import EPS
 from tinymim_jax.ops.layer_norm import layer_norm
 from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
+from tinymim_jax.ops.products import full_precision
 from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.sharding import AXES, make_mesh, replicated
@@ -156,7 +157,7 @@ def fit_heads(
     optimizer = optim.make_optimizer("sgd", schedule, head, momentum=_MOMENTUM, weight_decay=0.0)
 
     def loss(head: Head, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = x @ head["kernel"] + head["bias"]
+        logits = jnp.matmul(x, head["kernel"], precision=full_precision(x.dtype)) + head["bias"]
         return soft_cross_entropy(logits, soft_targets(y, classes, smoothing=0.0)).mean()
 
     def update(head: Head, state: Any, rate: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Head, Any]:
@@ -190,7 +191,7 @@ def head_figures(heads: Head, features: np.ndarray, labels: np.ndarray) -> dict[
     @jax.jit
     def sums(heads: Head, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
         def of_one(head: Head) -> dict[str, jax.Array]:
-            logits = x @ head["kernel"] + head["bias"]
+            logits = jnp.matmul(x, head["kernel"], precision=full_precision(x.dtype)) + head["bias"]
             losses = soft_cross_entropy(logits, soft_targets(y, logits.shape[1], smoothing=0.0))
             return {"loss": losses.sum(), "top1": in_top(logits, y, 1).sum(), "top5": in_top(logits, y, 5).sum()}
 

@@ -16,6 +16,7 @@ from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.layer_norm import EPS, layer_norm
 from tinymim_jax.ops.placement import split_batch
 from tinymim_jax.ops.platform import on_cpu
+from tinymim_jax.ops.products import full_precision
 
 Tokens = Float[Array, "batch tokens dim"]
 HeadFeatures = Float[Array, "batch tokens heads head_dim"]
@@ -59,7 +60,9 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
         rows = x.reshape(-1, x.shape[-1]) if on_cpu() else x
-        return (rows @ kernel + bias).reshape(*x.shape[:-1], self.features)
+        return (jnp.matmul(rows, kernel, precision=full_precision(self.dtype)) + bias).reshape(
+            *x.shape[:-1], self.features
+        )
 
 
 class LayerNorm(nn.Module):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from tinymim_jax.models.blocks import Dense, LayerNorm
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.gelu import gelu
+from tinymim_jax.ops.products import full_precision
 
 POOLS = ("mean", "cls")
 
@@ -116,7 +117,8 @@ class Classifier(nn.Module):
         return self.widen(read).astype(jnp.float32) if self.norm_first else read
 
     def _linear(self) -> nn.Dense:
-        return nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(self.head_std))
+        start = nn.initializers.truncated_normal(self.head_std)
+        return nn.Dense(self.classes, kernel_init=start, precision=full_precision(jnp.float32))
 
 
 def needs_final_norm(pool: str, hidden_dim: int) -> bool:

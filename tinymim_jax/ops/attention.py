@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinymim_jax.ops.platform import on_cpu
-from tinymim_jax.ops.products import HeadFeatures, scaled_products
+from tinymim_jax.ops.products import HeadFeatures, full_precision, scaled_products
 
 
 def attention(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> HeadFeatures:
@@ -13,7 +13,7 @@ def attention(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> HeadFeatures
     if on_cpu():
         return attention_for_cpu(q, k, v)
     weights = jax.nn.softmax(scaled_products(q, k), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=full_precision(v.dtype))
 
 
 @jax.custom_vjp

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tinymim_jax.ops.products import full_precision
+
 
 def unit_length(features: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
     """Each row scaled to length 1; a row of zeros stays one."""
@@ -22,7 +24,7 @@ def nearest(
 
     Rows of `queries` and `bank` have length 1. Those of `bank` that are not valid count for nothing: -inf.
     """
-    similarities = jnp.where(valid, queries @ bank.T, -jnp.inf)
+    similarities = jnp.where(valid, jnp.matmul(queries, bank.T, precision=full_precision(bank.dtype)), -jnp.inf)
     best, places = jax.lax.top_k(similarities, min(k, bank.shape[0]))
     return best, labels[places]
 

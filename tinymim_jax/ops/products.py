@@ -1,11 +1,24 @@
-"""Products of every token with every other, head by head."""
+"""Products of every token with every other, head by head, and the precision of all our products."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tinymim_jax.ops.platform import target
+
 HeadFeatures = Float[Array, "batch tokens heads head_dim"]
 Logits = Float[Array, "batch heads queries keys"]
+
+
+def full_precision(dtype: Any) -> jax.lax.Precision | None:
+    """The `precision` of a product of operands of this dtype: float32 means float32 on every device.
+
+    By default TPUs multiply float32 operands as bfloat16, and GPUs as TF32. Products of bfloat16 are not affected.
+    LiteRT's converter knows no precision; its float32 is float32.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 and target() != "litert" else None
 
 
 @jax.custom_vjp
@@ -15,7 +28,9 @@ def scaled_products(left: HeadFeatures, right: HeadFeatures) -> Logits:
     The gradient's products are of the operands' dtype, as they are under PyTorch's autocast. jax's own rule would
     multiply by the float32 cotangent: with bfloat16 operands, float32 products over all pairs of tokens.
     """
-    return jnp.einsum("bqhd,bkhd->bhqk", left, right, preferred_element_type=jnp.float32) * left.shape[-1] ** -0.5
+    precision = full_precision(left.dtype)
+    products = jnp.einsum("bqhd,bkhd->bhqk", left, right, precision=precision, preferred_element_type=jnp.float32)
+    return products * left.shape[-1] ** -0.5
 
 
 def _forward(left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -25,7 +40,9 @@ def _forward(left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     left, right = saved
     cotangent = (cotangent * left.shape[-1] ** -0.5).astype(left.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", cotangent, right), jnp.einsum("bhqk,bqhd->bkhd", cotangent, left)
+    precision = full_precision(left.dtype)
+    by_left = jnp.einsum("bhqk,bkhd->bqhd", cotangent, right, precision=precision)
+    return by_left, jnp.einsum("bhqk,bqhd->bkhd", cotangent, left, precision=precision)
 
 
 scaled_products.defvjp(_forward, _backward)

@@ -20,6 +20,7 @@ from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, update_running_stats
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
+from tinymim_jax.ops.products import full_precision
 from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.tasks.pretrained import Loaded, class_order, compute_dtype, load
 from tinymim_jax.tasks.stand_in import VIT_B, StandIn, encoder_zeros, is_missing
@@ -43,7 +44,8 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         raise ValueError("init is empty: a probe judges a pre-trained encoder. Name its checkpoint, init=runs/b")
     loaded = load(config.init)
     network = probed_network(loaded, config.model, probe.pool, classes)
-    head = nn.Dense(classes, kernel_init=nn.initializers.normal(probe.head_std))
+    start = nn.initializers.normal(probe.head_std)
+    head = nn.Dense(classes, kernel_init=start, precision=full_precision(jnp.float32))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     dim = network.encoder.embed_dim
 
