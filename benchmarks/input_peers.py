@@ -1,4 +1,4 @@
-"""One way to make training views from JPEG files, in a process of its own, on one core; see input_pipeline.py.
+"""Pipelines from JPEG files to training crops; input_pipeline.py runs each in a separate process on one core.
 
     python benchmarks/input_peers.py NAME DIR SIZE [DATA_DIR]
 
@@ -38,7 +38,7 @@ def bare_decode(folder: str, size: int, data_dir: str):
 
 
 def published(folder: str, size: int, data_dir: str, views: int = 2):
-    """What torchvision does with Pillow: RandomResizedCrop and flip, then a clean and a jittered tensor."""
+    """The published pipeline, written with Pillow: RandomResizedCrop and flip, then a clean and a jittered tensor."""
     import numpy as np
     from PIL import Image, ImageEnhance
 
@@ -89,7 +89,7 @@ def published_one_view(folder: str, size: int, data_dir: str):
 
 
 def torchvision(folder: str, size: int, data_dir: str):
-    """The authors' transforms, with torchvision itself."""
+    """The published pipeline with torchvision's transforms."""
     import torch
     from PIL import Image
     from torchvision import transforms
@@ -148,12 +148,12 @@ def tf_antialiased(folder: str, size: int, data_dir: str, antialias: bool = True
 
 
 def tf_aliased(folder: str, size: int, data_dir: str):
-    """The same with a bilinear resize that is not antialiased, as big_vision's default."""
+    """The same with bilinear resizing without antialiasing, which is big_vision's default."""
     return tf_antialiased(folder, size, data_dir, antialias=False)
 
 
 def ours(folder: str, size: int, data_dir: str, name: str = ""):
-    """Ours whole, reading included: source, order, decode, crop, resize, flip, batch, through Grain."""
+    """Our complete pipeline with Grain: reading, shuffling, decoding, crop, resize, flip, batching."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tinymim_jax.data.pipeline import train_batches
@@ -168,7 +168,7 @@ def ours(folder: str, size: int, data_dir: str, name: str = ""):
         reads[0] += 1
         return read(self, index)
 
-    type(source).__getitem__ = counted  # what is read ahead for the next round is work of this one
+    type(source).__getitem__ = counted  # images that are read ahead for the next round count for this one
 
     def run(count: int) -> int:
         reads[0] = 0
@@ -203,7 +203,7 @@ PEERS = {
 
 def main() -> None:
     name, folder, size, data_dir = (*sys.argv[1:], "")[:4]
-    # The same core for all: one of them runs at a time.
+    # All use the same core; one runs at a time.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     run = PEERS[name](folder, int(size), data_dir)
     run(4 * BATCH)

@@ -1,10 +1,11 @@
-"""Images per second of the input pipeline on one core, next to the pipelines that people use, on real JPEG files.
+"""Images per second of the input pipeline on one core, compared with other pipelines, on real JPEG files.
 
     python benchmarks/input_pipeline.py --data DIR_OR_TAR --tensorflow_python ../tf-venv/bin/python
 
-Every way runs in a process of its own on the same core, one at a time, in rounds; figures are medians over rounds and
-ratios medians of the rounds' ratios. Then what one and two worker processes give, and the memory of all processes over
-many images. One JSON line on standard output, the rest on standard error. The ways are in input_peers.py.
+Every pipeline (they are in input_peers.py) runs in a separate process on the same core, one at a time, in rounds.
+Results are medians over rounds, and ratios medians of the ratios of each round. After that, one and two workers are
+measured, and the memory of all processes over many images. One JSON line goes to standard output, messages to
+standard error.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tinymim_jax.data.pipeline import train_batches
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.data.views.transforms import Augment
 
-# Ours over theirs, as the table of benchmarks/README.md has them.
+# (ours, theirs) by the name of the ratio, as in the table of benchmarks/README.md.
 RATIOS = {
     "ours / published": ("ours", "published"),
     "ours prepared / published": ("ours_prepared", "published"),
@@ -86,7 +87,7 @@ class _Peer:
         for line in self._process.stdout:
             if line.startswith(start):
                 return line
-        sys.exit(f"{self._process.args} ended without a word")
+        sys.exit(f"{self._process.args} ended without a result; its messages are above")
 
 
 def _rates(options: argparse.Namespace, folder: Path, data_dir: str) -> dict[str, list[float]]:
@@ -114,7 +115,7 @@ def _ratios(rates: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _scaling(folder: Path, size: int, images: int, repeat: int) -> dict:
-    """Images per second of one and of two worker processes of one thread each, on as many cores."""
+    """Images per second with one and with two worker processes of one thread each."""
     rates = {1: [], 2: []}
     source = open_source(f"folder:{folder}", split="all")
     for _ in range(repeat):
@@ -138,7 +139,7 @@ def _scaling(folder: Path, size: int, images: int, repeat: int) -> dict:
 
 
 def _memory(folder: Path, size: int, images: int) -> dict:
-    """Proportional set size of this process and its two workers, from a tenth of the images on."""
+    """Proportional set size of this process and its two workers, measured after the first tenth of the images."""
     sizes = []
     source = open_source(f"folder:{folder}", split="all")
     with train_batches(source, augment=Augment(size), batch_size=100, seed=0, workers=2, threads=1) as batches:
@@ -171,8 +172,8 @@ def _say(line: str) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a folder of JPEG files, or a .tar of one")
-    parser.add_argument("--size", type=int, default=224, help="side of the views (default 224)")
+    parser.add_argument("--data", required=True, help="a folder of JPEG files, or a .tar of them")
+    parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels (default 224)")
     parser.add_argument("--images", type=int, default=1000, help="in each round (default 1000)")
     parser.add_argument("--repeat", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--memory_images", type=int, default=20_000, help="for the memory figure (default 20000)")

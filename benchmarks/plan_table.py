@@ -1,10 +1,10 @@
-"""Fills the tables of docs/plan.md: every shipped config on usual hardware, and how one scales.
+"""Writes the tables of docs/plan.md: every shipped config on common hardware, and the scaling of one config.
 
-    python benchmarks/plan_table.py            # compiles what is not kept yet: hours
-    python benchmarks/plan_table.py --kept     # only from what is kept
+    python benchmarks/plan_table.py            # compiles what is not in the cache: hours
+    python benchmarks/plan_table.py --kept     # uses the cache only
 
-A row whose step was not compiled is scaled from one of the same chips with another batch, and says so by a ~; where
-there is none it is guessed from the program of another TPU, and says so by a ≈; without one it stays empty.
+A row whose step was not compiled is scaled from a program for the same kind of chip with another batch (marked ~), or
+else estimated from the program of another TPU (marked ≈), or else left empty.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _HEAD = "| topology | images on a chip | memory, GiB | fits | step, ms | images/
 
 
 class Table:
-    """Plans by config and topology; compiled ones are looked up or made, others scaled from them."""
+    """Plans by config and topology: compiled, from the cache, or extrapolated from those."""
 
     def __init__(self, cache: str, kept_only: bool):
         self._cache, self._kept_only = cache, kept_only
@@ -51,7 +51,7 @@ class Table:
         return not self._plans
 
     def compiled(self, name: str, topology: str, batch: int | None = None, *, only_kept: bool = False) -> Plan | None:
-        """The plan by a program of its own; None where it is not kept and must not be compiled."""
+        """The plan from a program compiled for it; None if it is not cached and must not be compiled, or fails."""
         planned, place = self.planned(name, batch), parse_topology(topology)
         config = planned.config
         key = (name, topology, config.train.batch_size)
@@ -63,7 +63,7 @@ class Table:
             print(f"{name} on {topology}", file=sys.stderr, flush=True)
             try:
                 result = compile_step(config, place, cache=self._cache)
-            except RuntimeError as error:  # one program on which the compiler fails is no reason to lose the others
+            except RuntimeError as error:  # the other programs are still compiled
                 print(f"{name} on {topology}: {error}", file=sys.stderr, flush=True)
                 result = None
         if result is None:
@@ -78,9 +78,10 @@ class Table:
         return self._planned[name, batch]
 
     def estimated(self, name: str, topology: str, *, guess: bool) -> Plan | None:
-        """From a compiled plan that fits, of chips that run the same programs; or else, for a `guess`, of another TPU.
+        """A plan extrapolated from a compiled one that fits, for chips that run the same programs.
 
-        Of several from that with the nearest number of images on each chip.
+        With `guess`, a program of another TPU is used if there is no such plan. Of several plans, that with the nearest
+        number of images per chip is used.
         """
         place, batch = parse_topology(topology), self.planned(name).experiment.batch_size
         guess = guess and place.chip.platform == "tpu"
@@ -101,7 +102,7 @@ class Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kept", action="store_true", help="compile nothing")
+    parser.add_argument("--kept", action="store_true", help="use the cache only; compile nothing")
     parser.add_argument("--cache", default=CACHE, metavar="DIR", help=f"compiled steps (default {CACHE})")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -110,7 +111,7 @@ def main() -> None:
     text = _replaced(text, "configs", "\n\n".join(config_table(table, name) for name in CONFIGS))
     text = _replaced(text, "scaling", scaling_table(table))
     if table.empty:
-        parser.error(f"no compiled step is kept in {options.cache}: the tables stay as they are")
+        parser.error(f"{options.cache} contains no compiled step: the tables were not changed")
     DOCS.write_text(text, encoding="utf-8")
 
 
@@ -125,7 +126,7 @@ def config_table(table: Table, name: str) -> str:
     for topology in TOPOLOGIES:
         plan = table.compiled(name, topology)
         if plan is None or plan.time is None:
-            # A program that was refused is not guessed away by another chip's.
+            # If the compiler rejected the program, another chip's program is no substitute.
             plan = table.estimated(name, topology, guess=plan is None) or plan
         images = batch // parse_topology(topology).chips
         lines.append(_row(plan) if plan else f"| {topology} | {images} | not compiled | | | | | | |")
@@ -138,7 +139,7 @@ def _row(plan: Plan) -> str:
     size = f"{sign}{plan.needed / GIB:.1f} of {limit / GIB:.1f}" if plan.needed else f"more than {limit / GIB:.1f}"
     fits, note = plan.fits, "yes"
     if not fits and plan.time is not None:
-        plan, note = _in_parts(plan)
+        plan, note = _in_micro_batches(plan)
     elif not fits:
         note = "no"
     if plan.time is None:
@@ -154,17 +155,17 @@ def _row(plan: Plan) -> str:
     return f"| {' | '.join([plan.topology.name, str(images), size, note, *figures])} |"
 
 
-def _in_parts(plan: Plan) -> tuple[Plan, str]:
-    """The same batch in the smallest number of parts that is estimated to fit."""
+def _in_micro_batches(plan: Plan) -> tuple[Plan, str]:
+    """The same batch in the smallest number of micro-batches that is estimated to fit, and a note."""
     images = plan.batch // plan.topology.chips
-    for parts in (n for n in range(2, images + 1) if images % n == 0):
-        if (smaller := extrapolate(plan, plan.topology, accumulate=parts)).fits:
-            return smaller, f"no: ~`train.accumulate={parts}`"
+    for count in (n for n in range(2, images + 1) if images % n == 0):
+        if (smaller := extrapolate(plan, plan.topology, accumulate=count)).fits:
+            return smaller, f"no: ~`train.accumulate={count}`"
     return plan, "no"
 
 
 def scaling_table(table: Table) -> str:
-    """One config from 8 to 256 chips: with as many images on each, and with the config's own batch."""
+    """One config on 8 to 256 chips: with a constant number of images per chip, and with the config's batch."""
     plans = _scaling_plans(table)
     lines = [
         "| chips | by | GiB on a chip | traffic, GB | all-reduce, MB | network, ms | step, ms | speed-up of 8 chips | "

@@ -1,4 +1,4 @@
-"""The authors' PyTorch distillation step, timed on request; benchmarks/step.py starts it.
+"""The authors' PyTorch distillation step, timed for benchmarks/step.py, which starts this program.
 
 Needs torch, timm and a checkout of github.com/OliverRensu/TinyMIM. Prints one line when ready; then, for each line "N"
 on standard input, runs N steps and prints the seconds that they took.
@@ -23,7 +23,7 @@ def main() -> None:
     import numpy as np
     import torch
 
-    # Names that newer versions of numpy and timm dropped.
+    # Names that newer versions of numpy and timm have removed.
     setattr(np, "float", float)  # noqa: B010
     _old_timm()
     sys.path.insert(0, options.repository)
@@ -42,7 +42,7 @@ def main() -> None:
     images = torch.randn(2, options.batch, 3, 224, 224, device=device)
 
     def losses():
-        # As in engine_pretrain.py, with bfloat16 in the place of float16 and its loss scaling.
+        # As in engine_pretrain.py, with bfloat16 instead of float16 with loss scaling.
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"):
             with torch.no_grad():
                 wanted = teacher(images[0])
@@ -57,7 +57,7 @@ def main() -> None:
         loss = losses()
         loss.backward()
         optimizer.step()
-        return loss.item()  # the authors read it in every step
+        return loss.item()  # the authors do this in every step
 
     for _ in range(3 if device.type == "cuda" else 1):
         step()
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _old_timm() -> None:
-    """timm's module names of 2021, which the authors import."""
+    """Provides timm's module names of 2021, which the authors import."""
     import importlib
 
     for old, new in {"helpers": "_builder", "layers": None, "registry": "_registry"}.items():

@@ -1,11 +1,11 @@
-"""Speed and memory of the distillation step, next to the authors' PyTorch step when their repository is given.
+"""Speed and memory of the distillation step, optionally compared with the authors' PyTorch step.
 
     python benchmarks/step.py --config configs/distill_t.py --batch 16 --dtype float32 \\
         --reference ../TinyMIM --reference_python ../torch-venv/bin/python
 
-The step is the one that trains (tasks, optimizer, ColorJitter and all), on random images that lie on the device, with a
-teacher of random weights. The reference jitters in its data loader, so its step has less to do. Rounds of both
-alternate; figures are medians over rounds. One JSON line on standard output, the rest on standard error.
+The step is that of training, with task, optimizer and ColorJitter, on random images that are already on the device and
+with a teacher of random weights. The reference does its jitter in the data loader, so its step does less. Rounds of
+both alternate; results are medians over rounds. One JSON line goes to standard output, messages to standard error.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 class _Ours:
-    """The real step, compiled."""
+    """The training step, compiled."""
 
     def __init__(self, experiment: Experiment):
         mesh, task, config = make_mesh(), experiment.task, experiment.config
@@ -81,7 +81,7 @@ class _Ours:
         self.seconds(1)
 
     def seconds(self, steps: int) -> float:
-        """Of so many steps; the host waits for the last one only, as the loop does."""
+        """Seconds for this many steps; the host waits for the last one only, as in training."""
         began = time.perf_counter()
         for _ in range(steps):
             self._state, self._recorded, skipped = self._step(
@@ -92,7 +92,7 @@ class _Ours:
         return time.perf_counter() - began
 
     def memory(self) -> dict[str, int | None]:
-        """Bytes: the device's peak where it tells, the compiler's plan, and the process's peak."""
+        """Bytes: the peak of the device (None if unknown), the compiler's estimate, and the peak of this process."""
         plan = self._step.memory_analysis()
         planned = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -105,7 +105,7 @@ class _Ours:
 
 
 class _Reference:
-    """The authors' step in a process of its own."""
+    """The authors' step, in a separate process."""
 
     def __init__(self, options: argparse.Namespace, experiment: Experiment, teacher: ViT):
         width = experiment.task.model["encoder"]["embed_dim"]
@@ -128,11 +128,13 @@ class _Reference:
         for line in self._process.stdout:
             if line.startswith(start):
                 return line.removeprefix(start).strip()
-        sys.exit("the reference ended without a word: its Python needs torch and timm, --reference a TinyMIM checkout")
+        sys.exit(
+            "the reference process ended: --reference_python needs torch and timm, --reference a checkout of TinyMIM"
+        )
 
 
 def _experiment(options: argparse.Namespace, folder: Path) -> tuple[Experiment, ViT]:
-    """The config's experiment with a random teacher; the digits lend their length, not their images."""
+    """The config's experiment with a random teacher. The digits are its data set in name only; no image is read."""
     words = [f"train.batch_size={options.batch}", f"model.dtype={options.dtype}", *options.overrides]
     words += ["data.source=digits", "data.eval_split=test", f"distill.teacher.path={folder / 'teacher'}"]
     config = load_config(options.config, words)
@@ -145,7 +147,7 @@ def _experiment(options: argparse.Namespace, folder: Path) -> tuple[Experiment, 
 
 
 def _needed_flops(experiment: Experiment) -> float:
-    """Of a step of the method: without what remat computes again."""
+    """FLOPs of a step without what remat recomputes."""
     config = from_json(experiment.config.to_dict())
     config.model.remat = "none"
     task = assemble(config, experiment.train_source, experiment.eval_source).task
@@ -171,7 +173,7 @@ def _result(options, experiment, ours, reference, rounds, flops) -> dict:
     if peak:
         result["model_flop_utilisation"] = round(flops / seconds / peak / jax.device_count(), 4)
     if reference:
-        # Of each pair of rounds, so that what slows the machine down for a while slows both.
+        # Ratios of adjacent rounds, so that a temporary slowdown of the machine affects both.
         ratios = [theirs / own for own, theirs in zip(rounds["ours"], rounds["reference"])]
         theirs = statistics.median(rounds["reference"])
         result |= {
@@ -194,7 +196,7 @@ def _parse() -> argparse.Namespace:
         "--reference_python", default=sys.executable, metavar="FILE", help="a Python with torch and timm"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the reference")
-    parser.add_argument("--peak_tflops", type=float, help="bfloat16 peak of one device, where it is not known")
+    parser.add_argument("--peak_tflops", type=float, help="bfloat16 peak of one device, if it is not known")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Trainings of several processes that are disturbed: started, hurt, waited for. Tests and soak.py share it."""
+"""Trainings of several processes with injected faults, for tests and soak.py."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from runs import SMALL
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# What is done to a run from inside, as FAULT=KIND:STEP[:PROCESS] says: before the batch of that step is placed.
+# A `tinymim` process with a fault: FAULT=KIND:STEP:PROCESS[:PROCESS...] in the environment says which, before which
+# step's batch is transferred, and in which processes of the job.
 CHILD = """
 import os, signal, sys, time
 kind, _, where = os.environ.get("FAULT", "").partition(":")
@@ -28,7 +29,7 @@ if kind and os.environ.get("JAX_PROCESS_ID", "0") in where.split(":")[1:]:
             if kind == "raise":
                 raise KeyError("a mistake on one host")
             if kind == "hang":
-                # Half an hour would be a long time to wait: from here on, three seconds are enough.
+                # From now on the process counts as stalled after three seconds instead of half an hour.
                 import gc
                 from tinymim_jax.runtime.heartbeat import Heartbeat
                 for heart in (each for each in gc.get_objects() if isinstance(each, Heartbeat)):
@@ -40,7 +41,7 @@ if kind and os.environ.get("JAX_PROCESS_ID", "0") in where.split(":")[1:]:
                     os.kill(child.pid, signal.SIGKILL)
             if kind == "full":
                 import resource
-                # Less than the arrays of a checkpoint take, more than any log.
+                # Files larger than this cannot be written: smaller than a checkpoint's arrays, larger than any log.
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
             if kind == "clock":
                 now = time.time
@@ -54,9 +55,10 @@ if __name__ == "__main__":
 
 
 class Job:
-    """One attempt: `processes` processes on `devices` CPU devices each, training in `workdir`.
+    """One attempt at a run: `processes` processes with `devices` CPU devices each, training in `workdir`.
 
-    A context manager that leaves no process behind. Output is kept in a file for each process.
+    A context manager that kills what is left at its end. The output of each process goes to a file of its own.
+    words: further arguments of the command. fault: the FAULT variable, see CHILD.
     """
 
     def __init__(self, workdir, data_dir, *words, processes=2, devices=4, fault="", fsdp=1, command="train"):
@@ -91,11 +93,11 @@ class Job:
         self._folder.cleanup()
 
     def text(self, process=0):
-        """What a process has printed so far."""
+        """The output of a process so far."""
         return self.logs[process].read_text(errors="replace")
 
     def wait_for(self, words, process=0, timeout=200):
-        """Returns when a process has printed `words`; False when it ended without."""
+        """Waits until a process has printed `words`; False if it ends before that."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             running = self.processes[process].poll() is None
@@ -107,31 +109,31 @@ class Job:
         raise TimeoutError(f"{words!r} was not printed:\n{self.text(process)}")
 
     def send(self, number, process=0):
-        """A signal to one process, if it still runs."""
+        """Sends a signal to one process, if it is running."""
         if self.processes[process].poll() is None:
             self.processes[process].send_signal(number)
 
     def ended(self, timeout=200):
-        """(exit statuses, seconds until the last one) once all have ended."""
+        """Waits for all processes; returns their exit statuses and the seconds that this took."""
         began = time.monotonic()
         codes = [process.wait(timeout=max(1.0, timeout - (time.monotonic() - began))) for process in self.processes]
         return codes, time.monotonic() - began
 
 
 def tiny(*overrides):
-    """Words that make configs/digits.py:finetune a matter of seconds; the last of equal keys counts."""
+    """Overrides that make configs/digits.py:finetune take seconds; of equal keys the last one counts."""
     words = dict(word.split("=", 1) for word in (*SMALL, "model.depth=1", "model.embed_dim=32", *overrides))
     return [f"{key}={value}" for key, value in words.items()]
 
 
 def saved_steps(workdir):
-    """Steps of the complete checkpoints."""
+    """Steps of a run's complete checkpoints, ascending."""
     folder = pathlib.Path(workdir) / "checkpoints"
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def final_bits(workdir):
-    """Digests of all arrays of the newest checkpoint, optimizer included: equal for equal states, bit by bit."""
+    """The step of the newest checkpoint and digests of its arrays, optimizer included; equal for equal states."""
     step = saved_steps(workdir)[-1]
     path = pathlib.Path(workdir) / "checkpoints" / str(step) / "manifest" / "metadata"
     return {"step": step} | {name: leaf[2] for name, leaf in json.loads(path.read_text())["leaves"].items()}

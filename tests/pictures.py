@@ -1,4 +1,4 @@
-"""Pictures for tests, and how far apart two of them are."""
+"""Encoding images for tests, and comparing them."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def encoded(image: np.ndarray | Image.Image, file_format: str, **options) -> bytes:
-    """An image file, as Pillow writes it."""
+    """The bytes of an image file that Pillow writes."""
     buffer = io.BytesIO()
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     picture.save(buffer, file_format, **options)

@@ -1,4 +1,4 @@
-"""Small experiments that the tests of the loop share."""
+"""Small experiments for tests of training."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from tinymim_jax.state import init_state, make_train_step, place_frozen, trained
 
 DIGITS = tuple(map(str, range(10)))  # class names
 
-# Two blocks of width 16 on digits of 16 x 16: seconds, compiling included.
+# Two blocks of width 16 on digits of 16 x 16 pixels: seconds, including compilation.
 SMALL = (
     "model.embed_dim=16",
     "model.depth=2",
@@ -27,7 +27,7 @@ SMALL = (
     "checkpoint.every_minutes=0.0",
 )
 
-# A probe of an encoder with patches of 8 on the same digits.
+# A linear probe on the same digits, for encoders with patches of 8.
 PROBE = (
     "model.image_size=(16,16)",
     "model.dtype=float32",
@@ -46,7 +46,7 @@ PROBE = (
 
 
 def small_config(experiment: str, *overrides: str):
-    """configs/digits.py:`experiment`, shrunk."""
+    """configs/digits.py:`experiment` with small models and few steps."""
     words = [*SMALL, *overrides]
     if experiment.startswith("mae"):
         words = ["mae.decoder_dim=8", "mae.decoder_depth=1", "mae.decoder_heads=2", *words]
@@ -56,12 +56,15 @@ def small_config(experiment: str, *overrides: str):
 
 
 def probe_config(*overrides: str):
-    """configs/linprobe.py, shrunk; `init=` is among the overrides."""
+    """configs/linprobe.py on digits, with few steps. Give `init=` among the overrides."""
     return load_config("configs/linprobe.py", [*PROBE, *overrides])
 
 
 def run_steps(config, data_dir, mesh, steps: int):
-    """(state, losses of each step, frozen weights before and after) of the real step on the real batches."""
+    """Runs the training step on the experiment's batches.
+
+    Returns the state, the loss of each step, and the frozen weights before and after.
+    """
     experiment = build_experiment(config, data_dir=data_dir)
     task = experiment.task
     frozen = place_frozen(task.load_frozen(), mesh)
@@ -81,7 +84,7 @@ def run_steps(config, data_dir, mesh, steps: int):
 
 
 def same_bits(first, second) -> bool:
-    """Equal trees, bit for bit."""
+    """Whether two trees have equal structures and bit-identical arrays."""
     leaves = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     return jax.tree.structure(first) == jax.tree.structure(second) and all(
         np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in leaves

@@ -1,12 +1,11 @@
-"""Does faults to trainings, at random, for as long as asked, and compares what comes out with an undisturbed run.
+"""Injects random faults into trainings for as long as asked, and compares the results with an undisturbed run.
 
     python tests/soak.py --minutes 60 --seed 1
     python tests/soak.py --runs 1 --faults kill term hang
 
-A disturbed run is the same command again and again, on the same processes, until it is finished; each time but the
-last something happens to it. Its last checkpoint, optimizer included, must equal the undisturbed run's bit by bit.
-Prints one JSON record at the end, or at Ctrl-C; exit status 0 only if there were runs, all of them were equal, and
-every attempt ended as it should.
+A disturbed run is the same command, started again until the run is finished; every attempt but the last has a fault.
+Its last checkpoint, optimizer included, must be bit-identical to the undisturbed run's. Prints one JSON record at the
+end or at Ctrl-C. Exit status 0 means that there were runs, all were identical, and every attempt ended as expected.
 """
 
 import argparse
@@ -29,34 +28,34 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from jobs import Job, final_bits, saved_steps, tiny  # noqa: E402
 from saved_states import empty_step, flip_bit, truncate  # noqa: E402
 
-# kind: (exit statuses of the process that is hurt, of the others, what the log of one of them says)
+# kind: (exit statuses of the process with the fault, of the others, words in the log of one of them)
 FAULTS = {
-    "kill": ({-9}, {1, -6}, ""),  # SIGKILL, at a random moment: the state is saved in the background all the time
+    "kill": ({-9}, {1, -6}, ""),  # SIGKILL at a random moment; checkpoints are written in the background all the time
     "term": ({75}, {75}, "all saved: run the same command again"),
     "raise": ({1}, {1}, "has ended, so this one ends too"),
     "hang": ({86}, {86}, "nothing was finished for"),
     "worker": ({1}, {1}, "an input worker died before step"),
-    "full": ({1}, {1, -6}, "free some space"),  # the disk, for process 0
-    "clock": ({75}, {75}, ""),  # set back by a day, then SIGTERM
-    "second": ({75}, {75}, ""),  # the same command started again beside it, which must refuse; then SIGTERM
-    "damage": ({75}, {75}, ""),  # SIGTERM, then the newest checkpoint is damaged
+    "full": ({1}, {1, -6}, "free some space"),  # no space left, for process 0
+    "clock": ({75}, {75}, ""),  # the clock set back by a day, then SIGTERM
+    "second": ({75}, {75}, ""),  # a second process in the same workdir, which must be refused; then SIGTERM
+    "damage": ({75}, {75}, ""),  # SIGTERM, and afterwards damage to the newest checkpoint
 }
 _DAMAGES = {"truncated": truncate, "a bit flipped": flip_bit, "emptied": empty_step}
 _INSIDE = ("raise", "hang", "worker", "full", "clock")
 
 
 class Soak:
-    """An undisturbed run in `folder`/undisturbed, and disturbed ones beside it."""
+    """An undisturbed run in `folder`/undisturbed, and disturbed runs in other folders of `folder`."""
 
     def __init__(self, folder, data_dir, *, steps, seed=0, processes=2, devices=4):
         self.folder, self._data_dir, self._steps = pathlib.Path(folder), data_dir, steps
         self._layout = {"processes": processes, "devices": devices}
         self._rng = np.random.default_rng(seed)
         self.attempts = []
-        """A record for each attempt of the disturbed runs."""
+        """One record per attempt of the disturbed runs."""
 
     def undisturbed(self):
-        """Runs it; the log of each process."""
+        """Runs it; returns the log of each process."""
         with self._job(self.folder / "undisturbed") as job:
             codes, _ = job.ended(timeout=900)
             logs = [job.text(p) for p in range(len(codes))]
@@ -66,7 +65,7 @@ class Soak:
         return logs
 
     def disturbed(self, name, faults):
-        """Runs it with these faults, one after another, then to its end; whether its bits are the undisturbed run's."""
+        """One attempt for each fault, then one to the end; whether the result is identical to the undisturbed run's."""
         workdir = self.folder / name
         for fault in faults:
             self.attempts.append(self.attempt(workdir, fault))
@@ -77,7 +76,7 @@ class Soak:
         return not any(codes) and final_bits(workdir) == self.bits
 
     def attempt(self, workdir, fault):
-        """One attempt that does not reach its end; a record of it."""
+        """One attempt that ends by a fault; returns its record."""
         processes = self._layout["processes"]
         hurt = 0 if fault == "full" else int(self._rng.integers(processes))
         first = max(saved_steps(workdir), default=0) + 1
@@ -116,7 +115,7 @@ class Soak:
         return record
 
     def random_faults(self, kinds):
-        """One to four of them."""
+        """One to four of `kinds`."""
         return [str(kind) for kind in self._rng.choice(kinds, size=self._rng.integers(1, 5))]
 
     def _second(self, workdir):
@@ -131,7 +130,7 @@ class Soak:
 
 
 def summary(soak, outcomes, seconds):
-    """What is printed: counts, and seconds of what was measured on the way."""
+    """The record that is printed: counts, times of exits and starts, attempts that did not end as expected."""
     kinds = {}
     for attempt in soak.attempts:
         row = kinds.setdefault(attempt["fault"], {"attempts": 0, "as_expected": 0})
@@ -157,13 +156,13 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="start no new run after so long (default 10)")
     parser.add_argument("--runs", type=int, default=10**6, help="disturbed runs at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults: which, when, to whom")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults: kinds, moments, processes")
     parser.add_argument(
-        "--faults", nargs="+", choices=FAULTS, help="all of these once in each run (default: at random)"
+        "--faults", nargs="+", choices=FAULTS, help="each of these once in every run (default: random ones)"
     )
-    parser.add_argument("--steps", type=int, default=60, help="of each run (default 60)")
-    parser.add_argument("--workdir", help="where the runs are kept (default: nowhere)")
-    parser.add_argument("--data_dir", help="with the prepared digits (default: prepared in --workdir)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each run (default 60)")
+    parser.add_argument("--workdir", help="keep the runs here (default: they are deleted)")
+    parser.add_argument("--data_dir", help="data folder with the digits (default: prepared in --workdir)")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tinymim-soak-") as scratch:
@@ -174,12 +173,12 @@ def main(arguments=None):
         data = pathlib.Path(options.data_dir).resolve() if options.data_dir else folder / "data"
         soak = Soak(folder, data, steps=options.steps, seed=options.seed)
         outcomes = []
-        with contextlib.suppress(KeyboardInterrupt):  # what has been found until then is worth knowing
+        with contextlib.suppress(KeyboardInterrupt):  # the record of what is done so far is printed
             soak.undisturbed()
             while len(outcomes) < options.runs and time.monotonic() - began < 60 * options.minutes:
                 faults = options.faults or soak.random_faults(list(FAULTS))
                 name = f"disturbed_{len(outcomes)}"
-                shutil.rmtree(folder / name, ignore_errors=True)  # of a soak before this one
+                shutil.rmtree(folder / name, ignore_errors=True)  # left by an earlier soak
                 outcomes.append(soak.disturbed(name, faults))
                 said = "equal" if outcomes[-1] else "DIFFERENT"
                 print(f"{name}: {' '.join(faults)}: {said}", file=sys.stderr, flush=True)

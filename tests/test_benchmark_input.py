@@ -1,4 +1,4 @@
-"""benchmarks/input_pipeline.py runs as its README says, and its ratios are those of its rates."""
+"""benchmarks/input_pipeline.py runs as its README shows, and its ratios follow from its rates."""
 
 import json
 import pathlib
@@ -7,6 +7,8 @@ import sys
 
 import pytest
 from PIL import Image
+
+pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 

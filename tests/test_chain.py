@@ -55,6 +55,7 @@ def undisturbed(tmp_path_factory, data_dir):
     return workdir, out
 
 
+@pytest.mark.slow
 def test_each_stage_is_taught_by_the_one_before_it(undisturbed):
     workdir, out = undisturbed
     configs = {name: json.loads((workdir / name / "config.json").read_text()) for name in STAGES}
@@ -67,6 +68,7 @@ def test_each_stage_is_taught_by_the_one_before_it(undisturbed):
     assert f"top1 {top1:.4g}" in lines[-1]
 
 
+@pytest.mark.slow
 def test_killed_in_its_second_stage_it_goes_on_to_the_same_bits(undisturbed, data_dir, tmp_path):
     shutil.copytree(undisturbed[0] / "teacher", tmp_path / "teacher")  # a finished stage is not run again
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "teacher").rglob("*")}

@@ -1,4 +1,4 @@
-"""Every shipped config: it builds at full size, and the loop reads every key."""
+"""Every shipped config builds at full size, every key is read, and names of experiments are found."""
 
 import json
 import os
@@ -62,7 +62,7 @@ class FakeImageNet(Source):
 
 
 def fake_teacher(config) -> Loaded:
-    """The config's teacher with weights that take no memory."""
+    """The config's teacher, with zeros that take no memory as weights."""
     row = TEACHERS[(config.distill.teacher.name if config.task == "distill" else "") or "mae_vit_base"]
     heads = row.embed_dim // 64
     vit = ViT(embed_dim=row.embed_dim, depth=row.depth, heads=heads, image_size=(224, 224), pos_embed="learned")
@@ -79,6 +79,7 @@ def fake_classifier(path) -> Loaded:
     return Loaded(path, {"encoder": network.encoder.record(), "classifier": network.record()}, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_shipped_configs_build_at_full_size(spec, monkeypatch):
     config = load_config(str(ROOT / spec), next((words for name, words in NEEDS.items() if name in spec), []))
@@ -103,7 +104,7 @@ def test_shipped_configs_build_at_full_size(spec, monkeypatch):
 
 
 class Recorded:
-    """A ConfigDict that remembers which of its keys were read."""
+    """A ConfigDict that records which of its keys were read."""
 
     def __init__(self, config: ConfigDict, seen: set, prefix: str = ""):
         self._config, self._seen, self._prefix = config, seen, prefix
@@ -131,6 +132,7 @@ def flat_keys(config: ConfigDict, prefix: str = "") -> set[str]:
     return keys
 
 
+@pytest.mark.slow
 def test_every_key_is_read_by_something(tmp_path, data_dir):
     vit = ViT(embed_dim=16, depth=2, heads=2, patch_size=8, image_size=(16, 16))
     params = jax.jit(vit.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
@@ -290,7 +292,7 @@ def test_an_installed_wheel_has_the_experiments(tmp_path):
 
 
 def test_a_run_of_an_older_version_lacks_keys(tmp_path):
-    """What it lacks has its default; a value that was written stays, and one that differs is told."""
+    """Missing keys get their defaults, recorded values stay, and differences are listed."""
     config = load_config("configs/digits.py:finetune")
     old = json.loads(json.dumps(config.to_dict()))
     del old["data"]["crops"], old["classify"]["mixup"]

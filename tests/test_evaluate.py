@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from labelled_files import write_array_records, write_parquet
+from pictures import encoded
 from PIL import Image
 from runs import small_config
 
 from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.cli import main as cli
 from tinymim_jax.evaluation.collect import count_substituted
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.evaluation.knn import evaluate_knn
@@ -221,6 +224,29 @@ def test_substitutions_of_all_hosts_are_added(monkeypatch):
         count_substituted(batches, 2000)
 
 
+# ------------------------------------------------------------------------------------------------ labels of -1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("late", [False, True], ids=["known before", "found while reading"])
+def test_labels_that_are_missing_are_refused(tmp_path, classifier, monkeypatch, command, late):
+    """As in the test splits of Hugging Face's hub; the label of one image of many is found only when it is read."""
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), PETS)
+    (tmp_path / "images").mkdir()
+    files = [encoded(image, "PNG") for image in IMAGES]
+    for split, labels in (("train", [0, 1, 2] * 15), ("test", [0, 1, -1] + [0, 1, 2] * 14)):
+        rows = [files[i % 9] for i in range(len(labels))]
+        if late:
+            write_array_records(tmp_path / "images", split, labels, names=PETS, images=rows)
+        else:
+            write_parquet(tmp_path / "images", split, labels, names=PETS, images=rows)
+    kind = "array_record" if late else "parquet"
+    source = f"{kind}:{tmp_path}/images"
+    message = r"label -1 \(no label\)" if late else r"1 of 45 examples of split 'test' of 'parquet:.* have label -1"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        evaluation_of(command, config_of(source), checkpoint, source, monkeypatch)
+
+
 # ------------------------------------------------------------------------------------------------ batches
 
 
@@ -244,3 +270,29 @@ def test_evaluation_takes_batches_of_that_size(pets):
     experiment = build_experiment(config_of(pets, "train.batch_size=65536"))
     with evaluation_batches(experiment, workers=0) as batches:
         assert next(batches)["image"].shape[0] == 256 * jax.device_count()
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["evaluate"], ["evaluate", "--suite", "a"], ["knn"], ["probe"]],
+    ids=["evaluate", "suites", "knn", "probe"],
+)
+def test_commands_that_save_nothing_end_on_sigterm(tmp_path, classifier, monkeypatch, capsys, words):
+    """JAX's service would catch the signal and the command would run on to its end."""
+
+    class Prepared(Exception):
+        pass
+
+    def end_on_sigterm():
+        raise Prepared
+
+    monkeypatch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
+    monkeypatch.setattr("tinymim_jax.runtime.exits.end_on_sigterm", end_on_sigterm)
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), PETS)
+    command, *rest = words
+    config = [] if rest else ["--config", "configs/digits.py:finetune"]
+    with pytest.raises(Prepared):
+        cli.main([command, checkpoint, *rest, *config])

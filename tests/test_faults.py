@@ -15,6 +15,8 @@ from soak import Soak, summary
 
 from tinymim_jax.metrics import read
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 
 

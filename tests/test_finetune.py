@@ -216,6 +216,7 @@ def test_a_teacher_of_another_image_size(teacher):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_star_is_trained_judged_without_its_teacher_and_used(teacher, data_dir, tmp_path):
     words = [*STAR, "classify.distillation=hard", "train.ema=0.5"]
     here, gone = (f"classify.teacher.path={path}" for path in (teacher, tmp_path / "gone"))
@@ -257,7 +258,10 @@ def test_a_token_is_not_lost_silently(tmp_path):
     ("words", "message"),
     [
         (["classify.loss=bec"], r"did you mean 'bce'"),
-        (["classify.loss=bce", "classify.bce_threshold=0.001"], r"bce_threshold=0\.001 would count all classes"),
+        (
+            ["classify.loss=bce", "classify.bce_threshold=0.001"],
+            r"bce_threshold=0\.001 would turn the targets of all classes into 1",
+        ),
         (["classify.distillation=hrad"], r"did you mean 'hard'"),
         (["classify.distillation=hard"], r"teacher\.path is empty: name a classifier"),
         (["classify.distillation=none", "classify.teacher.path=TEACHER"], r"distillation='none' asks no teacher"),
@@ -330,6 +334,7 @@ def test_a_pixel_decoder_has_no_place_for_the_token(teacher, task):
         TASKS[config.task].build(config, DIGITS)
 
 
+@pytest.mark.slow
 def test_layer_decay_of_scanned_blocks(golden):
     """AdamW's first step is the learning rate times the golden factor, whatever the gradient, block by block."""
     factors = json.loads(golden.path("recipe.json").read_text())["layer_decay_0.65_depth12"]

@@ -270,6 +270,7 @@ def test_eight_devices_give_what_one_gives(mix_a, cut_a):
 PUBLISHED = ("classify.mixup=0.8", "classify.cutmix=1.0", "classify.erase=0.25", "model.drop_path=0.0")
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_on_eight_devices(data_dir):
     config = small_config("finetune", *PUBLISHED)
     one, first, *_ = run_steps(config, data_dir, make_mesh(devices=jax.devices()[:1]), 3)
@@ -285,6 +286,7 @@ def one_batch(rows: int) -> dict:
     return {"image": jnp.asarray(images), "label": jnp.arange(rows) % 10, "valid": jnp.ones(rows, bool)}
 
 
+@pytest.mark.slow
 def test_accumulated_parts_are_mixed_each_with_itself(data_dir):
     """The step's parts are strided slices with keys of their own: its losses are those of the parts alone."""
     config = small_config("finetune", *PUBLISHED, "train.accumulate=2")

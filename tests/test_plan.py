@@ -210,6 +210,7 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
             compile_step(small_config("mae_teacher"), parse_topology(name), cache="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linprobe", "finetune_t_star"])
 def test_configs_whose_checkpoint_is_yet_to_be_named(name):
     """A ViT-B stands in for what is probed, and for the classifier that teaches."""
@@ -242,6 +243,7 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_and_what_it_keeps(cache, data_dir, capsys, monkeypatch):
     """One compilation in a child for eight fake devices, as JSON; the second plan finds it kept."""
     words = ["--config", "configs/digits.py:mae_teacher", "--topology", "cpux8", "--data_dir", data_dir]

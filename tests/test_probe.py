@@ -162,12 +162,30 @@ def test_an_encoder_that_changed_is_not_taken_for_the_one_that_was_probed(probe_
 
 
 def test_mistakes_of_a_probe_are_told(checkpoint, data_dir):
-    with pytest.raises(ValueError, match="init is empty: a probe judges a pre-trained encoder"):
+    with pytest.raises(ValueError, match="init is empty: a linear probe evaluates a pre-trained encoder"):
         build_experiment(probe_config(), data_dir=data_dir)
     with pytest.raises(ValueError, match=r"pool='max' is unknown.*'cls'"):
         build_experiment(probe_config(f"init={checkpoint}", "probe.pool=max"), data_dir=data_dir)
     with pytest.raises(ValueError, match=r"configs/linprobe.py:adam is unknown. Choices: lars, sgd"):
         load_config("configs/linprobe.py:adam")
+
+
+def test_a_head_that_does_not_fit_starts_afresh_and_is_named(probe_run, checkpoint, data_dir, caplog):
+    _, workdir, _ = probe_run
+
+    def head_of(*words):
+        caplog.clear()
+        task = build_experiment(probe_config(*words), data_dir=data_dir).task
+        fresh = jax.device_get(task.init(jax.random.key(0)))
+        with caplog.at_level("INFO"):
+            return task.start(fresh)["head"]["kernel"], fresh["head"]["kernel"]
+
+    started, fresh = head_of(f"init={workdir}")
+    assert not np.array_equal(started, fresh)
+    assert "init:" not in caplog.text
+    np.testing.assert_array_equal(*head_of(f"init={workdir}", "probe.pool=mean"))
+    assert "WARNING" in caplog.text
+    assert "'pool': 'cls'}, the config asks for {'classes': 10, 'pool': 'mean'}: it starts from" in caplog.text
 
 
 def test_an_encoder_with_a_dist_token_is_refused():

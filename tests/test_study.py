@@ -10,6 +10,8 @@ from tinymim_jax.models.vit import ViT
 from tinymim_jax.sweeps.checks import check_points
 from tinymim_jax.sweeps.sweep import read_points
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = [
     (name, argument, sweep)

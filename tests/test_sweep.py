@@ -116,6 +116,7 @@ def results(workdir) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in workdir.glob("*/result.json")}
 
 
+@pytest.mark.slow
 def test_all_points_are_run_and_tabled(undisturbed):
     workdir, out = undisturbed
     found = {name: json.loads(text) for name, text in results(workdir).items()}
@@ -138,6 +139,7 @@ def test_all_points_are_run_and_tabled(undisturbed):
     assert "001 seed 1 | " in out
 
 
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing(undisturbed, data_dir, capsys):
     workdir, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.json*")}
@@ -147,6 +149,7 @@ def test_the_same_command_again_runs_nothing(undisturbed, data_dir, capsys):
     assert {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.json*")} == before
 
 
+@pytest.mark.slow
 def test_list_shows_states_and_results(undisturbed, data_dir, tmp_path, capsys):
     workdir, _ = undisturbed
     words = [word for word in command(workdir, data_dir) if word not in ("--run", "local")]
@@ -163,6 +166,7 @@ def test_list_shows_states_and_results(undisturbed, data_dir, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_dir, tmp_path):
     for name in NAMES[2:]:
         shutil.copytree(undisturbed[0] / name, tmp_path / name)  # finished points, which are left alone
@@ -200,6 +204,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_di
     assert results(tmp_path) == results(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_path, capsys):
     words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
     status, out, _ = run(capsys, *words, "--run", "local")
@@ -218,6 +223,7 @@ def test_a_failing_point_is_reported_and_the_others_finish(file, data_dir, tmp_p
     assert [line.split()[2] for line in out.splitlines()[:2]] == ["failed", "finished"]
 
 
+@pytest.mark.slow
 def test_index_runs_one_point(file, data_dir, tmp_path, capsys):
     words = ["sweep", file, "--workdir", tmp_path / "w", "--data_dir", data_dir, "--compile_cache", "", *SMALL]
     status, _, err = output_of(start([*words, "--index", "1"]))
@@ -233,6 +239,7 @@ def test_index_runs_one_point(file, data_dir, tmp_path, capsys):
     assert "points 0 to 1" in err
 
 
+@pytest.mark.slow
 def test_a_point_may_be_a_chain(data_dir, tmp_path, capsys):
     (tmp_path / "digits.py").write_text((ROOT / "configs" / "digits.py").read_text())
     (tmp_path / "chain.py").write_text(
@@ -279,6 +286,7 @@ def test_nothing_runs_before_everything_is_sound(words, messages, file, data_dir
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_sweep_is_noticed(undisturbed, data_dir, capsys):
     status, _, err = run(capsys, *command(undisturbed[0], data_dir, "optim.b1=0.8"))
     assert status == 1
@@ -340,6 +348,7 @@ def test_the_table_counts_as_numpy_does(tmp_path):
         write_table(points, states, tmp_path, metric="top")
 
 
+@pytest.mark.slow
 def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path, capsys):
     words = ["sweep", "configs/digits.py:finetune", "--study", "study", "--workdir", tmp_path, "--data_dir", data_dir]
     words += ["--compile_cache", "", *SMALL]

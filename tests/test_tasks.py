@@ -52,6 +52,7 @@ def sizes_of(golden, name: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_converted_teacher_and_a_converted_student(golden, converted, data_dir):
     config = small_config(
         "distill",

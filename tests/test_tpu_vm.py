@@ -144,6 +144,7 @@ def _slice(tmp_path):
     made.kill()
 
 
+@pytest.mark.slow
 def test_two_hosts_train_are_preempted_and_go_on(slice_, tmp_path, data_dir):
     workdir = tmp_path / "shared" / "run"
     up = ["--type", "v4-16", "--spot", "--delete", "--poll", "1"]

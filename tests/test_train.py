@@ -68,6 +68,7 @@ class SlowBatches:
         self._batches.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_its_data_says_so(data_dir, tmp_path, monkeypatch, caplog):
     late = 0.5
     monkeypatch.setattr(
@@ -125,6 +126,7 @@ KILL_AT_STEP_3 = """
 """
 
 
+@pytest.mark.slow
 def test_four_steps_are_two_then_a_kill_then_two(tmp_path, teacher, data_dir):
     config = distill_config(teacher, "model.drop_path=0.1", "train.ema=0.5")
     result = train(config, tmp_path / "whole", data_dir=data_dir)
@@ -139,6 +141,7 @@ def test_four_steps_are_two_then_a_kill_then_two(tmp_path, teacher, data_dir):
     assert same_bits(whole, killed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, data_dir):
     small = [word for word in SMALL if "checkpoint" not in word and "duration" not in word]
     small += ["mae.decoder_dim=8", "mae.decoder_depth=1", "mae.decoder_heads=2", "train.duration=100000 steps"]
@@ -160,6 +163,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, data_dir):
     assert "resuming at step" in "".join(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["mae_teacher", "distill", "finetune"])
 def test_devices_do_not_change_the_losses(experiment, teacher, data_dir):
     """1 device, 8, and 4 x 2 with parameters split: the same examples, masks and jitter, so the same losses."""

@@ -14,6 +14,13 @@ log = logging.getLogger(__name__)
 _LISTED = 5  # names in a message
 
 
+REMEDY = (
+    "Use the data that the classifier was trained on, or give the folders (or the lines of classes.txt) the names that "
+    "it was trained with. If these are the same classes in the same order under other names, change class_names under "
+    "preprocessing in the checkpoint's model.json"
+)
+
+
 class ClassMismatch(ValueError):
     """The classes of a data set are not those of a classifier."""
 
@@ -27,6 +34,7 @@ def match_classes(
     numbers_are_indices: bool = False,
     classifier: str = "the checkpoint",
     data: str = "the data set",
+    remedy: str = REMEDY,
 ) -> np.ndarray:
     """int32 `[len(given)]`: `result[label]` is the classifier's index of what the data set calls `label`.
 
@@ -42,6 +50,7 @@ def match_classes(
       numbers_are_indices: names of the data set that are numbers are output indices, whatever `known` says. For sets
         whose numbering is a convention, as ImageNet's is.
       classifier, data: what to call the two in messages.
+      remedy: what an error says to do.
 
     Raises ClassMismatch (a ValueError) that lists the names that differ and says what to do.
     """
@@ -55,14 +64,14 @@ def match_classes(
         return np.arange(len(given), dtype=np.int32)
     numbers = _as_indices(given, classes) if numbers_are_indices or not known else None
     if known and numbers is None:
-        indices = _by_name(known, given, classifier, data)
+        indices = _by_name(known, given, classifier, data, remedy)
     else:
-        indices = _without_names(given, numbers, classes, classifier, data)
+        indices = _without_names(given, numbers, classes, classifier, data, remedy)
     if len(given) < classes and not subset:
         present = set(indices.tolist())
         absent = [known[i] if known else str(i) for i in range(classes) if i not in present]
         raise ClassMismatch(
-            f"{data} lacks {len(absent)} of the {classes} classes of {classifier}: {_some(absent)}. {_REMEDY}"
+            f"{data} lacks {len(absent)} of the {classes} classes of {classifier}: {_some(absent)}. {remedy}"
         )
     return indices
 
@@ -97,14 +106,7 @@ def describe_difference(known: Sequence[str], given: Sequence[str], *, then: str
     return "; ".join(parts)
 
 
-_REMEDY = (
-    "Use the data that the classifier was trained on, or give the folders (or the lines of classes.txt) the names that "
-    "it was trained with. If these are the same classes in the same order under other names, change class_names under "
-    "preprocessing in the checkpoint's model.json"
-)
-
-
-def _by_name(known: Sequence[str], given: Sequence[str], classifier: str, data: str) -> np.ndarray:
+def _by_name(known: Sequence[str], given: Sequence[str], classifier: str, data: str, remedy: str) -> np.ndarray:
     places = {_key(name): place for place, name in enumerate(known)}
     unknown = [name for name in given if _key(name) not in places]
     if unknown:
@@ -113,19 +115,19 @@ def _by_name(known: Sequence[str], given: Sequence[str], classifier: str, data: 
         missing = f" {data} lacks {len(absent)} of them: {_some(absent)}." if absent else ""
         raise ClassMismatch(
             f"{classifier} does not know {len(unknown)} of the {len(given)} classes of {data}: {_some(unknown)}. It "
-            f"knows {len(known)} classes: {_some(known)}.{missing} {_REMEDY}"
+            f"knows {len(known)} classes: {_some(known)}.{missing} {remedy}"
         )
     for names, owner in ((known, classifier), (given, data)):
         if repeated := _repeated(names):
             raise ClassMismatch(
                 f"{owner} has several classes called {_some(repeated)}, and the order of its classes is not that of "
-                f"the other: they cannot be matched by name. {_REMEDY}"
+                f"the other: they cannot be matched by name. {remedy}"
             )
     return np.array([places[_key(name)] for name in given], np.int32)
 
 
 def _without_names(
-    given: Sequence[str], numbers: np.ndarray | None, classes: int, classifier: str, data: str
+    given: Sequence[str], numbers: np.ndarray | None, classes: int, classifier: str, data: str, remedy: str
 ) -> np.ndarray:
     if numbers is not None:
         log.info("%s: its class names are numbers and are taken as output indices of %s", data, classifier)
@@ -133,7 +135,7 @@ def _without_names(
     if len(given) != classes:
         raise ClassMismatch(
             f"{data} has {len(given)} classes and {classifier}, which does not name its own, {classes}: they cannot be "
-            f"matched. {_REMEDY}"
+            f"matched. {remedy}"
         )
     log.info("%s does not name its classes: they are matched with those of %s by position", classifier, data)
     return np.arange(classes, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""From a config to the objects of a run: sources, task, schedule, optimizer, batches."""
+"""Builds the objects of a run from its config: sources, task, schedule, optimizer, batches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from tinymim_jax import optim
+from tinymim_jax.class_names import ClassMismatch, describe_difference, same_names
 from tinymim_jax.data.pipeline import Batches, eval_batches, train_batches
 from tinymim_jax.data.rows import row_arrays
 from tinymim_jax.data.sources.examples import Source
@@ -25,10 +26,11 @@ _EVALUATED_PER_DEVICE = 256  # images at a time
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config means once its data sets are open.
+    """A config with its data sets opened, its task built, and durations counted in steps.
 
-    batch_size: images of one update, over all processes.
-    total_steps, eval_every: in updates; eval_every is 0 when only the end is evaluated.
+    views: of the task; they make the rows of training and evaluation batches.
+    batch_size: examples in one update, over all processes.
+    total_steps, eval_every: in updates; eval_every is 0 when evaluation comes at the end only.
     schedule: update number -> learning rate.
     """
 
@@ -44,7 +46,7 @@ class Experiment:
 
 
 def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Experiment:
-    """Opens the data and builds the task; nothing touches the accelerator."""
+    """Opens the data and builds the task; no device is used."""
     return assemble(config, *open_sources(config, data_dir=data_dir))
 
 
@@ -56,7 +58,7 @@ def task_type(config: ConfigDict) -> TaskType:
 
 
 def open_sources(config: ConfigDict, *, data_dir: str | None = None, need_data: bool = True) -> tuple[Source, Source]:
-    """(what is trained on, what is evaluated on). Without `need_data`, missing data gives two `MissingData`."""
+    """(training data, evaluation data). Where the data is missing and `need_data` is False, both are `MissingData`."""
     try:
         return _open_sources(config, data_dir)
     except FileNotFoundError:
@@ -95,7 +97,7 @@ def _open_sources(config: ConfigDict, data_dir: str | None) -> tuple[Source, Sou
 
 
 def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> Experiment:
-    """The experiment of `config` on these sources."""
+    """The experiment of `config` on these sources. Raises ValueError where they do not fit each other."""
     kind = task_type(config)
     if kind.needs_labels:
         train_source = labelled(train_source, f"task {config.task!r} learns from them")
@@ -109,7 +111,7 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         )
     if config.data.crops < 1 or batch_size % config.data.crops:
         raise ValueError(
-            f"data.crops={config.data.crops} does not divide train.batch_size={batch_size}: a batch holds so many "
+            f"data.crops={config.data.crops} does not divide train.batch_size={batch_size}: a batch holds that many "
             "views of each image; choose a divisor, or 1"
         )
 
@@ -133,14 +135,18 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
 
 
 def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source) -> None:
-    """A label must mean the same in both splits: of folders, one class that has none changes all that follow."""
+    """Raises ClassMismatch where a label does not mean the same in both splits.
+
+    In folders a class that one split lacks changes the labels of all classes after it. The last ones may be missing
+    from the evaluation split.
+    """
     trained, evaluated = train_source.class_names, eval_source.class_names
-    if trained and evaluated != trained[: len(evaluated)]:
-        only = sorted(set(trained) ^ set(evaluated))[:5] or "their order"
-        raise ValueError(
-            f"data.train_split={config.data.train_split!r} has {len(trained)} classes, data.eval_split="
-            f"{config.data.eval_split!r} {len(evaluated)}, and they differ in {only}; give both the same ones, empty "
-            "where there are no images"
+    if trained and not same_names(trained[: len(evaluated)], evaluated):
+        splits = (f"data.train_split={config.data.train_split!r}", f"data.eval_split={config.data.eval_split!r}")
+        difference = describe_difference(trained, evaluated, then=f"in {splits[0]}", now=f"in {splits[1]}")
+        raise ClassMismatch(
+            f"{splits[0]} has {len(trained)} classes and {splits[1]} {len(evaluated)}, and their names differ: "
+            f"{difference}. Give both the same classes; a class without images may be an empty folder"
         )
 
 
@@ -176,7 +182,7 @@ def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def training_batches(experiment: Experiment, *, start_step: int, workers: int) -> Batches:
-    """This process's rows of every global batch, from `start_step` on, for ever."""
+    """This process's rows of the endless sequence of global batches, from batch `start_step` on."""
     data = experiment.config.data
     return train_batches(
         experiment.train_source,
@@ -215,9 +221,9 @@ def evaluation_batches(experiment: Experiment, *, workers: int) -> Batches:
 
 
 def preprocessing(config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:
-    """How an image becomes what the model sees in evaluation, and what its answers are called: plain JSON.
+    """How evaluation makes an input of the model from an image, and the names of its classes, as plain JSON.
 
-    It travels beside the weights, in model.json, so that they can be used without the config; see inference.py.
+    It is saved with the weights, in model.json, so that they can be used without the config (evaluation/predictor.py).
     """
     return {
         "image_size": list(config.model.image_size),

@@ -1,4 +1,4 @@
-"""FLOPs of matrix products, counted in what jax traces: right for any task, tap, mask and number of parts."""
+"""FLOPs of matrix products, counted in the traced program, so for any task, tap, mask and number of micro-batches."""
 
 import math
 from collections.abc import Callable
@@ -11,22 +11,22 @@ from tinymim_jax.tasks.task import Batch, Params, Task
 
 
 def matmul_flops(function: Callable, *arguments: Any) -> int:
-    """Of one call with arguments of these shapes; nothing is computed. For FLOPs an image, give a batch of one.
+    """FLOPs of one call with arguments of these shapes; nothing is computed. For FLOPs per image, give a batch of one.
 
-    A multiplication and an addition count as two. Products whose result is not used are not counted (the compiler
-    leaves them out as well), those in a loop as often as it runs. Norms, softmax, GELU and the optimizer are not
-    counted: of a ViT they are a few per cent, and no figure of a chip's peak means them.
+    A multiply-add counts as two. Products in a loop count once per iteration; products whose result is not used do not
+    count, as the compiler removes them. Norms, softmax, GELU and the optimizer are left out: they are a few per cent of
+    a ViT, and the peak FLOP/s of a chip refers to matrix products.
 
-    Raises NotImplementedError for loops whose length the data decide, and for convolutions.
+    Raises NotImplementedError for loops of unknown length (`while`) and for convolutions.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def step_flops(task: Task, frozen: Params, batch: Batch) -> int:
-    """Of one training step on `batch`: every loss and its gradient, by all parameters that it depends on.
+    """FLOPs of one training step on `batch`: the loss and its gradient with respect to all parameters.
 
-    All arguments may be shapes. What `model.remat` computes a second time is counted twice: to know what the method
-    needs, build the task without it.
+    All arguments may be shapes. What `model.remat` recomputes counts twice; for the FLOPs that the method needs, build
+    the task without it.
     """
     params = jax.eval_shape(task.init, jax.random.key(0))
 
@@ -54,7 +54,7 @@ def _count(jaxpr: Any) -> int:
 
 
 def _inside(equation: Any) -> list[Any]:
-    """The programs within an equation, such as the body of a scan; of a custom gradient's, the one that is run."""
+    """The jaxprs inside an equation, such as the body of a scan; for a custom gradient only the one that runs."""
     found = []
     for name, value in equation.params.items():
         if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):

@@ -29,9 +29,9 @@ Averages = dict[str, clu_metrics.Average]
 
 
 def averages(values: Mapping[str, jax.Array], counted: jax.Array) -> Averages:
-    """Averages of `values` (each [n]) where `counted` (bool [n]) is True; the rest may even be NaN."""
+    """Averages of `values` (each [n]) over the entries where `counted` (bool [n]) is True; the others may be NaN."""
     for name, value in values.items():
-        # clu drops a mask of another shape without a word.
+        # clu ignores a mask of another shape silently.
         if value.shape != counted.shape:
             raise ValueError(f"metric {name!r} has shape {value.shape}, but its mask has {counted.shape}")
     return {
@@ -41,17 +41,17 @@ def averages(values: Mapping[str, jax.Array], counted: jax.Array) -> Averages:
 
 
 def no_averages(names: tuple[str, ...]) -> Averages:
-    """Averages over nothing yet."""
+    """The averages of no values, to start from."""
     return {name: clu_metrics.Average.empty() for name in names}
 
 
 def merge(first: Averages, second: Averages) -> Averages:
-    """Averages over both."""
+    """Averages over the values of both."""
     return {name: first[name].merge(second[name]) for name in second}
 
 
 def compute(values: Averages) -> dict[str, float]:
-    """Averages as floats; waits for the device. NaN where nothing was counted."""
+    """Averages as floats, read from the device; NaN where nothing was counted."""
     host = jax.device_get(values)
     return {name: float(v.total) / float(v.count) if v.count else float("nan") for name, v in host.items()}
 
@@ -222,7 +222,7 @@ class Writer:
 
 
 def read(path: epath.PathLike) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The lines of a metrics.jsonl; a line that a crash cut short is left out."""
     rows = []
     for line in epath.Path(path).read_text(encoding="utf-8").splitlines():
         try:

@@ -1,15 +1,15 @@
-"""`tinymim evaluate`: figures of a checkpoint, on the data of its run or on test suites."""
+"""`tinymim evaluate`: losses and accuracies of a checkpoint, on the data of its run or on test suites."""
 
 import argparse
 
 from tinymim_jax.cli import suites
 from tinymim_jax.cli.options import add_checkpoint, config_of, print_result, start_jax
 
-HELP = "figures of a checkpoint, on its run's data or on test suites"
+HELP = "evaluate a checkpoint on its run's data or on test suites"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Of the `evaluate` command."""
+    """Adds the options of `evaluate`."""
     add_checkpoint(command)
     suites.add_arguments(command)
 

@@ -8,20 +8,21 @@ HELP = "accuracy of a linear classifier on a checkpoint's features"
 
 _EPILOG = """\
 Features of both splits are extracted once, without augmentation; then linear classifiers are trained on them, one for
-each --base_lr, all at a time (SGD, momentum 0.9, cosine). The rate that is best on a held-out tenth of the training
-split is used on the whole of it, and the figures are those of the evaluation split.
+each --base_lr, all at once (SGD, momentum 0.9, cosine schedule). The rate with the best top-1 on a held-out tenth of
+the training split is used to train on all of it. The result is one line of JSON: loss, top-1 and top-5 on the
+evaluation split.
 
   tinymim probe runs/b --config configs/linprobe.py --output runs/b_probe
   tinymim predict runs/b_probe cat.jpg
 
-The published probe of MAE (LARS, batch norm, each image cropped and flipped anew in each of 90 epochs) is a training:
+The published probe of MAE (LARS, batch norm, random crops and flips, 90 epochs) is a training:
 
   tinymim train --config configs/linprobe.py --workdir runs/b_linprobe init=runs/b
 """
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Of the `probe` command."""
+    """Adds the options of `probe`."""
     add_checkpoint(command)
     command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, _EPILOG
     rates = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
@@ -31,7 +32,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=rates,
         metavar="LR",
-        help="rates at 256 examples (default 0.001 to 3)",
+        help="learning rates for a batch of 256 (default 0.001 to 3)",
     )
     command.add_argument("--epochs", type=int, default=90, help="of the classifier's training (default 90)")
     command.add_argument("--batch_size", type=int, default=1024, help="of the classifier's training (default 1024)")
@@ -39,7 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--pool", default="cls", help="features: cls token, or mean of the patch tokens (default cls, as MAE)"
     )
     command.add_argument(
-        "--output", metavar="DIR", help="keep encoder and classifier, for predict, evaluate and export"
+        "--output", metavar="DIR", help="save encoder and classifier as a checkpoint for predict, evaluate and export"
     )
 
 

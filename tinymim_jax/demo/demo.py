@@ -1,9 +1,9 @@
-"""`tinymim demo`: is a distilled student worth more than one that was pre-trained, or trained, by itself?
+"""`tinymim demo`: compares a distilled student with one pre-trained by itself and one that was not pre-trained.
 
-On handwritten digits: a teacher is pre-trained by MAE and distilled into a student of a tenth its size; three equal
-students are then fine-tuned on few labels: from scratch, MAE pre-trained directly, TinyMIM. All three have the same
-recipe, the same learning rates to choose from and the same seeds. Rates are chosen on held-out training images, figures
-come from the test split.
+On handwritten digits, a teacher is pre-trained by MAE and distilled into a student of a tenth of its size. Three equal
+students are then fine-tuned on few labels: from scratch, pre-trained directly by MAE, and distilled (TinyMIM), with the
+same recipe, learning rates and seeds. The rate of each is chosen on held-out training images; results are those of the
+test split.
 """
 
 import concurrent.futures
@@ -30,12 +30,12 @@ LEARNING_RATES = (1.6e-2, 3.2e-2)
 
 
 def demo(workdir: str | pathlib.Path, *, seeds: int = 3, compile_cache: str = "") -> dict:
-    """Runs all of it, or what of it is missing, in `workdir`; prints the table and writes result.json and pictures.
+    """Runs what is not finished in `workdir`, prints the table, and writes result.json and two pictures.
 
-    Networks this small leave most of a processor idle, so several runs go on at once, each in a process of its own.
+    Models this small use little of a processor, so several trainings run at once in separate processes.
     """
     workdir = pathlib.Path(workdir).expanduser()
-    open_source("digits", split="test")  # made here once, not by every process
+    open_source("digits", split="test")  # prepared once, before several processes need it
     spawn = multiprocessing.get_context("spawn")
     processes = min(4, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(processes, spawn, use_compile_cache, (compile_cache,)) as pool:
@@ -63,7 +63,7 @@ def demo(workdir: str | pathlib.Path, *, seeds: int = 3, compile_cache: str = ""
 
 
 def _submit_arm(pool: concurrent.futures.Executor, workdir: pathlib.Path, arm: str, seeds: int) -> dict:
-    """Starts the fine-tuning of one kind of student at every rate and seed."""
+    """Starts the fine-tuning of one kind of student with every rate and seed."""
     init = f"init={workdir / arm}" if arm else "init="
     return {
         (rate, seed): pool.submit(
@@ -75,7 +75,7 @@ def _submit_arm(pool: concurrent.futures.Executor, workdir: pathlib.Path, arm: s
 
 
 def _row(workdir: pathlib.Path, name: str, arm: str, spent: dict, seeds: int, seconds: dict[str, float]) -> dict:
-    """Test accuracy of one kind of student, at the rate that is best on validation."""
+    """The table row of one kind of student, with test accuracy at the rate that is best on held-out images."""
     validation = {}
     for rate in LEARNING_RATES:
         runs = [_finetuned(workdir, arm, rate, seed) for seed in range(seeds)]
@@ -96,7 +96,7 @@ def _row(workdir: pathlib.Path, name: str, arm: str, spent: dict, seeds: int, se
 
 
 def _run(workdir: pathlib.Path, experiment: str, *overrides: str) -> float:
-    """Trains unless that is done; the seconds it took, from its own record."""
+    """Trains unless that is done, and returns the seconds that it took, which a file records."""
     clock = workdir / "seconds.txt"
     if not clock.exists():
         start_logging(f"{workdir.name:<22} ")

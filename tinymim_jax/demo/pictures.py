@@ -1,4 +1,4 @@
-"""Pictures of the demo: loss curves, and what one token attends to in teacher and student."""
+"""Pictures of the demo: loss curves, and the relations of one token in teacher and student."""
 
 import pathlib
 from typing import Any
@@ -21,7 +21,7 @@ _CURVES = {"teacher": "MAE, teacher", "mae_student": "MAE, student", "tinymim": 
 
 
 def draw_losses(workdir: pathlib.Path) -> pathlib.Path:
-    """WORKDIR/losses.png: training loss of the three pre-trainings."""
+    """Draws WORKDIR/losses.png: the training loss of the three pre-trainings."""
     plt = _pyplot()
     figure, panels = plt.subplots(1, len(_CURVES), figsize=(4 * len(_CURVES), 3), layout="constrained")
     for panel, (run, title) in zip(panels, _CURVES.items()):
@@ -32,7 +32,7 @@ def draw_losses(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def draw_relations(workdir: pathlib.Path, *, example: int = 3, head: int = 0) -> pathlib.Path:
-    """WORKDIR/relations.png: for one token of a digit, its Q-K and V-V relations to all patches.
+    """Draws WORKDIR/relations.png: the Q-K and V-V relations of one patch of a digit to all patches.
 
     Columns: the digit with the query marked, the teacher, the student before and after distillation.
     """
@@ -47,7 +47,7 @@ def draw_relations(workdir: pathlib.Path, *, example: int = 3, head: int = 0) ->
     student, student_params = _encoder(workdir / "tinymim")
     fresh = student.init(jax.random.key(config.seed), images)["params"]
     rows, columns = student.grid
-    # The patch with the most ink: a query on the digit says more than one on the background.
+    # The query is the brightest patch, since the background has little structure.
     ink = np.asarray(pixels, np.float32).mean(-1).reshape(rows, size[0] // rows, columns, -1).mean((1, 3))
     query = int(np.argmax(ink))
     maps = {

@@ -1,1 +1,1 @@
-"""Figures of a checkpoint: evaluation, k-NN, linear probe, prediction."""
+"""Evaluation of checkpoints: on their own task, on test suites, by k-NN and linear probe; and inference."""

@@ -23,9 +23,9 @@ RowStep = Callable[[Any, dict[str, jax.Array]], tuple[Any, jax.Array]]
 
 
 def row_step(function: Callable[[Any, dict[str, jax.Array]], Any], mesh: Mesh) -> RowStep:
-    """The step of `collect` for `function(arguments, batch)`, a tree of arrays `[batch, ...]`; one serves many splits.
+    """Compiles `function(arguments, batch) -> tree of arrays [batch, ...]` for `collect`; can be used for many splits.
 
-    Its results should be small next to the images: every host gets the rows of all.
+    The results are replicated on every device and so should be small compared to the images.
     """
 
     def step(arguments: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:

@@ -1,4 +1,4 @@
-"""One split, every example exactly once."""
+"""Evaluation of a task on a split: every example counts exactly once."""
 
 import pathlib
 from collections.abc import Callable

@@ -68,6 +68,7 @@ def labelled_splits(config: ConfigDict, *, data_dir: str | None, purpose: str) -
         subset=True,
         classifier=f"split {data.train_split!r}",
         data=f"split {data.eval_split!r} of {data.source!r}",
+        remedy="Give both splits the same classes; the evaluation split may lack some",
     )
     return LabelledSplits(train, evaluated, order)
 

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour accuracy of a checkpoint's features: no training, no choice but k (DINO's protocol)."""
+"""k-nearest-neighbor accuracy of a checkpoint's features (DINO's protocol): nothing is trained."""
 
 import functools
 import pathlib
@@ -19,8 +19,9 @@ from tinymim_jax.tasks.pretrained import compute_dtype, fit_positions, load
 
 NEIGHBORS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-_QUERIES = 1024  # at a time
-_BANK_ROWS = 65_536  # of each device, at a time: similarities take 4 bytes x 1,024 x these, 256 MiB
+# The similarities that a device holds at a time: 4 bytes x 1,024 x 65,536 = 256 MiB.
+_QUERIES = 1024
+_BANK_ROWS = 65_536
 
 
 def evaluate_knn(
@@ -33,19 +34,19 @@ def evaluate_knn(
     data_dir: str | None = None,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Top-1 and top-5 of k-NN on `config.data`: neighbours from its training split, queries from its evaluation split.
+    """Top-1 and top-5 for each k on `config.data`: neighbors from its training, queries from its evaluation split.
 
     "substituted" counts the images of both splits that could not be decoded, so that another one was used instead.
 
     Args:
       config: any experiment; its data, image size, dtype and batch size are used.
-      checkpoint: a run, or a converted file; its encoder alone is used.
-      neighbors: the k's.
-      temperature: neighbours weigh exp(cosine / temperature).
+      checkpoint: a run, or a converted file; only its encoder is used.
+      neighbors: values of k.
+      temperature: each neighbor's vote has the weight exp(cosine similarity / temperature).
       pool: 'mean' of the patch tokens, or 'cls'.
 
-    Raises ValueError where a split has no labels, or fewer images than the largest k; and for a k or a temperature
-    that means nothing.
+    Raises ValueError where a split has no labels, where the training split has fewer images than the largest k, and
+    for values out of range.
     """
     if not neighbors or min(neighbors) < 1 or temperature <= 0:
         raise ValueError(f"k={list(neighbors)}, temperature={temperature}: choose k from 1 and a temperature above 0")
@@ -90,10 +91,12 @@ def knn_scores(
     temperature: float,
     mesh: Mesh,
 ) -> dict[int, np.ndarray]:
-    """For each k the votes float32 `[queries, classes]`; the highest is the answer.
+    """For each k the votes float32 `[queries, classes]`; the class with the most is the prediction.
 
-    `bank` `[n, dim]` with `labels` `[n]`, and `queries` `[m, dim]`, are features of any length, on the host. The bank
-    is split over the devices of `mesh`; no more than 1,024 x 65,536 similarities are held by a device at a time.
+    Args:
+      bank, labels: features `[n, dim]` on the host, not normalized, and their labels `[n]`. They are split over the
+        devices of `mesh`.
+      queries: features `[m, dim]`.
     """
     largest = max(neighbors)
     rows = -(-len(bank) // mesh.size)
@@ -114,7 +117,7 @@ def knn_scores(
 
 
 def _search(mesh: Mesh, chunks: int, k: int):
-    """The jitted (queries, bank, labels, valid) -> similarities and labels of the k nearest, on every device."""
+    """Jitted (queries, bank, labels, valid) -> (similarities, labels) of the k nearest, replicated on all devices."""
     split = PartitionSpec(AXES)
 
     @functools.partial(

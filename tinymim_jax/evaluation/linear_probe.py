@@ -1,10 +1,9 @@
-"""Linear probe on features that are extracted once: minutes for any checkpoint, without augmentation.
+"""Linear probe on features that are extracted once, without augmentation: minutes for any checkpoint.
 
-The published probe, which crops and flips anew in each epoch, is configs/linprobe.py through the loop.
+The published probe, with random crops and flips in each epoch, is a training: configs/linprobe.py.
 """
 
 import functools
-import json
 import logging
 import pathlib
 import time
@@ -28,6 +27,7 @@ from tinymim_jax.ops.layer_norm import layer_norm
 from tinymim_jax.ops.losses import soft_cross_entropy, soft_targets
 from tinymim_jax.ops.products import full_precision
 from tinymim_jax.ops.top_k import in_top
+from tinymim_jax.runtime.files import write_json
 from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.sharding import AXES, make_mesh, replicated
 from tinymim_jax.state import place_frozen
@@ -37,12 +37,12 @@ from tinymim_jax.tasks.probe.task import probe_record, probed_network
 log = logging.getLogger(__name__)
 
 BASE_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-EPOCHS, BATCH_SIZE = 90, 1024  # with the momentum, the SGD recipe of MoCo v3 (main_lincls.py)
-HELD_OUT = 0.1  # of the training split, where there are several rates to choose from
+EPOCHS, BATCH_SIZE = 90, 1024  # as the momentum, from the SGD recipe of MoCo v3 (main_lincls.py)
+HELD_OUT = 0.1  # fraction of the training split that chooses among several learning rates
 _MOMENTUM, _HEAD_STD = 0.9, 0.01
 _ROWS = 4096  # evaluated at a time
 
-Head = dict[str, Any]  # kernel [dim, classes], bias [classes]; of several heads with a leading dimension
+Head = dict[str, Any]  # kernel [dim, classes], bias [classes]; several heads have a leading dimension
 
 
 def evaluate_probe(
@@ -63,14 +63,14 @@ def evaluate_probe(
 
     Args:
       config: any experiment; its data, image size, dtype and seed are used.
-      checkpoint: a run, or a converted file; its encoder and pooling norm are used.
-      pool: 'cls' token after the final norm (as MAE publishes it), or 'mean' of the patch tokens, with a norm after it.
-      base_lrs: of SGD, for 256 examples. Of several, the one with the best top-1 on a held-out tenth of the training
-        split is taken, and its head trained anew on the whole of it.
+      checkpoint: a run, or a converted file; its encoder and the norm after pooling are used.
+      pool: 'cls' token after the final norm (as in MAE), or 'mean' of the patch tokens, followed by a norm.
+      base_lrs: learning rates of SGD for a batch of 256. Of several, the one with the best top-1 on a held-out tenth of
+        the training split is chosen, and a head is trained with it on the whole split.
       epochs, batch_size: of the head's training.
-      output: folder for the classifier, as other commands read it, and for result.json.
+      output: folder for the classifier, as a checkpoint for the other commands, and for result.json.
 
-    Raises ValueError for splits without labels and numbers that mean nothing; CheckpointError where `output` is taken.
+    Raises ValueError for splits without labels and for values out of range; CheckpointError where `output` is in use.
     """
     if not base_lrs or min(base_lrs) <= 0 or epochs < 1 or batch_size < 1:
         raise ValueError(
@@ -104,7 +104,7 @@ def evaluate_probe(
         log.info("top-1 on %d held-out images by base_lr: %s", len(held), tried)
     best = base_lrs[int(np.argmax(list(tried.values())))] if tried else base_lrs[0]
     if tried and best in (min(base_lrs), max(base_lrs)):
-        log.warning("base_lr %g is the best and at the end of those tried: try others beyond it (--base_lr)", best)
+        log.warning("the best base_lr, %g, is at the end of the range: try values beyond it (--base_lr)", best)
     heads = fit(x, y, base_lrs=(best,))
     result: dict[str, Any] = {name: float(values[0]) for name, values in head_figures(heads, eval_x, eval_y).items()}
     result |= {"examples": len(eval_y), "substituted": trained.substituted + evaluated.substituted}
@@ -117,7 +117,7 @@ def evaluate_probe(
             "preprocessing": preprocessing(config, splits.train.class_names),
         }
         save_params(output, frozen | {"head": jax.tree.map(lambda leaf: leaf[0], heads)}, model)
-        (pathlib.Path(output) / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(pathlib.Path(output).expanduser() / "result.json", result)
     return result
 
 
@@ -132,20 +132,20 @@ def fit_heads(
     seed: int,
     mesh: Mesh,
 ) -> Head:
-    """A linear head for each rate, all trained side by side on the same batches: kernel `[rates, dim, classes]`, bias.
+    """A linear head for each rate, trained in parallel on the same batches: kernel `[rates, dim, classes]` and bias.
 
-    Features are brought to mean 0 and variance 1 over all of `features`, once: what a batch norm's running statistics
-    approach. The heads that are returned take features as they are. Each device holds all of `features` and trains
-    some of the heads.
+    Features are standardized once by their mean and variance over all of `features`, which a batch norm's running
+    statistics would approach; the heads that are returned take features that are not standardized. Each device holds
+    all of `features` and trains some of the heads.
     """
     statistics = _moments(features)
     scale = 1 / np.sqrt(statistics["variance"] + EPS)
     normed = (features - statistics["mean"].astype(np.float32)) * scale.astype(np.float32)
     batch_size = min(batch_size, len(features))
-    steps = len(features) // batch_size  # of an epoch; what is left over is another part of the data in each
+    steps = len(features) // batch_size  # of an epoch; each epoch leaves out another remainder
     heads_sharding, everywhere = NamedSharding(mesh, PartitionSpec(AXES)), replicated(mesh)
     count = -(-len(base_lrs) // mesh.size) * mesh.size
-    padded = [*base_lrs, *[base_lrs[-1]] * (count - len(base_lrs))]  # every device gets as many
+    padded = [*base_lrs, *[base_lrs[-1]] * (count - len(base_lrs))]  # the same number for each device
     rates = jax.device_put(np.asarray(padded, np.float32) * batch_size / 256, heads_sharding)
     data = jax.device_put((normed, labels.astype(np.int32)), everywhere)
     root = jax.random.key(seed)
@@ -186,7 +186,7 @@ def fit_heads(
 
 
 def head_figures(heads: Head, features: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Means over all examples, each counted once, of every head: {"loss", "top1", "top5"}, float64 `[heads]`."""
+    """Means over all examples for each head: {"loss", "top1", "top5"}, float64 `[heads]`."""
 
     @jax.jit
     def sums(heads: Head, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
@@ -206,7 +206,7 @@ def head_figures(heads: Head, features: np.ndarray, labels: np.ndarray) -> dict[
 
 
 def _moments(features: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean and variance over all rows, float64; no copy of them all is made."""
+    """Mean and variance over all rows in float64, without a copy of all rows."""
     mean = features.mean(axis=0, dtype=np.float64)
     squares = np.zeros_like(mean)
     for start in range(0, len(features), _ROWS):
@@ -215,7 +215,7 @@ def _moments(features: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _held_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(held-out rows, the others), drawn once for the seed."""
+    """(held-out rows, the other rows), drawn by the seed."""
     order = np.random.default_rng(seed).permutation(count)
     held = max(1, round(HELD_OUT * count))
     return np.sort(order[:held]), np.sort(order[held:])

@@ -1,4 +1,4 @@
-"""An experiment as it can be planned: without data, checkpoints or devices, by shapes alone."""
+"""Builds an experiment for planning: from shapes alone, without data, checkpoints or devices."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ from tinymim_jax.tasks.pretrained import keeping_checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What can be known of a training before there is anything to train with.
+    """A training that is described by shapes only.
 
     config: as it was given.
-    experiment: with what stands in for data and checkpoints.
+    experiment: built with stand-ins for missing data and checkpoints.
     frozen: shapes of the weights that are not trained.
     paths: of the trained parameters.
-    notes: what was stood in for, in sentences.
-    data_dir: where its data was looked for.
+    notes: one sentence for each stand-in.
+    data_dir: the folder of prepared data sets, as given.
     """
 
     config: ConfigDict
@@ -51,20 +51,20 @@ class Planned:
 
     @functools.cached_property
     def flops(self) -> tuple[float, float]:
-        """Of one step on the whole batch: (what the method needs, with what `model.remat` computes again)."""
+        """FLOPs of one step on the global batch: (without, with) what `model.remat` recomputes."""
         executed, config = self._flops(), self.experiment.config
         if config.model.get("remat", "none") == "none":
             return executed, executed
         return plan_experiment(changed(config, {"model.remat": "none"}), data_dir=self.data_dir)._flops(), executed
 
     def _flops(self) -> float:
-        with compiling_for("tpu"):  # in plain form, as for all accelerators
+        with compiling_for("tpu"):  # the form of all accelerators; CPUs have their own
             return step_flops(self.experiment.task, self.frozen, batch_shapes(self.experiment))
 
     def step(self, mesh: Any) -> tuple[Any, tuple]:
-        """(the jitted step that training runs, its arguments as shapes with their shardings on `mesh`).
+        """(the jitted training step, its arguments as shapes with their shardings on `mesh`).
 
-        Of an AbstractMesh only the arguments are of use.
+        With an AbstractMesh the step cannot be compiled; only the arguments are meaningful.
         """
         experiment, train = self.experiment, self.experiment.config.train
         task, optimizer = experiment.task, build_optimizer(experiment, self.paths)
@@ -91,7 +91,7 @@ def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Plann
     the shapes that the task expects (`TaskType.stand_ins`).
 
     Raises:
-      ValueError: training would not start either, or nothing says what the missing teacher looks like.
+      ValueError: the config is invalid for training too, or the architecture of a missing teacher is unknown.
     """
     notes: list[str] = []
     given, config = config, from_json(json.loads(json.dumps(config.to_dict())))

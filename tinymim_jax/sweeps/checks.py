@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.config import load_config
-from tinymim_jax.experiment import assemble, batch_shapes, build_optimizer, open_sources
+from tinymim_jax.experiment import assemble, batch_shapes, build_optimizer, open_sources, preprocessing
 from tinymim_jax.resume import check_same
 from tinymim_jax.state import trained_paths
 from tinymim_jax.sweeps.points import Point, Run
@@ -82,7 +82,8 @@ def _check(
             task.start(zeros)
         seen[step] = trained_paths(task, task.load_frozen(), batch_shapes(experiment))
     build_optimizer(dataclasses.replace(experiment, task=task), seen[step])
-    seen[everything] = Loaded(str(run.workdir), task.model, zeros), () if task.metric else task.names
+    model = task.model | {"preprocessing": preprocessing(config, experiment.train_source.class_names)}
+    seen[everything] = Loaded(str(run.workdir), model, zeros), () if task.metric else task.names
     return seen[everything]
 
 
@@ -93,6 +94,5 @@ def _key(config: ConfigDict, kept: dict[str, Loaded], without: tuple[str, ...] =
         values.pop(name)
     text = json.dumps(values, sort_keys=True, default=str)
     for path, loaded in kept.items():
-        read = {part: loaded.model.get(part) for part in ("encoder", "classifier")}  # all that is read of another run
-        text = text.replace(json.dumps(path), json.dumps(read, sort_keys=True))
+        text = text.replace(json.dumps(path), json.dumps(loaded.model, sort_keys=True))
     return text

@@ -1,4 +1,4 @@
-"""What tasks do with an MAE decoder: build it, fill it from a checkpoint, and add its loss to another task's."""
+"""The MAE decoder in tasks: building it, loading it from a checkpoint, and its loss beside distillation."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,11 @@ from tinymim_jax.tasks.task import Params
 
 
 def build_decoder(sizes: ConfigDict, encoder: ViT) -> MaeDecoder:
-    """The decoder of `config.mae`, or of `config.distill.mim`, behind this encoder."""
+    """A decoder for this encoder.
+
+    Args:
+      sizes: `config.mae` or `config.distill.mim`.
+    """
     return MaeDecoder(
         grid=encoder.grid,
         patch_size=encoder.patch_size,
@@ -33,7 +37,7 @@ def build_decoder(sizes: ConfigDict, encoder: ViT) -> MaeDecoder:
 
 
 def check_no_dist_token(encoder: ViT) -> None:
-    """Raises ValueError for an encoder with a token that MAE's decoder has no place for."""
+    """Raises ValueError for an encoder with a DIST token, which the MAE decoder does not handle."""
     if encoder.dist_token:
         raise ValueError(
             "model.dist_token=True: a decoder of pixels reads the CLS and patch tokens only; set it to False. "
@@ -47,7 +51,7 @@ def decoder_record(decoder: MaeDecoder) -> dict[str, Any]:
 
 
 def fill_decoder(params: Params, loaded: Loaded, decoder: MaeDecoder) -> Params:
-    """`params` with the loaded decoder. Without one of this architecture they are returned as they are, and logged."""
+    """`params` with the checkpoint's decoder; unchanged, with a log line, where it has none of this architecture."""
     if not same_part(loaded, "decoder", decoder_record(decoder)):
         return params
     # Converted files hold the decoder's fixed position table as well.
@@ -56,7 +60,12 @@ def fill_decoder(params: Params, loaded: Loaded, decoder: MaeDecoder) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class PixelPrediction:
-    """MAE's loss beside distillation: the hidden patches of the student's own view, from what it sees of it."""
+    """MAE's loss as an addition to distillation: the student's own view is masked, and its hidden patches predicted.
+
+    weight: factor of this loss in the sum.
+    mask_ratio: share of the patches that is hidden.
+    normalize_pixels: each target patch is normalized by its own mean and standard deviation.
+    """
 
     student: ViT
     decoder: MaeDecoder
@@ -71,7 +80,14 @@ class PixelPrediction:
         return {"decoder": self.decoder.init(fold_in_name(key, "decoder"), latent, masking.restore)["params"]}
 
     def losses(self, params: Params, tokens: jax.Array, images: jax.Array, masking: Masking) -> jax.Array:
-        """float32 [batch] from the student's last block output and the pixels that it was shown a part of."""
+        """float32 [batch].
+
+        Args:
+          params: "encoder" and "decoder".
+          tokens: the student's last block output for the visible patches.
+          images: the normalized pixels of the whole view.
+          masking: which patches were hidden.
+        """
         latent: Any = self.student.apply({"params": params["encoder"]}, tokens, method="finish")
         prediction: Any = self.decoder.apply({"params": params["decoder"]}, latent, masking.restore)
         target = patchify(images, self.student.patch_size)
@@ -79,7 +95,7 @@ class PixelPrediction:
 
 
 def pixel_prediction(distill: ConfigDict, student: ViT) -> PixelPrediction | None:
-    """What `distill.mim_weight` and `distill.mim` ask for; None where the weight is 0."""
+    """The loss that `distill.mim_weight` and `distill.mim` configure; None where the weight is 0."""
     weight, ratio = distill.mim_weight, distill.mask_ratio
     normalize_pixels, decoder = distill.mim.normalize_pixels, build_decoder(distill.mim, student)
     if weight < 0:

@@ -1,4 +1,4 @@
-"""What all tasks do with encoders: build one from the config, and fill it from a checkpoint."""
+"""Encoders from the config, and checkpoints as the start or the teacher of a training."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def build_encoder(model: ConfigDict, **overrides: Any) -> ViT:
-    """The encoder of `config.model`: a preset, with every number that is set in the config in its place."""
+    """The encoder that `config.model` describes: a preset, with the values that the config sets.
+
+    Args:
+      overrides: fields of ViT that replace those of the config.
+    """
     if model.variant not in PRESETS:
         raise unknown("model.variant", model.variant, PRESETS)
     fields: dict[str, Any] = dict(PRESETS[model.variant])
@@ -59,7 +63,11 @@ def compute_dtype(model: ConfigDict) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint on the host: its architecture record and its parameters."""
+    """A checkpoint in host memory.
+
+    model: the content of its model.json, the architecture above all.
+    params: nested dicts of numpy arrays.
+    """
 
     path: str
     model: dict[str, Any]
@@ -71,7 +79,10 @@ _KEPT: dict[str, Loaded] | None = None
 
 @contextlib.contextmanager
 def keeping_checkpoints() -> Iterator[dict[str, Loaded]]:
-    """Inside the block every checkpoint is read once. What is put into the dict stands for one yet to be made."""
+    """Inside the block `load` reads each checkpoint once and keeps it in the returned dict, by path.
+
+    An entry that is added to the dict takes the place of a checkpoint that does not exist yet.
+    """
     global _KEPT
     _KEPT = kept = {}
     try:
@@ -81,7 +92,7 @@ def keeping_checkpoints() -> Iterator[dict[str, Loaded]]:
 
 
 def load(path: str) -> Loaded:
-    """Reads an export, a converted file or a run of ours."""
+    """Reads an export, what `tinymim convert` wrote, or the workdir of a run."""
     if _KEPT is not None and path in _KEPT:
         return _KEPT[path]
     model, params = load_params(path)
@@ -92,7 +103,7 @@ def load(path: str) -> Loaded:
 
 
 def same_part(loaded: Loaded, part: str, record: dict[str, Any]) -> bool:
-    """Whether the checkpoint has this part with this architecture; otherwise a line says that it starts afresh."""
+    """Whether the checkpoint has this part with this architecture; otherwise logs that it starts from scratch."""
     found = loaded.model.get(part)
     if found is None:
         log.info("init: %s has no %s; it starts from its initialization", loaded.path, part)
@@ -103,7 +114,7 @@ def same_part(loaded: Loaded, part: str, record: dict[str, Any]) -> bool:
 
 
 def log_unused(loaded: Loaded, taken: Collection[str]) -> None:
-    """Logs which parts of the checkpoint, such as a decoder or a classifier's head, the task has no use for."""
+    """Logs which parts of the checkpoint, such as a decoder or a classifier's head, the task does not use."""
     if unused := sorted(set(loaded.params) - set(taken)):
         log.info("init: of %s this task does not use %s", loaded.path, ", ".join(unused))
 
@@ -153,11 +164,11 @@ def class_order(loaded: Loaded, class_names: Sequence[str], data: str) -> np.nda
 
 
 def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
-    """The loaded encoder's parameters with a position table as `encoder` wants it.
+    """The loaded encoder's parameters with the position table that `encoder` needs.
 
-    A learned table is resized to the encoder's grid as torch's bicubic would; a DIST token that is new to it gets the
-    CLS token's fixed position, zeros. An encoder with a fixed sin-cos table takes none, so one that comes with the
-    file must be that table: anything else would be lost without a word.
+    A learned table is resized to the encoder's grid by the bicubic interpolation of torch; if the encoder has a DIST
+    token and the checkpoint has none, its position is zeros, as the CLS token's is. An encoder with a fixed sin-cos
+    table has no such parameter, so a table in the checkpoint must equal it; any other is a ValueError.
     """
     params = dict(loaded.params["encoder"])
     record = ViT.from_record(loaded.model["encoder"])
@@ -177,10 +188,11 @@ def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
 
 
 def fill_encoder(params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bool = True) -> Params:
-    """`params` with the encoder taken from `loaded`; a difference in architecture is an error that lists it.
+    """`params` with the encoder of `loaded`.
 
-    Head counts leave no trace in the shapes, so they are compared too, unless `same_heads` is False. A DIST token
-    that the checkpoint does not have keeps its initial value.
+    Parameters that differ in name or shape are an error that lists them. Numbers of attention heads do not show in
+    shapes, so the recorded ones are compared, unless `same_heads` is False. A DIST token that the checkpoint lacks
+    keeps its initial value, with a log line.
     """
     if same_heads and tuple(loaded.model["encoder"]["heads"]) != encoder.block_heads:
         raise ValueError(
@@ -190,5 +202,7 @@ def fill_encoder(params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bo
         )
     unused = () if encoder.final_norm else ("norm",)
     new = () if loaded.model["encoder"].get("dist_token") else ("dist_token",)
+    if encoder.dist_token and new:
+        log.info("init: %s has no DIST token; it starts from its initialization", loaded.path)
     filled = merge(params["encoder"], fit_positions(loaded, encoder), allow_missing=new, allow_unused=unused)
     return params | {"encoder": filled}

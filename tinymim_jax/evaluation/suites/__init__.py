@@ -1,1 +1,1 @@
-"""Test suites: ImageNet and its variants, and labelled sets of one's own."""
+"""Evaluation of classifiers on test suites: ImageNet's test sets, and labelled sets of the user."""

@@ -1,4 +1,4 @@
-"""What fine-tuning does with a last block of which distillation trained q, k and v only."""
+"""The last block in fine-tuning: distillation of relations has trained nothing of it beyond q, k and v."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tinymim_jax.tasks.task import Params
 
 
 def _zero_init(block: Params, previous: Params) -> Params:
-    """Both branches end in zeros, so the block is the identity until it learns otherwise."""
+    """Zero outputs of both branches: the block starts as the identity."""
     del previous
     proj = jax.tree.map(np.zeros_like, block["attn"]["proj"])
     fc2 = jax.tree.map(np.zeros_like, block["mlp"]["fc2"])
@@ -25,26 +25,26 @@ def _copy_previous(block: Params, previous: Params) -> Params:
     return block | {"attn": attn, "norm2": previous["norm2"], "mlp": previous["mlp"]}
 
 
-# (last block, the one before) -> what takes the place of the last one.
+# (last block, the block before it) -> new last block.
 _REMEDIES: dict[str, Callable[[Params, Params], Params]] = {"zero_init": _zero_init, "copy_previous": _copy_previous}
 LAST_BLOCK = ("keep", *_REMEDIES, "drop")
 
 
 def check_last_block(choice: str, *, pretrained: bool) -> None:
-    """Raises ValueError for a choice that there is not, or that has no checkpoint to act on."""
+    """Raises ValueError for an unknown choice, and for one that changes a pre-trained block where there is none."""
     if choice not in LAST_BLOCK:
         raise unknown("classify.last_block", choice, LAST_BLOCK)
     if choice != "keep" and not pretrained:
         raise ValueError(
-            f"classify.last_block={choice!r} says what becomes of a pre-trained block, but init is empty: name a "
+            f"classify.last_block={choice!r} changes a pre-trained encoder's last block, but init is empty: name a "
             "checkpoint, or set classify.last_block='keep'"
         )
 
 
 def with_last_block(loaded: Loaded, choice: str) -> Loaded:
-    """The checkpoint with its last block treated as `choice` of LAST_BLOCK says.
+    """The checkpoint with its last block changed by `choice`, one of LAST_BLOCK.
 
-    A checkpoint that has been a classifier is returned as it is: its last block has learnt.
+    A fine-tuned classifier is returned unchanged, as its last block has been trained.
     """
     if choice == "keep" or "classifier" in loaded.model:
         return loaded
@@ -62,5 +62,5 @@ def with_last_block(loaded: Loaded, choice: str) -> Loaded:
 
 
 def without_last_block(encoder: ViT) -> ViT:
-    """The network that `drop` fine-tunes."""
+    """The encoder that classify.last_block='drop' fine-tunes: one block shorter."""
     return encoder.clone(depth=encoder.depth - 1, heads=encoder.block_heads[:-1])

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 LOSSES = ("softmax", "bce")
 # (key, normalized images, soft targets) -> images and targets
 Augmentation = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-# Heads of every block in the authors' fine-tuning code, by width (models_vit.py), whatever pre-training had.
+# Attention heads of every block in the authors' fine-tuning code, by width (models_vit.py).
 OFFICIAL_HEADS = {192: 3, 384: 6, 768: 12}
 
 
@@ -114,7 +114,7 @@ class Classification:
         targets = soft_targets(labels, self.network.classes, smoothing=self.smoothing if train else 0.0)
         if train and self.augment:
             images, targets = self.augment(key, images, targets)
-            labels = jnp.argmax(targets, axis=1)  # of a mixed image the label that weighs more
+            labels = jnp.argmax(targets, axis=1)  # for a mixed image, the label of larger weight
         drop_key = fold_in_name(key, "drop_path") if train else None
         both: Any = self.network.apply({"params": params}, images, drop_key=drop_key, method="logits")
         first, second = both
@@ -136,11 +136,11 @@ def _criterion(classify: ConfigDict, classes: int) -> Callable[[jax.Array, jax.A
         raise unknown("classify.loss", kind, LOSSES)
     if kind == "softmax":
         return soft_cross_entropy
-    lowest = classify.label_smoothing / classes  # the target of every class that an image does not show
+    lowest = classify.label_smoothing / classes  # the smoothed target of every class but the image's own
     if threshold is not None and not lowest <= threshold < 1:
         raise ValueError(
-            f"classify.bce_threshold={threshold} would count all classes as shown, or none: choose one from "
-            f"{lowest:.3g} (classify.label_smoothing over the classes) to below 1, or None for soft targets"
+            f"classify.bce_threshold={threshold} would turn the targets of all classes into 1, or all into 0: choose "
+            f"one from {lowest:.3g} (classify.label_smoothing over the classes) to below 1, or None for soft targets"
         )
     return functools.partial(binary_cross_entropy, threshold=threshold)
 
@@ -148,13 +148,15 @@ def _criterion(classify: ConfigDict, classes: int) -> Callable[[jax.Array, jax.A
 def _augmentation(classify: ConfigDict) -> Augmentation | None:
     """Random erasing, then mixup or cutmix; None where all are off.
 
-    timm's order: its loader erases, and whole batches are mixed.
+    In timm's order: its data loader erases, and batches are mixed after that.
     """
     mixup, cutmix, erase = classify.mixup, classify.cutmix, classify.erase
     prob, switch_prob = classify.mixup_prob, classify.switch_prob
     for name, value in (("mixup", mixup), ("cutmix", cutmix)):
         if value < 0:
-            raise ValueError(f"classify.{name}={value}: choose the parameter of a Beta law, or 0 for none")
+            raise ValueError(
+                f"classify.{name}={value}: choose a positive parameter of the Beta distribution, or 0: off"
+            )
     for name, value in (("mixup_prob", prob), ("switch_prob", switch_prob), ("erase", erase)):
         if not 0 <= value <= 1:
             raise ValueError(f"classify.{name}={value} is a probability: choose 0 to 1")
@@ -175,7 +177,7 @@ def _augmentation(classify: ConfigDict) -> Augmentation | None:
 
 
 def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
-    """The encoder to fine-tune; its attention heads are a choice when they were pre-trained."""
+    """The encoder to fine-tune, with the attention heads that `classify.heads` chooses."""
     choice, last_block = config.classify.heads, config.classify.last_block
     check_last_block(last_block, pretrained=loaded is not None)
     final_norm = needs_final_norm(config.classify.pool, config.classify.hidden_dim)

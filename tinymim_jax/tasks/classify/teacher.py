@@ -34,7 +34,7 @@ _HEADS = ("head", "head_dist")  # of a Classifier; their parameters end in [...,
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedTeacher:
-    """A classifier, its weights on the host, and how a student learns from it.
+    """A classifier, its weights on the host, and the loss by which a student learns from it.
 
     alpha: share of the distillation in the loss; the labels have the rest.
     distance: (student's logits, teacher's logits) -> float32 [batch].
@@ -56,18 +56,23 @@ class SupervisedTeacher:
         return {"teacher": teacher_record(self.loaded, self.own)}
 
     def weights(self) -> Params:
-        """What the step is given as its frozen weights; the encoder's in the dtype of the computation."""
+        """The frozen weights for the training step; the encoder's in the dtype of the computation."""
         encoder, dtype = fit_positions(self.loaded, self.network.encoder), self.network.encoder.dtype
         params = self.loaded.params | {"encoder": jax.tree.map(lambda leaf: np.asarray(leaf, dtype), encoder)}
         return reorder_heads(params, self.order)
 
     def logits(self, frozen: Params, images: jax.Array) -> jax.Array:
-        """float32 [batch, classes], without a gradient, of the student's images: augmented, normalised."""
+        """float32 [batch, classes], without a gradient.
+
+        Args:
+          frozen: from `weights`.
+          images: the student's, augmented and normalized; they are brought to the teacher's pixel scale and size.
+        """
         encoder = self.network.encoder
         if self.shown != self.own or images.shape[1:3] != encoder.image_size:
             mean, std = (np.asarray(values, np.float32) for values in self.shown)
             pixels = 255 * (images * std + mean)
-            # The noise of random erasing lies outside 0..255: only where the size differs is it clipped.
+            # Resizing clips to 0..255, so the noise of random erasing, which lies outside, differs where sizes do.
             images = normalize(resize_images(pixels, encoder.image_size), *self.own)
         logits: Any = self.network.apply({"params": frozen}, images)
         return jax.lax.stop_gradient(logits)

@@ -1,4 +1,4 @@
-"""Which student blocks are compared with which teacher blocks, with how many heads, and what the comparison trains."""
+"""Pairs of student and teacher blocks: which are compared, with how many heads, the losses, and their adapters."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two blocks, what they are compared on, and how the parts of that loss are called."""
+    """Two blocks, the target that compares them, and the names of the parts of their loss in the logs."""
 
     blocks: Blocks
     target: Target
@@ -45,8 +45,8 @@ def find_blocks(distill: ConfigDict, student_depth: int, teacher_depth: int, tea
         return (Blocks(student_tap or student_depth, teacher_tap),)
     if student_tap is not None or distill.teacher.tap is not None:
         raise ValueError(
-            f"distill.taps={taps!r} names all blocks, but distill.student_tap={student_tap} and distill.teacher.tap="
-            f"{distill.teacher.tap} name one too: set both to None, or distill.taps to None"
+            f"distill.taps={taps!r} gives all pairs of blocks, but distill.student_tap={student_tap} or "
+            f"distill.teacher.tap={distill.teacher.tap} gives a block too: set both to None, or distill.taps to None"
         )
     if not isinstance(taps, Sequence) or isinstance(taps, str) or not taps:
         raise _not_taps(taps)
@@ -55,7 +55,7 @@ def find_blocks(distill: ConfigDict, student_depth: int, teacher_depth: int, tea
         _check_block("distill.taps", pair.student, student_depth, "student")
         _check_block("distill.taps", pair.teacher, teacher_depth, "teacher")
     if len({(pair.student, pair.teacher) for pair in pairs}) < len(pairs):
-        raise ValueError(f"distill.taps={taps!r} names a pair twice: leave one out and give the other its weight")
+        raise ValueError(f"distill.taps={taps!r} has a pair twice: leave one out and add its weight to the other's")
     return tuple(pairs)
 
 
@@ -77,7 +77,7 @@ def _not_taps(taps: Any) -> ValueError:
 
 def _check_block(key: str, block: int, depth: int, whose: str) -> None:
     if not 1 <= block <= depth:
-        raise ValueError(f"{key}: block {block} is none of the {whose}'s; it has blocks 1 to {depth}")
+        raise ValueError(f"{key}: the {whose} has no block {block}; it has blocks 1 to {depth}")
 
 
 def align_heads(distill: ConfigDict, student: ViT, teacher: ViT, pairs: Sequence[Blocks]) -> ViT:
@@ -107,7 +107,7 @@ def align_heads(distill: ConfigDict, student: ViT, teacher: ViT, pairs: Sequence
 
 
 def make_pairs(distill: ConfigDict, student: ViT, teacher: ViT, blocks: Sequence[Blocks]) -> tuple[Pair, ...]:
-    """The target of each pair of blocks; relation heads are the teacher's unless the config says otherwise."""
+    """The pairs with their targets; there are as many relation heads as the teacher has unless the config says more."""
     losses = {"relation_loss": distill.relation_loss, "feature_loss": distill.feature_loss, "beta": distill.beta}
     pairs = []
     for pair in blocks:
@@ -133,7 +133,12 @@ def _check_relation_heads(heads: int, student: int, teacher: int) -> None:
 
 
 def compare(pairs: Sequence[Pair], adapters: Params, student: Sequence[Tap], teacher: Sequence[Tap]) -> PerExample:
-    """Losses by name, each unweighted, and their weighted sum as "loss". The teacher's side gets no gradient."""
+    """Losses by name, each unweighted, and their weighted sum as "loss"; the teacher gets no gradient.
+
+    Args:
+      adapters: from `init_adapters`; not read where no target has adapters.
+      student, teacher: the tap of each pair.
+    """
     weighted, parts = [], {}
     for i, (pair, seen, wanted) in enumerate(zip(pairs, student, teacher, strict=True)):
         extracted = pair.target.extract(seen)
@@ -147,7 +152,7 @@ def compare(pairs: Sequence[Pair], adapters: Params, student: Sequence[Tap], tea
 
 
 def init_adapters(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher: ViT) -> Params:
-    """A Linear from the student's width to the teacher's for each feature of each pair; {} where no target has any."""
+    """A Linear from the student's width to the teacher's for each feature of each pair; {} where no target needs it."""
     feature = jnp.zeros((1, student.embed_dim))
     linear = Dense(teacher.embed_dim)
     return {
@@ -160,7 +165,7 @@ def init_adapters(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher: 
 
 
 def adapter_record(distill: ConfigDict, pairs: Sequence[Pair], teacher: ViT) -> dict[str, Any]:
-    """What adapters mean, as plain JSON: those of another target or other blocks cannot take their place."""
+    """What the adapters were trained for, as plain JSON: they fit no other target, blocks or width."""
     blocks = [[pair.blocks.student, pair.blocks.teacher] for pair in pairs]
     return {"target": distill.target, "blocks": blocks, "embed_dim": teacher.embed_dim}
 

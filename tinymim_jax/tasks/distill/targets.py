@@ -1,7 +1,7 @@
-"""TARGETS: what student and teacher are compared on, and how.
+"""TARGETS: which features or relations of student and teacher are compared, and by which loss.
 
-Relations go by their letters, in any combination ('qk_vv', 'qq_kk_vv'); features by the rows of FEATURES.
-A new feature is one row there.
+A relation target is named by its letters in any combination ('qk_vv', 'qq_kk_vv'), a feature target by its row of
+FEATURES. A new feature is one row there.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ Comparison = Callable[[Array, Array], Float[Array, "batch"]]
 class Target:
     """One way to compare two taps.
 
-    names: of the parts of the loss.
-    extract: what is taken from a tap, by name. Only this is computed.
-    loss: (student, teacher) -> float32 [batch] for each name; training minimises the mean of their plain sum.
-    adapted: the student's arrays [batch, tokens, width] pass through a Linear to the teacher's width before `loss`.
+    names: the parts of the loss.
+    extract: tap -> the arrays that are compared, by name; nothing else of the network is computed.
+    loss: (student, teacher) -> float32 [batch] for each name; training minimizes the mean of their unweighted sum.
+    adapted: a Linear brings the student's arrays [batch, tokens, width] to the teacher's width before `loss`.
     """
 
     names: tuple[str, ...]
@@ -47,9 +47,9 @@ def relations(*names: str, loss: str = "kl", beta: float = 2.0, heads: int | Non
 
     Args:
       loss: 'kl' is KL(teacher || student) of their softmaxes; 'smooth_l1' and 'mse' compare the scaled products.
-      beta: where smooth-L1 turns linear.
-      heads: q, k and v are cut into this many relation heads (`ops.relations.resplit`). None takes the heads of
-        attention, of which both tapped blocks must then have equally many.
+      beta: the distance from which smooth-L1 is linear.
+      heads: q, k and v are split into this many relation heads (`ops.relations.resplit`). None keeps the attention
+        heads, of which both tapped blocks must have the same number.
     """
     compare = _chosen("relation_loss", loss, {"kl": relation_kl, **_distances(beta)})
 
@@ -91,12 +91,12 @@ def _joined(name: str) -> Callable[[Tap], Array]:
     return take
 
 
-# What is taken from a tap, [batch, tokens, width], by the name of its part of the loss.
+# By target: the arrays [batch, tokens, width] that it takes from a tap, by the name of their part of the loss.
 FEATURES: dict[str, dict[str, Callable[[Tap], Array]]] = {
     "cls": {"cls": lambda tap: tap.output[:, :1]},
     "output": {"output": lambda tap: tap.output},
     "ffn": {"ffn": lambda tap: tap.ffn},
-    # The block's output under the name of the paper's comparison of branches before and after their residual sum.
+    # The block's output again, named as in the paper's comparison of branches before and after the residual sum.
     "ffn_residual": {"ffn_residual": lambda tap: tap.output},
     "attention": {"attention": lambda tap: tap.attention},
     "attention_residual": {"attention_residual": lambda tap: tap.middle},
@@ -108,10 +108,10 @@ FEATURES: dict[str, dict[str, Callable[[Tap], Array]]] = {
 
 
 def features(name: str, *, loss: str = "smooth_l1", beta: float = 2.0) -> Target:
-    """A row of FEATURES against the teacher's, which passes a LayerNorm without scale and bias first.
+    """The target of a row of FEATURES: the student's feature, behind a Linear, against the teacher's normalized one.
 
-    The student's always passes a Linear, at equal widths too: the teacher's feature is normalised and the student's is
-    not, and so all widths are treated alike. `loss` is 'smooth_l1' (published, with beta 2), 'mse' or 'cosine'.
+    The teacher's feature passes a LayerNorm without scale and bias. The student's always passes a Linear, also where
+    widths are equal, because it is not normalized. `loss` is 'smooth_l1' (published, with beta 2), 'mse' or 'cosine'.
     """
     take = FEATURES[name]
     compare = _chosen("feature_loss", loss, {**_distances(beta), "cosine": cosine_distance})
@@ -126,7 +126,7 @@ def features(name: str, *, loss: str = "smooth_l1", beta: float = 2.0) -> Target
 
 
 def _normalized(student: Array, teacher: Array) -> Array:
-    """The teacher's feature, normalised token by token in float32."""
+    """The teacher's feature, each token normalized in float32."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"the student's feature is {student.shape} and the teacher's {teacher.shape}: bring it to the teacher's "
@@ -138,7 +138,7 @@ def _normalized(student: Array, teacher: Array) -> Array:
 
 def _distances(beta: float) -> dict[str, Comparison]:
     if not beta > 0:
-        raise ValueError(f"distill.beta={beta} must be positive: smooth-L1 turns linear there; the paper has 2")
+        raise ValueError(f"distill.beta={beta} must be positive: smooth-L1 is linear beyond it; the paper has 2")
     return {"smooth_l1": functools.partial(smooth_l1, beta=beta), "mse": mean_squared}
 
 
@@ -148,7 +148,7 @@ def _chosen(key: str, name: str, choices: Mapping[str, Comparison]) -> Compariso
     return choices[name]
 
 
-# With their published losses. Other orders of the letters are the same target.
+# All targets with their published losses. Another order of the letters gives the same target.
 TARGETS: dict[str, Target] = {
     "_".join(names): relations(*names)
     for count in range(1, len(RELATIONS) + 1)
@@ -164,11 +164,11 @@ def find_target(
     beta: float = 2.0,
     relation_heads: int | None = None,
 ) -> Target:
-    """The target of that name with these losses; an error names the nearest one."""
+    """The target of that name with these losses; the error for an unknown name suggests the nearest one."""
     of_features = functools.partial(features, loss=feature_loss, beta=beta)
     of_relations = functools.partial(relations, loss=relation_loss, beta=beta, heads=relation_heads)
     for check, one in ((of_features, "output"), (of_relations, "qk")):
-        check(one)  # also the losses of the kind that is not asked for
+        check(one)  # validates the losses of both kinds, whichever is used
     if name in FEATURES:
         return of_features(name)
     parts = name.split("_")

@@ -1,4 +1,4 @@
-"""TEACHERS: published checkpoints by name, and which block of each is tapped."""
+"""TEACHERS: published checkpoints by name, with the block of each that is tapped."""
 
 import dataclasses
 import pathlib
@@ -14,11 +14,11 @@ from tinymim_jax.tasks.stand_in import StandIn, encoder_zeros, is_missing
 class Teacher:
     """A published checkpoint.
 
-    embed_dim, depth: the architecture that its file must hold.
-    tap: block, counted from 1, that the paper distils from.
-    family: what `tinymim convert --from` is told.
+    embed_dim, depth: the architecture of the encoder in its file.
+    tap: block, counted from 1, that the paper distills from.
+    family: the argument of `tinymim convert --from`.
     url: where its authors offer the file.
-    md5: first six digits, as published by its authors; None where they gave none.
+    md5: first six digits of the file's checksum, as published by its authors; None where they published none.
     patch_size: side of its square patches, in pixels.
     """
 
@@ -35,26 +35,26 @@ _MAE = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_"
 _TINYMIM = "https://drive.google.com/drive/folders/10L305AoXyBSjJK7WfhBlxi3PF2Ni31Yu"
 
 TEACHERS: dict[str, Teacher] = {
-    # MAE release, README. Tapped blocks: TinyMIM, models_teacher.py and the paper's table on the target block;
-    # for ViT-H, which the paper does not study, three quarters of the depth as for ViT-L.
+    # MAE release, README. Tapped blocks: TinyMIM, models_teacher.py, and the paper's table on the target block. The
+    # paper does not study ViT-H: three quarters of the depth, as for ViT-L.
     "mae_vit_base": Teacher(768, 12, 12, "mae", _MAE + "base.pth", "8cad7c"),
     "mae_vit_large": Teacher(1024, 24, 18, "mae", _MAE + "large.pth", "b8b06e"),
     "mae_vit_huge": Teacher(1280, 32, 24, "mae", _MAE + "huge.pth", "9bdbb0", patch_size=14),
-    # The authors' own students, for sequential distillation: only q, k, v of the last block were ever trained.
+    # The authors' own students, for sequential distillation; of the last block only q, k and v were trained.
     "tinymim_vit_base": Teacher(768, 12, 12, "tinymim", _TINYMIM),
     "tinymim_vit_small": Teacher(384, 12, 12, "tinymim", _TINYMIM),
 }
 
 
 def find_teacher(name: str) -> Teacher:
-    """The row of TEACHERS, or an error that names the nearest one."""
+    """The row of TEACHERS; the error for an unknown name suggests the nearest one."""
     if name not in TEACHERS:
         raise unknown("distill.teacher.name", name, TEACHERS)
     return TEACHERS[name]
 
 
 def how_to_get(name: str, path: str) -> str:
-    """The commands that bring the named teacher to `path`."""
+    """Instructions for downloading the named teacher and converting it to `path`."""
     teacher = TEACHERS[name]
     file = pathlib.PurePosixPath(teacher.url).name if teacher.url.endswith(".pth") else "FILE.pth"
     checksum = f" (its md5 begins {teacher.md5})" if teacher.md5 else ""

@@ -1,4 +1,4 @@
-"""What student and teacher are shown of one batch, and how the teacher's tokens are brought to the student's."""
+"""The views of a batch for student and teacher, and the alignment of the teacher's tokens with the student's."""
 
 import dataclasses
 
@@ -17,12 +17,13 @@ from tinymim_jax.tasks.pretrained import Numbers
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The two views and what is hidden of them.
+    """The two views and the mask. Both views are of the same crop.
 
-    jitter, teacher_jitter: strengths of each view's own ColorJitter; the crop is one for both.
+    jitter, teacher_jitter: strengths of each view's own ColorJitter.
+    mean, std, teacher_mean, teacher_std: by which the pixels of each view are normalized.
     mask_ratio: share of the patches that is hidden from the student; 0 hides nothing.
-    teacher_masked: the same patches are hidden from the teacher. Otherwise it sees the whole image, and those of its
-      tokens are compared that the student has.
+    teacher_masked: the same patches are hidden from the teacher. Otherwise it sees the whole image, and only its tokens
+      at the student's visible patches are compared.
     grid, teacher_grid: patches (rows, columns) of each.
     teacher_size: height and width of the teacher's images, in pixels.
     """
@@ -40,7 +41,7 @@ class Inputs:
     teacher_size: tuple[int, int]
 
     def views(self, images: jax.Array, key: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Normalised pixels for student and teacher from uint8 [batch, height, width, 3]."""
+        """Normalized pixels for student and teacher from uint8 [batch, height, width, 3]."""
         student, teacher = images, images
         if train:
             student = _jittered(fold_in_name(key, "jitter"), images, self.jitter)
@@ -50,13 +51,13 @@ class Inputs:
         return normalize(student, self.mean, self.std), normalize(teacher, self.teacher_mean, self.teacher_std)
 
     def masking(self, key: jax.Array, batch: int) -> Masking | None:
-        """Patches hidden from the student, other ones in each image; None where all are visible."""
+        """The patches hidden from the student, drawn for each image; None where all are visible."""
         if not self.mask_ratio:
             return None
         return random_masking(fold_in_name(key, "masking"), batch, self.grid[0] * self.grid[1], self.mask_ratio)
 
     def aligned(self, tap: Tap, masking: Masking | None) -> Tap:
-        """The teacher's tap token by token as the student's: on its grid, and the visible patches only."""
+        """The teacher's tap with the tokens of the student's: on the student's grid, the visible patches only."""
         if self.teacher_grid != self.grid:
             tap = jax.tree.map(lambda tokens: resize_tokens(tokens, self.teacher_grid, self.grid), tap)
         if masking is not None and not self.teacher_masked:
@@ -67,8 +68,8 @@ class Inputs:
 def compared(tap: Tap, network: ViT) -> Tap:
     """The tap without the DIST token, where the network has one.
 
-    Relations are those of the tokens that any two networks have, CLS and patches: no softmax sees the DIST token. (The
-    authors pre-train without it and add it for fine-tuning.)
+    Student and teacher are compared on the tokens that both have, CLS and patches, so no softmax of a relation includes
+    the DIST token. (The authors pre-train without it and add it for fine-tuning.)
     """
     return jax.tree.map(without_dist_token, tap) if network.dist_token else tap
 
@@ -86,13 +87,13 @@ def build_inputs(config: ConfigDict, student: ViT, teacher: ViT, pixels: tuple[N
     kept_patches(student.grid[0] * student.grid[1], ratio)
     if masked and not ratio:
         raise ValueError(
-            "distill.teacher.masked=True hides from the teacher what the student does not see, but "
+            "distill.teacher.masked=True hides the student's hidden patches from the teacher, but "
             f"distill.mask_ratio={ratio}: set it, for example to 0.75, or distill.teacher.masked=False"
         )
     if masked and student.grid != teacher.grid:
         raise ValueError(
-            f"distill.teacher.masked=True needs one grid of patches for both, but the student's is {student.grid} and "
-            f"the teacher's {teacher.grid}: set distill.teacher.masked=False, or give both the same patches"
+            f"distill.teacher.masked=True needs the same grid of patches for both, but the student's is {student.grid} "
+            f"and the teacher's {teacher.grid}: set distill.teacher.masked=False, or give both the same patches"
         )
     return Inputs(
         jitter=dict(distill.jitter),

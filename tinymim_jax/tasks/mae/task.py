@@ -1,4 +1,4 @@
-"""Pre-training by masked image modelling (MAE, arXiv 2111.06377): pixels of hidden patches from the visible ones."""
+"""Pre-training by masked image modelling (MAE, arXiv 2111.06377): predict the pixels of hidden patches."""
 
 from collections.abc import Sequence
 from typing import Any
