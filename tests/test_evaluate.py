@@ -1,5 +1,6 @@
 """Evaluation of a classifier on a folder of images, against the network applied by hand."""
 
+import functools
 import logging
 import types
 
@@ -148,6 +149,28 @@ def test_fine_tuning_keeps_a_head_in_the_order_of_its_own_classes(tmp_path, clas
     assert (head["bias"] == 0.25).all()
     assert "is initialized anew" in caplog.text
     assert "'gnu'" in caplog.text
+
+
+def test_pixels_normalized_otherwise_are_refused(tmp_path, classifier, pets, caplog):
+    record, params = classifier
+    half = [0.5, 0.5, 0.5]
+    recorded = {"mean": [0.485, 0.456, 0.406], "std": half, "interpolation": "bilinear", "class_names": PETS}
+    save_params(tmp_path / "other", params, record | {"preprocessing": recorded})
+    message = r"normalized by mean \(0\.485, 0\.456, 0\.406\), but the config has mean \(0\.5, .*: add 'data\.mean="
+    for function in (evaluate_checkpoint, functools.partial(evaluate_knn, neighbors=(1,)), evaluate_probe):
+        with pytest.raises(ValueError, match=message):
+            function(config_of(pets, "train.batch_size=8"), tmp_path / "other")
+    assumed = recorded | {"origin": {"mean": "assumed", "interpolation": "given"}}
+    save_params(tmp_path / "assumed", params, record | {"preprocessing": assumed})
+    with caplog.at_level(logging.WARNING):
+        evaluate_checkpoint(config_of(pets), tmp_path / "assumed")
+    assert "expects interpolation='bilinear', and is evaluated with 'bicubic'" in caplog.text
+
+
+def test_a_dist_token_that_is_not_there_is_no_random_head(tmp_path, classifier, pets):
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), PETS)
+    with pytest.raises(ValueError, match=r"has no DIST token, but the config has model\.dist_token=True"):
+        evaluate_checkpoint(config_of(pets, "model.dist_token=True"), checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------ damaged images

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.params import load_params
-from tinymim_jax.class_names import match_classes
+from tinymim_jax.class_names import REMEDY, match_classes
 from tinymim_jax.data.pipeline import Batches
+from tinymim_jax.evaluation.checks import check_preprocessing
 from tinymim_jax.evaluation.collect import count_substituted
 from tinymim_jax.experiment import build_experiment, evaluation_batches, task_type
 from tinymim_jax.metrics import Metric, Tally
@@ -59,19 +60,26 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Figures of `checkpoint` (a run, or a converted file) under the experiment of `config`.
 
-    Raises ValueError when the checkpoint lacks what the experiment evaluates, such as a classifier's head, and
-    ClassMismatch (a ValueError) when its classes are not those of the data.
+    Raises ValueError when the checkpoint lacks what the experiment evaluates, such as a classifier's head, or was
+    trained on pixels normalized otherwise; ClassMismatch (a ValueError) when its classes are not those of the data.
     """
     config = ConfigDict(config.to_dict() | {"init": str(checkpoint)})
     config = task_type(config).for_evaluation(config).lock()
     model, _ = load_params(checkpoint)
+    check_preprocessing(config, model, str(checkpoint))
     experiment = build_experiment(config, data_dir=data_dir)
     task = experiment.task
     known = model.get("preprocessing", {}).get("class_names")
     if known and "classifier" in model and "classifier" in task.model:
         # Without names this happens in `task.start`, which takes the head; there a mismatch is no error.
-        names = experiment.train_source.class_names
-        match_classes(known, names, classifier=str(checkpoint), data=repr(config.data.source))
+        names, data = experiment.train_source.class_names, config.data.source
+        remedy = f"{REMEDY}. For data with only some of the classes: --suite {data}@{config.data.eval_split}"
+        match_classes(known, names, classifier=str(checkpoint), data=repr(data), remedy=remedy)
+    if bool(model["encoder"].get("dist_token")) != bool(task.model["encoder"].get("dist_token")):
+        raise ValueError(
+            f"{checkpoint} has {'a' if model['encoder'].get('dist_token') else 'no'} DIST token, but the config has "
+            f"model.dist_token={config.model.dist_token}: change it"
+        )
     for part, record in task.model.items():
         if part != "encoder" and model.get(part) != record:
             raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from tinymim_jax.evaluation.checks import check_preprocessing
 from tinymim_jax.evaluation.features import labelled_splits, split_features
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.neighbors import nearest, unit_length, vote
@@ -56,6 +57,7 @@ def evaluate_knn(
 
     mesh = make_mesh()
     loaded = load(str(checkpoint))
+    check_preprocessing(config, loaded.model, str(checkpoint))
     image_size = tuple(config.model.image_size)
     encoder = ViT.from_record(loaded.model["encoder"], image_size=image_size, dtype=compute_dtype(config.model))
     params = place_frozen(fit_positions(loaded, encoder), mesh)

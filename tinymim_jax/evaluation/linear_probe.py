@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from tinymim_jax import optim
 from tinymim_jax.checkpoints.params import check_free, save_params
 from tinymim_jax.checkpoints.probes import folded_head, frozen_parts
+from tinymim_jax.evaluation.checks import check_preprocessing
 from tinymim_jax.evaluation.features import labelled_splits, split_features
 from tinymim_jax.experiment import preprocessing
 from tinymim_jax.ops.batch_norm import EPS
@@ -82,6 +83,7 @@ def evaluate_probe(
     splits = labelled_splits(config, data_dir=data_dir, purpose="a head is trained and evaluated by them")
     classes, mesh = splits.train.classes, make_mesh()
     loaded = load(str(checkpoint))
+    check_preprocessing(config, loaded.model, str(checkpoint))
     network = probed_network(loaded, config.model, pool, classes)
     frozen = frozen_parts(loaded.model, loaded.params, image_size=network.encoder.image_size, pool=pool)
     placed = place_frozen(frozen["encoder"], mesh)
