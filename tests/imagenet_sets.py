@@ -1,4 +1,4 @@
-"""Tiny TFDS sets that bear the names, features and label spaces of ImageNet's test sets."""
+"""Tiny TFDS sets with the names, features and label spaces of ImageNet's test sets."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from tinymim_jax.data.sources.imagenet import imagenet_classes
 
 
 class _Pictures(tfds.core.GeneratorBasedBuilder):
-    """`pictures` uint8 [height, width, 3] of `labels`; what is not set here a subclass sets."""
+    """`pictures` uint8 [height, width, 3] with `labels`; subclasses set the other attributes."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None
@@ -54,6 +54,6 @@ def write_set(data_dir, name: str, pictures, labels, *, split: str = "test", **f
 
 
 def pictures(seed: int, count: int, size: tuple[int, int] = (40, 48)) -> np.ndarray:
-    """Smooth random pictures uint8 [count, *size, 3], unlike each other in colour and pattern."""
+    """Smooth random images uint8 [count, *size, 3] that differ in colour and pattern."""
     coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
     return np.stack([np.asarray(Image.fromarray(each).resize(size[::-1], Image.Resampling.BICUBIC)) for each in coarse])

@@ -1,4 +1,4 @@
-"""States like those of training, and ways to damage what was saved of them."""
+"""States like those of training, and ways to damage their checkpoints."""
 
 import shutil
 from typing import Any
@@ -55,7 +55,7 @@ def assert_same_bits(got, want):
 
 
 def largest_file(directory):
-    """The file that holds most of the numbers; noise fills it, so its middle is a number that is in use."""
+    """The largest file of a checkpoint. Its arrays are noise, so damage in the middle changes a value."""
     return max((directory / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
 
 

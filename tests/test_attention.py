@@ -1,4 +1,4 @@
-"""The forms written for the CPU against the plain ones, and against numpy."""
+"""The CPU variants of operations against the plain ones, and against numpy."""
 
 import math
 
@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Makes the ops take the forms that accelerators get."""
+    """Makes the ops use the plain variants, as on accelerators."""
     for module in ("attention", "layer_norm"):
         monkeypatch.setattr(f"tinymim_jax.ops.{module}.on_cpu", lambda: False)
 
@@ -32,7 +32,7 @@ def heads(scale: float = 1.0, dtype=jnp.float32):
 
 
 def equations(jaxpr):
-    """Those of a program and of all within it."""
+    """The equations of a jaxpr and of all jaxprs inside it."""
     for equation in jaxpr.eqns:
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
         for each in inner:
@@ -51,7 +51,7 @@ def test_attention_in_numpy():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 def test_attention_and_its_gradient_do_not_depend_on_the_form(plain, dtype, tolerance):
-    """bfloat16 keeps 8 bits; the two forms round at different places."""
+    """bfloat16 has 8 bits, and the two variants round in different places."""
     arguments, cotangent = heads(dtype=dtype), heads()[0].astype(dtype)
     want, want_vjp = jax.vjp(attention, *arguments)
     got, got_vjp = jax.vjp(attention_for_cpu, *arguments)
@@ -74,7 +74,7 @@ def test_gradient_of_products_in_numpy():
 
 
 def test_with_bfloat16_no_product_is_of_float32(plain):
-    """Forward and backward: a float32 product over all pairs of tokens is many times as slow on a GPU."""
+    """In both passes. A float32 product over all pairs of tokens is many times slower on a GPU."""
 
     def loss(q, k, v):
         return jnp.sum(attention(q, k, v).astype(jnp.float32) ** 2) + jnp.sum(scaled_products(v, v) ** 2)

@@ -1,4 +1,4 @@
-"""`tinymim chain`: stages follow each other, and go on where they were killed."""
+"""`tinymim chain`: stages run in order, and resume after a kill."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def _in_the_repository(monkeypatch):
 
 
 def command(workdir, data_dir) -> list[str]:
-    """The README's chain on the digits, shrunk."""
+    """The README's chain on the digits, with small models."""
     shown = [str(workdir) if word.startswith("runs/") else word for word in readme_words("chain", "digits")]
     return [*shown, "--data_dir", data_dir, "--compile_cache", "", *WORDS]
 

@@ -1,4 +1,4 @@
-"""The digest against an independent numpy version, what it must notice, and the words of a difference."""
+"""Digests against an independent numpy version, the changes that they must detect, and messages of differences."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def arrays():
 
 
 def reference_digest(tree):
-    """Written from the definition, word by word on the host."""
+    """The digest computed from its definition, word by word."""
 
     def mix(x):
         x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
@@ -66,7 +66,7 @@ def test_digest_does_not_depend_on_where_or_how_the_arrays_lie():
 
 
 def test_sums_over_several_cpu_devices_run_one_after_another(monkeypatch):
-    """Two at once may wait for each other for ever, also in one process: the next begins when the last is ready."""
+    """Two at the same time may deadlock, even in one process, so the next starts when the last is ready."""
     tree = {f"w{n}": np.full((512, 512), n, np.float32) for n in range(6)}
     tree = jax.device_put(tree, state_sharding(make_mesh(2), tree, min_size=1))
     fold, sums = stored._fold, []
@@ -85,7 +85,7 @@ def test_sums_over_several_cpu_devices_run_one_after_another(monkeypatch):
 
 
 def test_digest_of_large_arrays_on_the_host_and_on_a_device():
-    """Several chunks, and a part of one."""
+    """The arrays have several chunks and an incomplete one."""
     x = np.random.default_rng(3).normal(size=(3, 200_001)).astype(np.float32)
     assert digest({"x": x}) == digest({"x": jnp.asarray(x)})
 

@@ -1,4 +1,4 @@
-"""Round trips bit by bit, every kind of damage, and what interrupts a save: kill -9, SIGTERM, a full disk."""
+"""Checkpoints: bit-identical round trips, all kinds of damage, interrupted saves (kill -9, SIGTERM, a full disk)."""
 
 import os
 import pathlib
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(scope="module")
 def three_steps(tmp_path_factory):
-    """A directory with steps 1, 2 and 3, made from seeds 1, 2 and 3; to be copied, not changed."""
+    """A directory with steps 1, 2 and 3, made from seeds 1, 2 and 3. Copy it; do not change it."""
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     with Checkpoints(directory) as checkpoints:
         for step in (1, 2, 3):
@@ -385,7 +385,7 @@ def restored_loop_state(directory):
 
 
 def only_steps(directory):
-    """Whether nothing but finished steps is left; what a killed save left is swept out in the background."""
+    """Whether there are only complete steps; leftovers of a killed save are deleted in the background."""
     for _ in range(200):
         if all(path.name.isdecimal() for path in directory.iterdir()):
             return True
@@ -418,7 +418,7 @@ def test_sigterm_to_one_process_alone_saves_and_stops(tmp_path):
 
 
 def test_two_processes_save_together_and_set_aside_together(tmp_path):
-    """By process 0's clock, then by a SIGTERM to process 1; the state is restored on other devices each time."""
+    """Saves by process 0's clock, then by SIGTERM to process 1; each state is restored on other devices."""
     job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     like = {"params": {"w": np.zeros((512, 512), np.float32)}, "step": np.int32(0)}
     with Checkpoints(tmp_path) as checkpoints:
@@ -454,7 +454,7 @@ print("DIGEST", digest(place(tree)), not place(tree)["w0"].is_fully_addressable,
 
 
 def test_digest_of_arrays_that_are_split_over_processes():
-    """Sixty sums over all devices, in one go: neither waits for the other's part of another one."""
+    """Sixty sums over all devices at once; the processes must not wait for different ones."""
     tree = {f"w{n}": np.arange(4096, dtype=np.float32).reshape(8, 512) * n for n in range(60)}
     job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     pair = [run_python(DIGEST, devices=4, JAX_PROCESS_ID=str(p), **job) for p in range(2)]

@@ -1,4 +1,4 @@
-"""Conversion of state dicts: the same bits there and back, every difference named, nothing guessed."""
+"""Conversion of state dicts: round trips are bit-identical, all differences are named, nothing is guessed."""
 
 import hashlib
 import tracemalloc
@@ -106,7 +106,7 @@ def test_there_and_back_is_identical(file, converted, name):
     ("name", "family"), [("vit_cls", "mae"), ("mae", "mae"), ("student", "mae"), ("teacher", "vit")]
 )
 def test_an_encoder_alone(file, heads, name, family):
-    """The published MAE files hold the encoder only; an encoder is also a classifier without its head."""
+    """The published MAE files contain only the encoder, which is also a classifier without its head."""
     state = {key: x for key, x in file(name).items() if not key.startswith(("head", "decoder", "mask"))}
     model, params = from_torch(family, state, heads=heads(name)["heads"])
     assert set(model) == {"encoder"}
@@ -174,7 +174,7 @@ def test_paths_are_those_of_our_models(converted, name):
 
 
 def test_fixed_tables_are_put_into_the_export(file, converted):
-    """Our own models have no table among their parameters; PyTorch's expect the one that the golden files hold."""
+    """Our models do not have the fixed table as a parameter; PyTorch models expect the one in the golden files."""
     for name in ("mae", "student"):
         state = file(name)
         model, params = converted(name)
@@ -408,7 +408,7 @@ def test_parameters_that_do_not_fit_the_export(converted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tables_are_two_way(family):
-    """No name and no path stands twice in a model, which can hold one of the two pooling norms."""
+    """Names and paths of a model are unique, given that it has one of the two pooling norms."""
     for pool in ("cls", "mean"):
         rows = FAMILIES[family].rows_with({"decoder", "head", pool})
         assert len({row.torch for row in rows}) == len({row.ours for row in rows}) == len(rows)

@@ -1,4 +1,4 @@
-"""Files of another kind, cut off, packed or damaged: refused with our error, or read to the same bits."""
+"""Files of other formats, truncated, compressed or damaged: refused with our error, or read correctly."""
 
 import collections
 import pickle

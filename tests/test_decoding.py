@@ -1,4 +1,4 @@
-"""Decoding against Pillow: every mode and format, damage, orientation, reduced pictures, and the awkward ones."""
+"""Decoding against Pillow: every mode and format, damage, orientation, reduced sizes, unusual files."""
 
 import io
 
@@ -208,7 +208,7 @@ USELESS = {
 
 
 class Awkward(Source):
-    """All files above, then enough good ones that four useless ones are few."""
+    """All files above, then so many intact ones that four damaged ones are a small share."""
 
     name, split, class_names = "awkward", "train", ()
 

@@ -1,4 +1,4 @@
-"""Options of distillation: what each computes, what it trains, and that its runs are legal everywhere."""
+"""Options of distillation: their losses, what they train, and that other commands accept their runs."""
 
 import re
 
@@ -94,7 +94,7 @@ def test_options_train(folder, data_dir, name):
 
 
 def test_the_published_path_costs_what_it_did(folder):
-    """Options that are off add nothing: the same FLOPs and the same bits as the method written out."""
+    """Options that are off cost nothing: FLOPs and losses are those of the method written out."""
     config = distill(folder, "distill.teacher.tap=2")
     task = task_of(config)
     student = ViT.from_record(task.model["encoder"])
@@ -228,7 +228,7 @@ def twin_params(folder):
 
 
 def test_the_same_patches_are_hidden_from_both(folder):
-    """A student that is the teacher has loss 0 only if both see the same patches, in the same order."""
+    """A student equal to the teacher has loss 0 only if both see the same patches in the same order."""
     masked = [*TWINS, "distill.mask_ratio=0.5", "distill.teacher.masked=True"]
     params = twin_params(folder)
     for train in (True, False):
@@ -257,7 +257,7 @@ def test_masks_come_from_the_step_key_and_differ_between_images(folder):
 
 @pytest.mark.slow
 def test_a_teacher_of_another_grid(folder):
-    """Of a plain picture and without positions all patch tokens agree, so the teacher's grid makes no difference."""
+    """With a constant image and no position table all patch tokens are equal, so the teacher's grid does not matter."""
     vit, params = TEACHER.clone(pos_embed="learned"), load_params(folder / "teacher")[1]["encoder"]
     nowhere = params | {"pos_embed": np.zeros((1, 17, 32), np.float32)}
     save_params(folder / "nowhere", {"encoder": nowhere}, {"encoder": vit.record()})
@@ -304,7 +304,7 @@ def test_the_mim_loss_is_maes(folder):
 
 @pytest.fixture(scope="module")
 def featured(folder):
-    """A student with adapters and a decoder, as its run would leave it."""
+    """The workdir of a student with adapters and a decoder."""
     words = ["distill.target=ffn", "distill.mask_ratio=0.5", "distill.mim_weight=1.0", *MIM]
     task = task_of(distill(folder, *words))
     params = jax.device_get(task.init(jax.random.key(3)))
@@ -382,7 +382,7 @@ def test_an_encoder_alone_starts_mae_and_what_it_lacks_is_logged(folder, caplog)
 
 @pytest.mark.slow
 def test_a_chain_of_students_with_resplit(folder, data_dir):
-    """L -> S -> T with the heads of each size: relations are cut anew, no stage changes a head count."""
+    """L -> S -> T with the heads of each size: relations are split anew, no stage changes a number of heads."""
     mesh = make_mesh(devices=jax.devices()[:1])
     small = distill(folder, "distill.heads=resplit", "model.embed_dim=24", "model.heads=6", "model.depth=3")
     with pytest.raises(ValueError, match=r"Choices: 1, 2, 4, 8"):
@@ -488,7 +488,7 @@ def test_copy_previous_takes_what_lies_behind_q_k_v(folder, pretrained):
 
 @pytest.mark.parametrize("choice", ["zero_init", "drop"])
 def test_a_fine_tuned_last_block_is_left_alone(folder, choice):
-    """Evaluating a classifier builds the same task on it: its last block must not be treated a second time."""
+    """Evaluating a classifier builds the same task from it: its last block must not be changed again."""
     task, params = finetuned(folder, f"classify.last_block={choice}")
     moved = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.01), params)
     save_params(folder / f"finetuned_{choice}", moved, task.model)

@@ -55,7 +55,7 @@ def pets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(pets):
-    """(record, parameters) of random weights whose answers differ from image to image."""
+    """(record, parameters): random weights whose predictions differ between images."""
     task = TASKS["classify"].build(config_of(pets), PETS)
     rng = np.random.default_rng(3)
     params = jax.tree.map(

@@ -1,4 +1,4 @@
-"""Exit statuses, the watchdog, the lock, who is expected, what time is lost to: each by itself, without a training."""
+"""Exit statuses, stall detection, locks, jobs of several processes and goodput: each without a training."""
 
 import collections
 import fcntl
@@ -368,7 +368,7 @@ def test_a_lock_keeps_the_others_out_and_dies_with_its_process(tmp_path):
 
 
 def test_a_lock_is_tried_again_while_somebody_looks_who_holds_it(tmp_path, monkeypatch):
-    """`holder` takes a shared lock for a moment; that must not keep a run out of its folder."""
+    """`holder` takes a shared lock for a moment, which must not prevent a run from starting in its folder."""
     with (tmp_path / locks.LOCK).open("a+") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         monkeypatch.setattr(locks.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
@@ -403,7 +403,7 @@ def test_whose_a_folder_is_by_its_status_where_the_lock_cannot_be_seen(tmp_path)
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Variables of jobs, unset but for those given."""
+    """Removes all variables of jobs, except those given."""
     for name in list(os.environ):
         if name.startswith(("JAX_NUM", "JAX_PROCESS", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "GCE_")):
             monkeypatch.delenv(name)
@@ -498,7 +498,7 @@ def test_missing_processes_are_spoken_of(monkeypatch, caplog):
 
 
 class Result:
-    """A step that ends when told to."""
+    """A result of a step that becomes ready on command."""
 
     def __init__(self):
         self._done = threading.Event()
@@ -559,7 +559,7 @@ def test_earlier_attempts_count_with_what_was_lost_between():
 
 @pytest.fixture
 def point(tmp_path):
-    """A chain of one stage, which nothing needs to be trained for."""
+    """A chain of one stage that needs no training."""
     stages = [Stage("a", "configs/digits.py:finetune", {})]
     return Point("", 0, None, {}, {}, make_runs(stages, tmp_path))
 

@@ -1,7 +1,7 @@
-"""Two processes of four devices each, disturbed: what each fault does to them, and that at the end nothing shows it.
+"""Faults in a run of two processes with four devices each: exit statuses, logs, and that the result is not changed.
 
-One run goes through several faults and is compared with an undisturbed one; the tests look at what was kept of both.
-tests/soak.py does the same faults, and more of them, at random and for as long as asked.
+One run has several faults, one after another, and is compared with an undisturbed one; the tests look at the records of
+both. tests/soak.py injects these faults and others at random, for as long as asked.
 """
 
 import json
@@ -22,7 +22,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def soak(tmp_path_factory, data_dir):
-    """The undisturbed run, and the disturbed one: its attempts in `attempts`, its outcome in `equal`."""
+    """The undisturbed and the disturbed run: `attempts` are those of the latter, `equal` tells whether both agree."""
     soak = Soak(tmp_path_factory.mktemp("soak"), data_dir, steps=STEPS, seed=3)
     soak.logs = soak.undisturbed()
     soak.equal = soak.disturbed("disturbed", ["raise", "hang", "full", "kill", "damage"])
@@ -69,7 +69,7 @@ def test_a_disk_that_is_full_for_one_process_ends_both_and_leaves_what_was_saved
     assert found["codes"] == [1, 1]
     assert "free some space" in found["log"]
     assert "What was saved before is intact" in found["log"]
-    assert found["seconds_to_exit"] < 300  # not the ten minutes that Orbax would wait for the other process
+    assert found["seconds_to_exit"] < 300  # Orbax would wait ten minutes for the other process
 
 
 def test_a_killed_process_takes_the_other_with_it(soak):
@@ -111,7 +111,7 @@ def test_status_of_both(soak, capsys):
 
 
 def test_one_process_with_other_devices_and_workers_goes_on_with_the_same_examples(soak, tmp_path, data_dir):
-    """From a checkpoint of two processes of four devices: one of four, which decodes in a worker."""
+    """A checkpoint of two processes with four devices is continued by one process with four, and a worker."""
     workdir = tmp_path / "run"
     shutil.copytree(soak.folder / "undisturbed", workdir)
     (workdir / "result.json").unlink()

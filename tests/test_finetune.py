@@ -1,4 +1,4 @@
-"""Fine-tuning: its losses, a supervised teacher, layer decay under scan, other image sizes, by closed forms."""
+"""Fine-tuning: losses, a supervised teacher, layer decay with scan, other image sizes; against closed forms."""
 
 import json
 import types
@@ -42,7 +42,7 @@ SEEN = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
 
 
 def randomly(shapes):
-    """Normal parameters of these shapes, a norm's scale about 1. No initializer is compiled."""
+    """Random parameters of these shapes, with norm scales near 1; avoids compiling the initializers."""
     rng = np.random.default_rng(1)
     values = {
         path: (float(path[-1] == "scale") + 0.2 * rng.normal(size=x.shape)).astype(np.float32)
@@ -177,7 +177,7 @@ def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher(teacher):
 
 
 def test_the_teacher_sees_the_students_augmented_images(monkeypatch):
-    """A stand-in answers with the mean of what it is shown: mixed as the student's images are."""
+    """The stand-in teacher returns the mean of its input, which must be that of the student's mixed images."""
 
     def answers(frozen, images):
         return jnp.broadcast_to(images.mean(axis=(1, 2, 3))[:, None], (len(images), 10))
@@ -201,7 +201,7 @@ def test_the_teacher_sees_the_students_augmented_images(monkeypatch):
 
 
 def test_a_teacher_of_another_image_size(teacher):
-    """Pictures of one colour: no resizing changes them, so only the size and the pixels' scale are left."""
+    """Images of one colour do not change by resizing, so only size and normalisation matter."""
     words = ["classify.distillation=hard", f"classify.teacher.path={teacher}", "classify.teacher.image_size=(24,20)"]
     found = supervised_teacher(small_config("finetune", *words), DIGITS)
     colour = np.array([40, 200, 90])

@@ -1,4 +1,4 @@
-"""FLOPs of the method: by hand, by the compiler, and for every task."""
+"""FLOPs of the step: computed by hand, by the compiler, and for every task."""
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ def flops_of(config, data_dir: str | None = None) -> float:
 
 @pytest.fixture(scope="module")
 def tiny() -> float:
-    """Of configs/distill_t.py, one image."""
+    """configs/distill_t.py with one image."""
     return flops_of(load_config("configs/distill_t.py", ["train.batch_size=1"]))
 
 
 def test_vit_b_to_tiny_by_hand(tiny):
-    """Eleven blocks and one qkv of each network; the student three times over, but for the gradient of the pixels."""
+    """Eleven blocks and one qkv of each network; three times that for the student, without the pixels' gradient."""
     tokens, patches = 197, 196
 
     def embedding(d):

@@ -1,4 +1,4 @@
-"""Sources of files: each kind against another reader of it, the rules for splits, remote files, the index, mistakes."""
+"""Sources of files: each kind against an independent reader, rules for splits, remote files, the index, mistakes."""
 
 import concurrent.futures
 import hashlib
@@ -35,7 +35,7 @@ from tinymim_jax.experiment import build_experiment
 
 
 def picture(number: int, kind: str = "PNG") -> bytes:
-    """An image file unlike that of any other number."""
+    """An image file that differs for every number."""
     pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind)
@@ -55,7 +55,7 @@ def put(path, data: bytes) -> None:
 
 
 def old(root) -> None:
-    """As if nothing had been changed for an hour."""
+    """Sets all modification times to an hour ago."""
     hour = time.time() - 3600
     for folder, _, names in os.walk(root):
         for name in [*names, "."]:
@@ -143,7 +143,7 @@ def kind(request) -> str:
 
 
 def expected(kind: str, records) -> list[tuple[bytes, int]]:
-    """Folders are read in an order that the files' names decide, the other kinds as written."""
+    """The expected order: of folders by a hash of the names, of other kinds as stored."""
     if kind != "folder":
         return list(records)
     names = [

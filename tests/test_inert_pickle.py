@@ -1,4 +1,4 @@
-"""Pickles that mean harm, or are damaged: nothing runs, nothing reaches outside the file, our error or plain data."""
+"""Malicious or damaged pickles: no code runs, no other file is read; the result is our error or plain data."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ def path(tmp_path):
 
 
 class Runs:
-    """Unpickled as usual, it runs a command."""
+    """Runs a command when it is unpickled by Python's pickle."""
 
     def __init__(self, command):
         self.command = command
@@ -76,7 +76,7 @@ def test_nothing_is_imported_nor_given_attributes(path):
 
 
 def test_a_result_cannot_pass_for_a_function_of_ours(path):
-    """What stands for a call that failed bears the name of our function, but is not that function."""
+    """The placeholder of a call has the name of our function but is not that function."""
     t = tensor(storage("0", "float32", 1), 0, (1,), (1,))
     save(path, Call(Call(t.function, (1,)), t.args), {"0": np.ones(1, np.float32)})
     assert isinstance(read(path), Opaque)
@@ -219,7 +219,7 @@ def test_repeated_elements_are_limited_in_total(path):
 
 
 def test_a_flat_parameter_and_its_views_are_read(path):
-    """FSDP keeps one storage that every parameter looks into."""
+    """FSDP has one storage of which all parameters are views."""
     flat = np.arange(1 << 16, dtype=np.float32)
     whole = storage("0", "float32", flat.size)
     views = {f"x{i}": tensor(whole, i * 1024, (1024,), (1,)) for i in range(64)}

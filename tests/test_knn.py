@@ -14,7 +14,7 @@ neighbors = pytest.importorskip("sklearn.neighbors")
 
 
 def clouds(seed: int, count: int, classes: int = 5, dim: int = 12):
-    """Points around one centre for each class, far enough apart to be told, near enough to be mistaken."""
+    """Points around one centre per class, close enough that some are misclassified."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(classes, dim))
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Mixup, cutmix and random erasing against numpy, their laws, and what timm gives.
+"""Mixup, cutmix and random erasing against numpy, their distributions, and timm.
 
 data/mixup.npz was written down with timm 1.0.31 and torch (`made_with` in the file; seeds 3 of numpy, torch, `random`):
 - targets/S: mixup_target of `labels` for each of `lams` with smoothing S.

@@ -1,4 +1,4 @@
-"""Networks: exact sizes, what a tap costs, how blocks are run, and errors."""
+"""Networks: exact sizes, the cost of a tap, scan and remat, and errors."""
 
 import jax
 import jax.numpy as jnp

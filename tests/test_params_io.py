@@ -1,4 +1,4 @@
-"""Exports, loading from exports and from runs, and merging: what works, and what each mistake is told."""
+"""Saving, loading from files and runs, and merging of parameters; messages of every mistake."""
 
 import json
 import pathlib

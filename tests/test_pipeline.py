@@ -1,4 +1,4 @@
-"""Batches: the same whatever the number of processes, workers and restarts; exact counts; damage survived."""
+"""Batches: independent of the numbers of processes, workers and restarts; exact counts; damaged images."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""Plans: names of hardware, the roofline, the search, and a whole plan for fake devices."""
+"""Plans: names of hardware, the roofline, the search, and a complete plan for fake devices."""
 
 import dataclasses
 import json
@@ -105,7 +105,7 @@ def test_a_gpu_is_described_to_the_compiler_as_the_table_has_it(kind):
 
 
 def test_the_roofline_by_hand():
-    """Two instructions, each bound by something else, and one all-reduce over two sides of a slice."""
+    """Two instructions with different bounds, and one all-reduce over two dimensions of a slice."""
     topology, chip = parse_topology("v5e-16"), CHIPS["v5e"]
     work = [
         Work(3, flops=197e12, bytes=8.19e9),
@@ -153,7 +153,7 @@ def test_the_largest_batch_where_refusals_name_no_size():
 
 
 def test_the_largest_batch_where_the_compiler_makes_it_fit():
-    """A plateau below the limit, as where what is computed again takes no memory."""
+    """Memory stays just below the limit over a range of batches, as when the compiler recomputes values."""
     asked = []
 
     def needed(images):
@@ -213,7 +213,7 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["linprobe", "finetune_t_star"])
 def test_configs_whose_checkpoint_is_yet_to_be_named(name):
-    """A ViT-B stands in for what is probed, and for the classifier that teaches."""
+    """A ViT-B replaces a missing probed encoder or supervised teacher."""
     config = load_config(f"configs/{name}.py", ["train.batch_size=2"])
     planned = plan_experiment(config)
     sizes = sum(math.prod(x.shape) for x in jax.tree.leaves(planned.frozen))
@@ -245,7 +245,7 @@ TINY = [
 
 @pytest.mark.slow
 def test_the_command_and_what_it_keeps(cache, data_dir, capsys, monkeypatch):
-    """One compilation in a child for eight fake devices, as JSON; the second plan finds it kept."""
+    """One compilation in a child process for eight fake devices, as JSON; the second plan uses the cache."""
     words = ["--config", "configs/digits.py:mae_teacher", "--topology", "cpux8", "--data_dir", data_dir]
     words += ["--cache", cache, "--quick"]
     with pytest.raises(SystemExit) as ended:
@@ -272,7 +272,7 @@ def test_the_command_and_what_it_keeps(cache, data_dir, capsys, monkeypatch):
 
 
 class Compiler:
-    """Stands in for compile_step: a chip's program needs so many bytes for each image, fewer with remat."""
+    """Replaces compile_step: a program needs a number of bytes per image, fewer with remat."""
 
     def __init__(self, limit: float):
         self.limit, self.asked = limit, []

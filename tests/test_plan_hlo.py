@@ -1,4 +1,4 @@
-"""Compiled programs read as text: a hand-written one, and real ones whose figures are known."""
+"""Reading compiled programs: a hand-written one, and real ones with known costs."""
 
 import re
 
@@ -84,7 +84,7 @@ def test_a_hand_written_program():
 
 
 def test_of_stacks_only_the_slices_move():
-    """As the TPU compiler writes a scan: a fusion in a fusion slices, one updates in place, a copy fetches ahead."""
+    """A scan as the TPU compiler writes it: nested fusions slice, one updates in place, a copy prefetches."""
     text = """
 %inner (p.0: f32[24,8,128], p.1: s32[]) -> f32[8,128] {
   %p.0 = f32[24,8,128]{2,1,0:T(8,128)} parameter(0)
@@ -200,7 +200,7 @@ def test_a_real_scan_counts_as_often_as_it_runs():
 
 @pytest.mark.parametrize("experiment", ["mae_teacher", "finetune"])
 def test_a_real_step_sends_each_gradient_once(experiment, data_dir):
-    """Eight devices, all data parallel: the float32 gradient of every trained parameter, and a few averages."""
+    """Eight data-parallel devices send the float32 gradient of every trained parameter and a few averages."""
     config = small_config(experiment, "train.batch_size=32")
     memory, hlo = compile_here(config, parse_topology("cpux8"), data_dir=data_dir)
     planned = plan_experiment(config, data_dir=data_dir)

@@ -1,4 +1,4 @@
-"""`tinymim prepare --output`: what is written, what is left out, and that no interruption shows in the result."""
+"""`tinymim prepare --output`: what is written and left out, and that interruptions do not change the result."""
 
 import errno
 import fcntl
@@ -76,7 +76,7 @@ class Masked(Photographs):
 
 
 class Deadly(Photographs):
-    """Ends the worker that reads record 5, as a lack of memory would."""
+    """Kills the worker that reads record 5, as the OOM killer would."""
 
     def __getitem__(self, index):
         if index == 5 and multiprocessing.parent_process():
@@ -498,7 +498,7 @@ def test_the_command_takes_every_option(capsys, data_dir, tmp_path):
 
 
 def test_the_commands_of_the_docs_run(capsys, data_dir, tmp_path, monkeypatch):
-    """As written, but for where things lie, and with the digits for ImageNet."""
+    """As written, with other paths and the digits instead of ImageNet."""
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
     for index in range(6):
         path = tmp_path / "data" / "pets" / ("cat", "dog")[index % 2] / f"{index}.png"

@@ -1,4 +1,4 @@
-"""Linear probes: batch norm against torch's formula, the frozen encoder, and what becomes of a probe's run."""
+"""Linear probes: batch norm against torch's formula, the frozen encoder, and uses of a probe's run."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from tinymim_jax.train import train
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """An encoder of random weights with a final norm, as `tinymim convert` would leave it."""
+    """A converted encoder with random weights and a final norm."""
     folder = tmp_path_factory.mktemp("encoder") / "vit"
     vit = ViT(embed_dim=16, depth=2, heads=4, patch_size=8, image_size=(16, 16))
     params = jax.jit(vit.init)(jax.random.key(3), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_running_statistics_are_torchs(devices):
-    """Three batches: normalised by their own (biased) variance, remembered with the unbiased one, momentum 0.1."""
+    """Batches are normalised by their biased variance; running statistics use the unbiased one, momentum 0.1."""
     rng = np.random.default_rng(0)
     running = {"mean": jnp.zeros(5), "variance": jnp.ones(5)}
     want_mean, want_variance = np.zeros(5), np.ones(5)
@@ -128,7 +128,7 @@ def test_statistics_come_back_from_a_checkpoint(probe_run, data_dir):
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_a_probes_run_is_a_classifier(probe_run, checkpoint, data_dir, tmp_path, pool):
-    """It is evaluated as the loop did; its head and batch norm are one Linear on MAE's features."""
+    """Its evaluation agrees with that of training; head and batch norm are one Linear on the features."""
     config, workdir, result = probe_run if pool == "cls" else run_probe(tmp_path, checkpoint, data_dir, pool)
     assert result["examples"] == 13
     again = evaluate_checkpoint(config, workdir, data_dir=data_dir)

@@ -1,4 +1,4 @@
-"""Figures from answers, against closed forms and loops over the images."""
+"""Scores of predictions, against closed forms and loops over the images."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from tinymim_jax.evaluation.suites.scores import Answers, confusions, expected_c
 
 
 def answers(seed: int, count: int = 400, classes: int = 7) -> Answers:
-    """Random ones whose first guess is right about every second time."""
+    """Random predictions whose top-1 accuracy is about one half."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, classes, count)
     best = np.stack([rng.permutation(classes)[:5] for _ in range(count)])

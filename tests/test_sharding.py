@@ -163,7 +163,7 @@ print("alive", flush=True)
 
 
 def test_a_process_alone_outlives_a_pause():
-    """Ctrl-Z and fg, or a machine that is paused: longer than a dead host is given among several."""
+    """Suspended by Ctrl-Z or with its machine, for longer than the timeout of hosts in a job."""
     process = run_python(PAUSED)
     assert process.stdout.readline() == "started\n"
     process.send_signal(signal.SIGSTOP)

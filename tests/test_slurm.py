@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a real Slurm: slurmctld, slurmd and munge on this machine, in a folder of their own.
+"""launch/slurm.sbatch with a real Slurm: slurmctld, slurmd and munge on this machine, in a temporary folder.
 
 As root, where Debian's slurmctld, slurmd and munge are installed:
 
@@ -55,7 +55,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Cluster:
-    """Slurm with one node, whose GPUs are but numbers."""
+    """Slurm with one node, whose GPUs exist in its configuration only."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -184,7 +184,7 @@ def test_an_error_is_not_queued_again(cluster, tmp_path):
 
 
 def test_a_killed_task_is_queued_again(cluster, tmp_path, data_dir):
-    """By kill -9, as when memory runs out; the other task ends as well."""
+    """After kill -9, as by the OOM killer; the other task ends too."""
     workdir = tmp_path / "run"
     small = [*SMALL, "train.duration=4000 steps"]
     words = ["train", "--config", "configs/digits.py:finetune", "--workdir", workdir, "--data_dir", data_dir, *small]

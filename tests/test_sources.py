@@ -1,4 +1,4 @@
-"""Sources: the digits against scikit-learn's own arrays, balanced subsets, and what each mistake is told."""
+"""Sources: the digits against scikit-learn's arrays, balanced subsets, and error messages."""
 
 import collections
 import io
@@ -76,7 +76,7 @@ class Labels(Source):
 
 
 class ToyArrays(tfds.core.GeneratorBasedBuilder):
-    """A set whose builder hands TFDS arrays, for which it needs TensorFlow."""
+    """A set whose builder passes arrays to TFDS, which needs TensorFlow for them."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None
@@ -296,7 +296,7 @@ def test_a_set_without_labels_opens(copied_digits):
 
 
 class ToyMasks(ToyFiles):
-    """A segmentation set, as CamVid is; its boxes are what must not be decoded."""
+    """A segmentation set like CamVid, with boxes that must not be decoded."""
 
     def _info(self):
         features = {

@@ -1,4 +1,4 @@
-"""TinyMIM*-T: its network, its official files there and back, and that its checkpoints are legal everywhere.
+"""TinyMIM*-T: its network, round trips of its official files, and that all commands accept its checkpoints.
 
 tests/data/tinymim_star.npz holds random weights and what the authors' own class (Segmentation/TinyMIMstar-T/backbone/
 mae.py of their release, torch 2.13 on a CPU, float32) makes of two images: the tokens behind the last block and behind
@@ -53,7 +53,7 @@ def state(data):
 
 @pytest.fixture(scope="module")
 def converted(state, tmp_path_factory):
-    """The file as `tinymim convert` leaves it."""
+    """The converted file."""
     folder = tmp_path_factory.mktemp("star")
     save_arrays(folder / "star.pth", state)
     words = ["--input", str(folder / "star.pth"), "--output", str(folder / "star"), "--heads", str(HEADS)]
@@ -76,7 +76,7 @@ def gelu(x):
 
 
 def widened(state, x):
-    """conv1x1 of the release: torch's LayerNorm has eps 1e-5 where nothing else is said."""
+    """conv1x1 of the release; torch's LayerNorm has eps 1e-5 by default."""
     return gelu(linear(state, "conv1x1.1", norm(x, state["conv1x1.0.weight"], state["conv1x1.0.bias"], 1e-5)))
 
 
@@ -183,7 +183,7 @@ def test_the_published_width_has_twelve_heads_in_every_block():
 
 
 def test_deits_distilled_models_are_read_as_well(state):
-    """timm's names: two tokens and two heads behind a final norm, nothing widened."""
+    """timm's names: two tokens, a final norm, two heads, no conv1x1."""
     some = {name: x for name, x in state.items() if not name.startswith(("conv1x1", "fc_norm", "head"))}
     rng = np.random.default_rng(0)
     some |= {name: rng.normal(size=24).astype(np.float32) for name in ("norm.weight", "norm.bias")}
@@ -230,7 +230,7 @@ def test_the_checkpoint_is_used_like_any_other(data, state, converted, data_dir,
 
 
 def test_relations_are_of_cls_and_patches_alone(tmp_path):
-    """A student with the token against a teacher without it: no softmax sees the token."""
+    """A student with the token and a teacher without it: the token is in no softmax."""
     teacher = ViT(embed_dim=16, depth=1, heads=2, patch_size=8, image_size=(16, 16))
     rng = np.random.default_rng(0)
 

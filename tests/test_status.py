@@ -1,4 +1,4 @@
-"""`tinymim status`: every stage of a run as its files tell it, in words and as JSON; runs that lie in a bucket."""
+"""`tinymim status`: every stage of a run, as text and as JSON; runs in a bucket."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ SECONDS = dict.fromkeys(LOSSES, 0.0) | {"steps": 90.0, "evaluation": 10.0}
 
 
 def make_run(folder, *, lock=False, result=None, failed="", **facts):
-    """A run's folder as it would be left."""
+    """The workdir of a run in a given state."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     status = {"stage": "training", "attempts": 3, "processes": 2, "host": "here", "pid": 1, "time": time.time() - 1000}
@@ -130,7 +130,7 @@ def test_a_run_of_a_version_without_status_and_a_damaged_one(tmp_path):
 
 
 class Bucket(MemoryFileSystem):
-    """Stands in for Google's: files in memory, by gs:// paths."""
+    """A bucket in memory, with gs:// paths."""
 
     protocol = ("gs", "gcs")
     store: dict = {}  # noqa: RUF012, as its parent has it

@@ -1,4 +1,4 @@
-"""Suites on tiny sets of the same names and label spaces, against the network applied by hand; how they are named."""
+"""Suites on tiny sets with the same names and label spaces, against the network applied by hand."""
 
 import importlib
 import io
@@ -38,7 +38,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
 def save_classifier(path, classes: int, **record) -> str:
-    """A classifier of random weights whose answers differ from picture to picture."""
+    """A classifier with random weights whose predictions differ between images."""
     shapes = jax.eval_shape(Classifier(ENCODER, classes).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), shapes)
@@ -50,7 +50,7 @@ def save_classifier(path, classes: int, **record) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """As converted from PyTorch: 1,000 classes, and nothing about images or names."""
+    """As converted from PyTorch: 1,000 classes, without preprocessing or class names."""
     return save_classifier(tmp_path_factory.mktemp("checkpoint") / "tiny", 1000)
 
 

@@ -1,4 +1,4 @@
-"""`tinymim sweep`: points are checked, named, run, stopped, resumed and counted. Real trainings, of a few steps."""
+"""`tinymim sweep`: checking, naming, running, stopping, resuming and tabulating points, with short trainings."""
 
 import csv
 import json
@@ -99,7 +99,7 @@ def command(workdir, data_dir, *words) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, data_dir):
-    """Two points of two seeds, two at a time: the workdir and what was printed."""
+    """A sweep of two points and two seeds, two at a time: its workdir and output."""
     workdir = tmp_path_factory.mktemp("sweep")
     process = start(command(workdir, data_dir, "--jobs", "2"))
     status, out, err = output_of(process)
@@ -172,7 +172,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_bits(undisturbed, data_di
         shutil.copytree(undisturbed[0] / name, tmp_path / name)  # finished points, which are left alone
 
     def begin(step: int):
-        """Starts the sweep; once a point is beyond `step`, (process, its workdir)."""
+        """Starts the sweep and waits until a point is beyond `step`; returns the process and the point's workdir."""
         process = start(command(tmp_path, data_dir, "--jobs", "2"))
         for _ in range(600):
             for name in NAMES[:2]:

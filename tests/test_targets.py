@@ -145,7 +145,7 @@ def test_a_zero_vector_has_a_finite_cosine_gradient():
 
 
 def test_bfloat16_taps_are_compared_in_float32():
-    """Exactly what float32 gives for the same, already rounded numbers."""
+    """The result is that of float32 for the same rounded values."""
     low = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), tap) for tap in (STUDENT, TEACHER)]
     high = [jax.tree.map(lambda x: x.astype(jnp.float32), tap) for tap in low]
     for name in ("qk_vv", "ffn", "qkv"):

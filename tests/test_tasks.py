@@ -1,4 +1,4 @@
-"""Tasks: what they load, what they refuse, and that converted files are legal everywhere."""
+"""Tasks: what they load, what they refuse, and that all accept converted files."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from tinymim_jax.tasks.distill.teachers import TEACHERS
 
 @pytest.fixture(scope="module")
 def converted(golden, tmp_path_factory):
-    """The golden PyTorch files as `tinymim convert` would leave them."""
+    """The golden PyTorch files, converted."""
     folder, meta = tmp_path_factory.mktemp("converted"), golden.meta
     heads = [meta["student"]["heads"]] * (meta["student"]["depth"] - 1) + [meta["student"]["last_heads"]]
     decoder = {"decoder_heads": meta["mae"]["decoder_heads"]}

@@ -1,4 +1,4 @@
-"""The reader of PyTorch's files: what torch.save writes comes back as it was."""
+"""The reader of PyTorch files: it returns what torch.save wrote."""
 
 import argparse
 import collections
@@ -34,7 +34,7 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("name", ["mae", "teacher", "student", "vit_gap", "vit_cls"])
 def test_golden_files_hold_their_storages_in_order(golden, name):
-    """torch.save numbers the storages as it meets the tensors, and each of these tensors fills its own."""
+    """torch.save numbers storages in the order of the tensors, and each of these tensors has its own."""
     data = read(golden.path(f"{name}.pth"))
     assert list(data) == ["model"]
     with zipfile.ZipFile(golden.path(f"{name}.pth")) as archive:

@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh on a slice of two hosts, which a stand-in for gcloud keeps on this machine."""
+"""launch/tpu_vm.sh with a slice of two hosts, which a stand-in for gcloud simulates on this machine."""
 
 import functools
 import os
@@ -75,7 +75,7 @@ chmod +x .venv/bin/tinymim
 
 
 class Slice:
-    """What the stand-in keeps, and a way to take the slice away."""
+    """The state of the stand-in, and a way to preempt the slice."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -108,7 +108,7 @@ class Slice:
         return process
 
     def make(self, tinymim: str, *, queue="ACTIVE", node="READY") -> None:
-        """A slice that is there, with this program for tinymim."""
+        """Creates the slice, with this program as tinymim."""
         (self.folder / "queue").write_text(queue)
         (self.folder / "node").write_text(node)
         for i in range(2):
@@ -186,7 +186,7 @@ def test_the_ends_of_all_hosts_decide(slice_, ends, status, starts, message):
 
 
 def test_a_preempted_host_that_still_answers_is_no_error(slice_):
-    """Its peers end with an error before the service says that it is gone."""
+    """The other hosts fail before the service reports the preemption."""
     seen = slice_.folder / "seen"
     slice_.make(f"[[ -e {seen} ]] && exit 0; echo PREEMPTED >{slice_.folder / 'node'}; touch {seen}; exit 1\n")
     (slice_.folder / "node").write_text("READY")

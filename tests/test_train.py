@@ -1,4 +1,4 @@
-"""The loop: resuming, devices, faults. Real data, real checkpoints, tiny networks."""
+"""Training: resuming, devices, faults; with real data and checkpoints and tiny models."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, data_dir):
-    """A MAE run of four steps: a legal teacher, with four heads in its last block as any other."""
+    """A MAE run of four steps, to be used as a teacher; four heads in every block."""
     workdir = tmp_path_factory.mktemp("teacher")
     train(small_config("mae_teacher", "model.heads=4"), workdir, data_dir=data_dir)
     return workdir
@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_says(teacher):
 
 
 class SlowBatches:
-    """The real batches, each a while late."""
+    """The experiment's batches, each delayed by `seconds`."""
 
     substitutions = 0
 
@@ -166,7 +166,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, data_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["mae_teacher", "distill", "finetune"])
 def test_devices_do_not_change_the_losses(experiment, teacher, data_dir):
-    """1 device, 8, and 4 x 2 with parameters split: the same examples, masks and jitter, so the same losses."""
+    """1 device, 8, and 4 x 2 with split parameters have the same examples, masks and jitter, hence the same losses."""
     overrides = [f"distill.teacher.path={teacher}"] if experiment == "distill" else []
     config = small_config(experiment, "model.drop_path=0.1", *overrides)
     single, losses, before, after = run_steps(config, data_dir, make_mesh(devices=jax.devices()[:1]), 3)

@@ -51,7 +51,7 @@ class Persistent:
 
 @dataclasses.dataclass
 class Raw:
-    """Pickle instructions as they are."""
+    """Pickle instructions, written unchanged."""
 
     code: bytes
 
