@@ -72,7 +72,9 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()
     config.train.batch_size = 4096
     config.train.duration = "300 epochs"
-    config.train.accumulate = 1  # split the batch into this many micro-batches, one after another, to save memory
+    # Split the batch into this many micro-batches, one after another, to save memory; 0: the smallest number that fits
+    # into the devices' memory, found by compiling the step. Batch norm is over each micro-batch.
+    config.train.accumulate = 1
     config.train.ema = 0.0  # decay of an exponential moving average of the weights, which is evaluated; 0: off
     config.train.log_every = 50  # steps between lines of the log
     config.train.eval_every = "20 epochs"  # time between evaluations; "0 epochs": one at the end

@@ -12,10 +12,11 @@ from runs import small_config
 
 from tinymim_jax.cli.main import main
 from tinymim_jax.config import load_config
+from tinymim_jax.memory import bytes_refused, remedies
 from tinymim_jax.plan import compiled as compiled_module
 from tinymim_jax.plan.build import plan_experiment
 from tinymim_jax.plan.chips import CHIPS, GIB, peak_of
-from tinymim_jax.plan.compiled import _refused_for, compile_step
+from tinymim_jax.plan.compiled import compile_step
 from tinymim_jax.plan.devices import gpu_description
 from tinymim_jax.plan.extrapolate import extrapolate
 from tinymim_jax.plan.hlo import Work
@@ -32,7 +33,7 @@ from tinymim_jax.plan.roofline import (
     collective_seconds,
     step_time,
 )
-from tinymim_jax.plan.search import largest_batch, remedies
+from tinymim_jax.plan.search import largest_batch
 from tinymim_jax.plan.topology import parse_topology
 
 
@@ -199,8 +200,8 @@ def test_layouts_that_cannot_be_trained(words, fsdp, said):
 
 def test_what_a_refusal_says():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.25G of 15.75G hbm. Exceeded by 17.50G."
-    assert _refused_for(text) == int(33.25 * GIB)
-    assert _refused_for("INTERNAL: something else") is None
+    assert bytes_refused(text) == int(33.25 * GIB)
+    assert bytes_refused("INTERNAL: something else") is None
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch):

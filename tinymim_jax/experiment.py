@@ -104,7 +104,12 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         eval_source = labelled(eval_source, f"task {config.task!r} is evaluated by them")
     _check_classes(config, train_source, eval_source)
     batch_size = config.train.batch_size
-    if batch_size % config.train.accumulate:
+    if config.train.accumulate < 0:
+        raise ValueError(
+            f"train.accumulate={config.train.accumulate}: choose a number of micro-batches, or 0 to find the smallest "
+            "number that fits into the devices' memory"
+        )
+    if config.train.accumulate and batch_size % config.train.accumulate:
         raise ValueError(
             f"train.batch_size={batch_size} cannot be split into train.accumulate={config.train.accumulate} equal "
             "micro-batches: choose a divisor"
@@ -202,7 +207,7 @@ def evaluation_batch_size(config: ConfigDict, devices: int) -> int:
 
     The limit is for an evaluation on fewer devices than the config's batch size was chosen for.
     """
-    micro_batch = config.train.batch_size // config.train.accumulate
+    micro_batch = config.train.batch_size // max(config.train.accumulate, 1)
     return min(-(-micro_batch // devices), _EVALUATED_PER_DEVICE) * devices
 
 

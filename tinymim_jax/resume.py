@@ -45,12 +45,20 @@ class Inputs:
     frozen: digest of the frozen weights: the teacher's, or of the encoder below a probe.
     class_names: of the training data.
     train_images, eval_images: how many there are.
+    micro_batches: of a step, where train.accumulate=0 had them found; not compared, but used again: what is drawn at
+      random depends on it.
     """
 
     frozen: str
     class_names: tuple[str, ...]
     train_images: int
     eval_images: int
+    micro_batches: int = 0
+
+
+def recorded_micro_batches(workdir: epath.Path) -> int:
+    """The number of micro-batches that was found when the run was begun; 0 where there is none."""
+    return int(_recorded(workdir).get("micro_batches", 0))
 
 
 def check_same(workdir: epath.Path, config: ConfigDict, *, extend: bool = False) -> dict[str, tuple[Any, Any]]:

@@ -1,5 +1,6 @@
 """The loop. Rerunning the same command resumes: the step number is the position in the data."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -22,9 +23,10 @@ from tinymim_jax.experiment import (
     preprocessing,
     training_batches,
 )
+from tinymim_jax.memory import explained, smallest_accumulate
 from tinymim_jax.metrics import Averages, no_averages
 from tinymim_jax.report import Report
-from tinymim_jax.resume import Inputs, accept, as_json, check_inputs, check_same
+from tinymim_jax.resume import Inputs, accept, as_json, check_inputs, check_same, recorded_micro_batches
 from tinymim_jax.runtime.exits import STALL_MINUTES, Interrupted, StopRequest
 from tinymim_jax.runtime.paths import check_output_path
 from tinymim_jax.runtime.workdir import RESULT, claimed, read_result, write_json
@@ -110,16 +112,20 @@ def _run(
     check_inputs(workdir, inputs)
     paths = trained_paths(task, frozen, batch_shapes(experiment))
     optimizer = build_optimizer(experiment, paths)
+    accumulate = config.train.accumulate
+    if accumulate == 0:
+        accumulate = recorded_micro_batches(workdir) or smallest_accumulate(experiment, frozen, paths, mesh)
+        inputs = dataclasses.replace(inputs, micro_batches=accumulate)
     settings = {"ema": config.train.ema}
     abstract, fresh_state = init_state(task, optimizer, paths, mesh, jax.random.key(config.seed), **settings)
-    train_step = make_train_step(task, optimizer, paths, mesh, accumulate=config.train.accumulate, **settings)
+    train_step = make_train_step(task, optimizer, paths, mesh, accumulate=accumulate, **settings)
 
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep=config.checkpoint.keep,
         every_seconds=60 * config.checkpoint.every_minutes,
     )
-    with checkpoints:
+    with checkpoints, explained(experiment, frozen, paths, mesh, accumulate):
         state = checkpoints.restore(abstract)
         check_inputs(workdir, inputs, frozen_before=checkpoints.extra.get("frozen"))
         accept(workdir, config, inputs, changes)
@@ -206,7 +212,7 @@ def _evaluate(
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
     if (limit := experiment.config.train.max_skipped) < 0:
         raise ValueError(f"train.max_skipped={limit} counts updates in a row: 0 stops at the first that is not finite")
-    part = experiment.batch_size // experiment.config.train.accumulate
+    part = experiment.batch_size // max(experiment.config.train.accumulate, 1)
     if part % mesh.size:
         raise ValueError(
             f"{part} images at a time (train.batch_size / train.accumulate) cannot be split over {mesh.size} devices: "

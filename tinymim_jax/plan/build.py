@@ -14,15 +14,13 @@ from tinymim_jax.experiment import (
     MissingData,
     assemble,
     batch_shapes,
-    build_optimizer,
     open_sources,
     task_type,
 )
 from tinymim_jax.flops import step_flops
-from tinymim_jax.metrics import no_averages
+from tinymim_jax.memory import abstract_step
 from tinymim_jax.ops.platform import compiling_for
-from tinymim_jax.sharding import batch_sharding, replicated, state_sharding
-from tinymim_jax.state import init_state, make_train_step, trained_paths
+from tinymim_jax.state import trained_paths
 from tinymim_jax.tasks.pretrained import keeping_checkpoints
 
 
@@ -66,22 +64,8 @@ class Planned:
 
         With an AbstractMesh the step cannot be compiled; only the arguments are meaningful.
         """
-        experiment, train = self.experiment, self.experiment.config.train
-        task, optimizer = experiment.task, build_optimizer(experiment, self.paths)
-        state, _ = init_state(task, optimizer, self.paths, mesh, jax.random.key(0), ema=train.ema)
-        step = make_train_step(task, optimizer, self.paths, mesh, accumulate=train.accumulate, ema=train.ema)
-        recorded = jax.eval_shape(lambda: no_averages((*task.names, "gradient_norm")))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        batch = {name: _placed(x, batch_sharding(mesh)) for name, x in batch_shapes(experiment).items()}
-        whole = replicated(mesh)
-        arguments = (
-            state,
-            jax.tree.map(lambda x: _placed(x, whole), recorded),
-            jax.tree.map(_placed, self.frozen, state_sharding(mesh, self.frozen)),
-            batch,
-            _placed(key, whole),
-        )
-        return step, arguments
+        experiment = self.experiment
+        return abstract_step(experiment, self.frozen, self.paths, mesh, experiment.config.train.accumulate)
 
 
 def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Planned:
@@ -119,7 +103,3 @@ def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
         section = functools.reduce(getattr, parents, copied)
         section[name] = value
     return copied
-
-
-def _placed(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

@@ -18,7 +18,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tinymim_jax.plan.chips import GIB
 from tinymim_jax.plan.topology import Topology
 from tinymim_jax.runtime.parent import end_with_parent
 
@@ -135,6 +134,7 @@ def compile_here(
     """(memory of the compiled step in bytes, its optimised program), compiled in this process."""
     import jax
 
+    from tinymim_jax.memory import bytes_needed, bytes_refused
     from tinymim_jax.ops.platform import compiling_for
     from tinymim_jax.plan.build import plan_experiment
     from tinymim_jax.plan.devices import devices_of
@@ -148,16 +148,10 @@ def compile_here(
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if (needed := _refused_for(str(error))) is None:
+            if (needed := bytes_refused(str(error))) is None:
                 raise
             return {"arguments": 0, "temporaries": 0, "code": 0, "needed": needed, "refused": True}, ""
-    plan = program.memory_analysis()
-    arguments = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    parts = {
-        "arguments": arguments,
-        "temporaries": plan.temp_size_in_bytes,
-        "code": plan.generated_code_size_in_bytes,
-    }
+    parts = bytes_needed(program)
     return {**parts, "needed": sum(parts.values()), "refused": False}, program.as_text()
 
 
@@ -218,14 +212,6 @@ def _folder(config: ConfigDict, topology: Topology, fsdp: int, cache: str) -> pa
 def _read(folder: pathlib.Path) -> Compiled:
     answer = json.loads((folder / "result.json").read_text())
     return Compiled(**answer, hlo=gzip.decompress((folder / "step.hlo.gz").read_bytes()).decode())
-
-
-def _refused_for(message: str) -> int | None:
-    """Bytes that a refused program would have needed; None where memory was not the reason."""
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
-    found = re.search(r"Used ([\d.]+)([KMGT])(?:iB)? of", message)
-    return int(float(found[1]) * GIB * {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}[found[2]]) if found else 0
 
 
 def _what_failed(done: subprocess.CompletedProcess) -> str:

@@ -11,11 +11,12 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from tinymim_jax import optim
+from tinymim_jax.memory import Remedy, remedies
 from tinymim_jax.plan.build import Planned, changed, plan_experiment
 from tinymim_jax.plan.compiled import CACHE, Compiled, check_installed, compile_step, compiler_of, kept_result
 from tinymim_jax.plan.hlo import work_of
 from tinymim_jax.plan.roofline import Collective, StepTime, collectives, efficiency, step_time
-from tinymim_jax.plan.search import Fit, Remedy, largest_batch, remedies
+from tinymim_jax.plan.search import Fit, largest_batch
 from tinymim_jax.plan.topology import Topology
 from tinymim_jax.sharding import AXES
 
@@ -117,6 +118,9 @@ def make_plan(
     Raises:
       ValueError: the training could not be started there either; ImportError, RuntimeError: see `compile_step`.
     """
+    if config.train.accumulate == 0:
+        log.info("train.accumulate=0, the smallest number that fits: planned for 1, see what it advises")
+        config = changed(config, {"train.accumulate": 1})
     check_layout(config, topology, fsdp)
     if kept_result(config, topology, fsdp=fsdp, cache=cache) is None:
         check_installed(topology)

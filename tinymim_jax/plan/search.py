@@ -2,10 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
-
-from ml_collections import ConfigDict
+from collections.abc import Callable
 
 _TRIES = 5
 
@@ -67,47 +64,3 @@ def _rounded(images: int) -> int:
     """Down to what chips like: multiples of 8, or a power of two below."""
     images = max(1, images)
     return images // 8 * 8 if images >= 8 else 1 << (images.bit_length() - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Remedy:
-    """A change that may make a step fit: words for the command line, and what it costs."""
-
-    words: tuple[str, ...]
-    changes: dict[str, Any]
-    cost: str
-    fsdp: int = 1
-
-
-def remedies(config: ConfigDict, chips: int, per_host: int, fsdp: int, fitting: int) -> Iterator[Remedy]:
-    """What may be changed, the cheapest first. Nothing before the last one changes what is learned.
-
-    Args:
-      per_host: chips that may share one copy of the parameters.
-      fitting: images on each chip that are known to fit; 0: none.
-    """
-    if "remat" in config.model:  # a linear probe has no gradient in its encoder, so nothing to compute again
-        order, now = ("none", "dots", "full"), config.model.remat
-        for remat in order[order.index(now) + 1 :]:
-            cost = "elementwise work is done twice" if remat == "dots" else "the student's forward pass is done twice"
-            yield Remedy((f"model.remat={remat}",), {"model.remat": remat}, cost)
-        if not config.model.scan:
-            changes = {"model.scan": True, "model.remat": "full"}
-            yield Remedy(_words(changes), changes, "the student's forward pass is done twice, parameters are stacked")
-    if fsdp == 1 and chips > 1:
-        shared = max(n for n in range(1, per_host + 1) if chips % n == 0)
-        yield Remedy((f"--fsdp {shared}",), {}, "parameters are gathered where they are used", shared)
-    batch, parts = config.train.batch_size, config.train.accumulate
-    per_chip = batch // chips
-    for more in range(parts + 1, per_chip + 1):
-        if per_chip % more == 0 and fitting and per_chip // more <= fitting:
-            yield Remedy((f"train.accumulate={more}",), {"train.accumulate": more}, "the parts follow one another")
-            break
-    if fitting:
-        smaller = fitting * chips * parts
-        cost = "another batch is another experiment: optim.base_lr is scaled by it"
-        yield Remedy((f"train.batch_size={smaller}",), {"train.batch_size": smaller}, cost)
-
-
-def _words(changes: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{key}={value}" for key, value in changes.items())
