@@ -25,7 +25,7 @@ from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.resume import differences
+from tinymim_jax.resume import check_same
 from tinymim_jax.state import trained_paths
 from tinymim_jax.sweeps.points import read_stages
 from tinymim_jax.tasks.distill.teachers import TEACHERS
@@ -265,6 +265,8 @@ def test_an_installed_wheel_has_the_experiments(tmp_path):
         names = file.namelist()
     shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py")}
     assert {name.removeprefix("tinymim_jax/") for name in names if name.startswith("tinymim_jax/configs/")} == shipped
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "tinymim_jax").rglob("*") if path.is_file()}
+    assert {name for name in package if "__pycache__" not in name} <= set(names)
     assert {name.split("/")[0] for name in names} == {"tinymim_jax", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
     code = f"""if True:
         import json, sys
@@ -297,9 +299,10 @@ def test_a_run_of_an_older_version_lacks_keys(tmp_path):
     old = json.loads(json.dumps(config.to_dict()))
     del old["data"]["crops"], old["classify"]["mixup"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert differences(tmp_path, config) == []
+    assert check_same(tmp_path, config) == {}
     now = load_config("configs/digits.py:finetune", ["data.crops=2", "seed=1"])
-    assert differences(tmp_path, now) == ["  data.crops: 1 there, 2 here", "  seed: 0 there, 1 here"]
+    with pytest.raises(ValueError, match=r"data\.crops: 1 there, 2 here\n +seed: 0 there, 1 here\n"):
+        check_same(tmp_path, now)
     read = from_json(old)
     assert (read.data.crops, read.classify.mixup, read.data.source) == (1, 0.0, "digits")
     with pytest.raises(AttributeError, match="locked"):

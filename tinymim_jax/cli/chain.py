@@ -31,7 +31,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Of the `chain` command."""
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = _EPILOG
-    command.add_argument("file", metavar="FILE[:ARGUMENT]", help="config file with get_chain(), as configs/chain.py")
+    command.add_argument(
+        "file", metavar="FILE[:ARGUMENT]", help="file with get_chain(), or a shipped name, such as chain"
+    )
     command.add_argument("--workdir", required=True, metavar="DIR", help="each stage has a folder here")
     add_training(command)
 

@@ -45,7 +45,11 @@ def training_words(options: argparse.Namespace) -> list[str]:
 def add_checkpoint(command: argparse.ArgumentParser) -> None:
     """A checkpoint to evaluate, and the experiment that names its data."""
     command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
-    command.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment (default: the run's own config.json)")
+    command.add_argument(
+        "--config",
+        metavar="FILE[:ARGUMENT]",
+        help="experiment: a file or a shipped name (default: the run's own config.json)",
+    )
     add_runtime(command)
     add_overrides(command)
 

@@ -33,7 +33,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Of the `plan` command."""
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = _EPILOG
-    command.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, as for train")
+    command.add_argument(
+        "--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment: a file or a shipped name"
+    )
     command.add_argument("--topology", required=True, metavar="NAME", help="such as v5e-64 or h100x8, see below")
     command.add_argument("--slices", type=int, default=1, metavar="N", help="so many of that TPU slice (default 1)")
     command.add_argument("--fsdp", type=int, default=1, metavar="N", help="as for train (default 1)")

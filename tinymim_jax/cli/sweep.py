@@ -42,7 +42,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Of the `sweep` command."""
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = _EPILOG
-    command.add_argument("file", metavar="FILE[:ARGUMENT]", help="config file with get_config() or get_chain()")
+    command.add_argument(
+        "file", metavar="FILE[:ARGUMENT]", help="file with get_config() or get_chain(), or a shipped name"
+    )
     command.add_argument("--sweep", default="sweep", metavar="NAME", help="which sweep of the file (default: sweep)")
     command.add_argument("--workdir", required=True, metavar="DIR", help="each point has a folder here")
     mode = command.add_mutually_exclusive_group(required=True)

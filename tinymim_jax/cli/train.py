@@ -12,7 +12,10 @@ HELP = "run an experiment; run the same command again to resume it"
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Of the `train` command."""
     command.add_argument(
-        "--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, such as configs/distill_b.py"
+        "--config",
+        required=True,
+        metavar="FILE[:ARGUMENT]",
+        help="experiment: a file or a shipped name, such as distill_b",
     )
     command.add_argument("--workdir", required=True, help="where everything about this run is kept")
     add_training(command)
