@@ -17,6 +17,13 @@ _THREADS = 16
 _MAX_OPEN = 4096
 # A cheap way to tell a file from its successor, under the names that file systems give it.
 _VERSION_KEYS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
+# Folders and files that macOS, Synology, Linux, Windows and Python leave beside others.
+_OF_SYSTEMS = frozenset(
+    (
+        *("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__pycache__"),
+        *("Thumbs.db", "desktop.ini", "Icon\r"),
+    )
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,7 +71,7 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(path: str) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder, each sorted, those that begin with a dot left out.
+    """Names of the folders and of the files in a folder, each sorted; without hidden ones and those of systems.
 
     Raises OSError, which names the folder, where it cannot be listed.
     """
@@ -83,7 +90,12 @@ def list_folder(path: str) -> tuple[list[str], list[str]]:
                 if is_folder and entry.is_symlink():
                     _check_leads_down(entry.path)
                 (folders if is_folder else files).append(entry.name)
-    return tuple(sorted(name for name in names if not name.startswith(".")) for names in (folders, files))  # type: ignore[return-value]
+    return tuple(sorted(name for name in names if not is_hidden(name)) for names in (folders, files))  # type: ignore[return-value]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no part of a data set: its name begins with a dot, or a system has made it."""
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def walk(path: str) -> Iterator[tuple[str, list[str]]]:
@@ -116,7 +128,7 @@ def _walk_remote(path: str) -> Iterator[tuple[str, list[str]]]:
     root = inner.rstrip("/") + "/"
     for name in filesystem.find(inner):  # sorted; one request for a thousand of them, not one for each folder
         parts = name.removeprefix(root).split("/")
-        if not any(part.startswith(".") for part in parts):
+        if not any(map(is_hidden, parts)):
             found.setdefault("/".join(parts[:-1]), []).append(parts[-1])
     for folder in sorted(found, key=lambda name: (name.count("/"), name)):
         yield folder, found[folder]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -9,15 +10,13 @@ import time
 
 import numpy as np
 
-from tinymim_jax.data.sources import files
+from tinymim_jax.data.sources import files, layout
 from tinymim_jax.data.sources.examples import Example, Source
 from tinymim_jax.data.sources.index import Index, Records, cache_folder, cached, writable
 from tinymim_jax.data.sources.splits import ALL, Parts
 
-# torchvision.datasets.folder.IMG_EXTENSIONS, and AVIF.
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif")
-# A folder all of whose folders are called such is one of splits, any other one of classes.
-_SPLIT_FOLDER = re.compile(r"(train|trn|val|valid|validation|dev|test|eval|extra|mini|unlabel+ed)(ing)?([-_.\d].*)?")
+log = logging.getLogger(__name__)
+
 # A folder may change once more within the tick of its clock, unseen: what is younger is not trusted.
 _SETTLED_SECONDS = 2.0
 
@@ -29,20 +28,29 @@ def open_split(name: str, location: str, split: str) -> Source:
         wholes = [open_split(name, location, each) for each in names]
         return Parts(name, split, [(whole, 0, len(whole)) for whole in wholes])
     root = _root(location, split)
-    if not files.is_folder(root):
+    if root is None or not files.is_folder(root):
         raise ValueError(
-            f"split={split!r} of {name!r} is unknown: there is no folder {root}; choices: {_choices(location, names)}, "
-            "or a part such as 'train[:90%]'"
+            f"split={split!r} of {name!r} is unknown: there is no such folder in {files.absolute(location)}; choices: "
+            f"{_choices(location, names)}, or a part such as 'train[:90%]'{_elsewhere(location)}"
         )
-    return FolderSource(name, split, root, _index(root))
+    index = _index(root)
+    source = FolderSource(name, split, root, index)
+    if skipped := layout.left_out_images(index.meta["left_out"]):
+        log.warning(
+            "%s: files left out, by kind: %s. Read are %s: convert the others, or give them the ending of their format",
+            root,
+            skipped,
+            " ".join(layout.IMAGE_EXTENSIONS),
+        )
+    return source
 
 
 def split_names(location: str) -> list[str]:
     """The whole splits at `location`: its folders where they are called as splits are, otherwise `all`."""
     before, marker, after = files.absolute(location).partition("{split}")
     if marker:
-        found = files.matches(f"{before}*{after}")
-        pattern = re.compile(re.escape(files.bare(before)) + r"([\w-]+)" + re.escape(after))
+        pattern = re.compile(re.escape(files.bare(before)) + r"([\w-]+)" + _marked(re.escape(after)))
+        found = files.matches(f"{before}*{after.replace('{split}', '*')}")
         names = [match[1] for path in found if (match := pattern.fullmatch(files.bare(path)))]
         if not names:
             raise FileNotFoundError(f"there is no folder {before}*{after}")
@@ -50,7 +58,7 @@ def split_names(location: str) -> list[str]:
     if not files.is_folder(before):
         raise FileNotFoundError(f"there is no folder {before}")
     folders, _ = files.list_folder(before)
-    return folders if folders and all(map(_SPLIT_FOLDER.fullmatch, folders)) else [ALL]
+    return layout.split_folders(before, folders) or [ALL]
 
 
 class FolderSource(Source):
@@ -60,6 +68,7 @@ class FolderSource(Source):
         self.name = name
         self.split = split
         self.class_names = tuple(index.meta["class_names"])
+        self.label_problem = index.meta["label_problem"]
         self._root = root
         self._index = index
 
@@ -84,17 +93,34 @@ class FolderSource(Source):
         return FolderSource, (self.name, self.split, self._root, self._index)
 
 
-def _root(location: str, split: str) -> str:
+def _marked(after: str) -> str:
+    """The escaped rest of a location, in which each further {split} is the split named before."""
+    return after.replace(re.escape("{split}"), r"\1")
+
+
+def _root(location: str, split: str) -> str | None:
+    """The folder of a split; None where none is called so."""
     location = files.absolute(location)
     if "{split}" in location:
         return location.replace("{split}", split)
-    return location if split == ALL else files.join(location, split)
+    if split == ALL:
+        return location
+    if files.is_folder(files.join(location, split)):
+        return files.join(location, split)
+    folder = layout.called(split, files.list_folder(location)[0])
+    return None if folder is None else files.join(location, folder)
 
 
 def _choices(location: str, names: list[str]) -> str:
     if names == [ALL]:  # any folder may be asked for
         names = names + files.list_folder(files.absolute(location))[0]
     return ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+
+
+def _elsewhere(location: str) -> str:
+    location = files.absolute(location)
+    found = layout.below(location) if "{split}" not in location else None
+    return f". Did you mean folder:{found}, which has folders of splits?" if found not in (None, location) else ""
 
 
 def _index(root: str) -> Index:
@@ -141,7 +167,7 @@ def _cached(root: str, versions, found: dict[str, list[str]] | None = None) -> I
 
 
 def _records(root: str, found: dict[str, list[str]]) -> Records:
-    images = {folder: [name for name in names if is_image(name)] for folder, names in found.items()}
+    images = {folder: [name for name in names if layout.is_image(name)] for folder, names in found.items()}
     classes = sorted(folder for folder in images if folder and "/" not in folder)
     in_folders = [folder for folder in images if folder and images[folder]]
     records = Records()
@@ -150,16 +176,20 @@ def _records(root: str, found: dict[str, list[str]]) -> Records:
             f"{root} holds images itself ({images[''][0]}, ...) and in folders ({in_folders[0]}, ...): "
             "either give each class its folder, or keep all images in one"
         )
+    left_out = layout.left_out(found)
     if not images[""] and not in_folders:
-        raise ValueError(f"{root} holds no image; looked for {', '.join(IMAGE_EXTENSIONS)}, in all folders under it")
-    records.meta["class_names"] = classes if in_folders else []
+        others = layout.left_out_images(left_out)
+        raise ValueError(
+            f"{root} holds no image; looked for {', '.join(layout.IMAGE_EXTENSIONS)}, in all folders under it"
+            + (f"; there are {others}" if others else "")
+        )
+    problem = layout.class_problem(root, images) if in_folders else ""
+    if not in_folders or (problem and len(classes) > 1):
+        classes = []
+    records.meta = {"class_names": classes, "label_problem": problem, "left_out": left_out}
     labels = {name: label for label, name in enumerate(classes)}
     for folder in sorted(images, key=lambda folder: (folder.split("/")[0], folder)):
-        label = labels[folder.split("/")[0]] if in_folders and folder else -1
+        label = labels.get(folder.split("/")[0], -1)
         for name in images[folder]:
             records.add(files.join(folder, name), label)
     return records.mixed()
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS)

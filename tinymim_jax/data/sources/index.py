@@ -19,7 +19,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 3  # part of every fingerprint: an index written by other code is not found
+_FORMAT = 4  # part of every fingerprint: an index written by other code is not found
 
 
 class Records:

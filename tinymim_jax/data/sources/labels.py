@@ -53,6 +53,8 @@ def labelled(source: Source, purpose: str = "this task learns and evaluates by t
             )
     if counts:
         raise LabelError(f"{'; '.join(counts)}{because}; {_REMEDY}")
+    if source.classes == 1:
+        raise LabelError(f"{where} has one class alone, {source.class_names[0]!r}{because}: there is nothing to learn")
     if empty := np.flatnonzero(np.bincount(labels, minlength=source.classes) == 0).tolist():
         names = shown([source.class_names[label] for label in empty])
         log.warning("%d of the %d classes of %s have no image: %s", len(empty), source.classes, where, names)

@@ -14,9 +14,9 @@ import numpy as np
 from tinymim_jax.data.sources import files, shards
 from tinymim_jax.data.sources.examples import Example, Source
 from tinymim_jax.data.sources.files import File
-from tinymim_jax.data.sources.folder import is_image
 from tinymim_jax.data.sources.index import Index, Records, cached
 from tinymim_jax.data.sources.labels import shown
+from tinymim_jax.data.sources.layout import is_image
 
 FORMAT = shards.Format(
     "tar",

@@ -1,0 +1,142 @@
+"""What folders of images mean by their names: splits, classes, neither; and trees that cannot be class folders."""
+
+import re
+from collections import Counter, defaultdict
+
+from tinymim_jax.data.sources import files
+
+# torchvision.datasets.folder.IMG_EXTENSIONS, and AVIF and JPEG's other names.
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif"),
+)
+_SPLIT = re.compile(
+    r"(?P<base>train|trn|val|valid|validation|dev|test|tst|eval|extra|mini|unlabel+ed)(ing)?(?P<rest>[-_.\d].*)?", re.I
+)
+_BASES = {"trn": "train", "valid": "val", "validation": "val", "tst": "test"}
+# Files that are images although they are not read, so that leaving them out is worth a warning.
+_OTHER_IMAGES = (".gif", ".jp2", ".j2k", ".heic", ".heif", ".jxl", ".ico", ".dng", ".cr2", ".nef", ".svg", ".psd", "")
+_TREE_LINES = 12
+_SEARCHED = 40  # folders listed to find those of splits
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def split_folders(location: str, folders: list[str]) -> list[str]:
+    """Those of a folder's `folders` that are splits: none where they are classes.
+
+    They are splits where two or more are called so (in small letters or capitals), or one is and the others hold no
+    image. A class may be called `train` beside others, as in COCO.
+    """
+    found = [name for name in folders if _SPLIT.fullmatch(name)]
+    others = [name for name in folders if name not in found]
+    if len(found) >= 2 or (found and not any(_holds_images(files.join(location, name)) for name in others)):
+        return found
+    return []
+
+
+def called(split: str, folders: list[str]) -> str | None:
+    """The folder that `split` means: itself, or the only one that differs in capitals or in form (`train`, `Training`).
+
+    None where there is no such folder, or several.
+    """
+    if split in folders:
+        return split
+    for form in (str.lower, _plain):
+        same = [name for name in folders if form(name) == form(split)]
+        if len(same) == 1:
+            return same[0]
+    return None
+
+
+def below(location: str) -> str | None:
+    """The first folder under `location` whose folders are splits, where that is found quickly."""
+    level, listed = [location], 0
+    while level and listed < _SEARCHED:
+        following = []
+        for folder in level[: _SEARCHED - listed]:
+            folders, _ = files.list_folder(folder)
+            listed += 1
+            if len(splits := [name for name in folders if _SPLIT.fullmatch(name)]) >= 2 or "train" in splits:
+                return folder
+            following += [files.join(folder, name) for name in folders]
+        level = following
+    return None
+
+
+def class_problem(root: str, images: dict[str, list[str]]) -> str:
+    """Why the folders directly under `root` are hardly classes; empty where they may be.
+
+    `images`: names of the images in each folder, by its path relative to `root`.
+    """
+    inner: dict[str, set[str]] = defaultdict(set)
+    direct = set()
+    for folder, names in images.items():
+        first, _, rest = folder.partition("/")
+        if names and rest:
+            inner[first].add(rest.split("/")[0])
+        elif names and first:
+            direct.add(first)
+    filled = direct | set(inner)
+    if len(filled) == 1 and len([folder for folder in images if folder and "/" not in folder]) == 1:
+        return (
+            f"{root} has one class folder alone; if its folders are the classes, name "
+            f"{files.join(root, next(iter(filled)))} instead, with {{split}} wherever the split's name stands in the "
+            f"path\n{tree(root, images)}"
+        )
+    alike = set(map(frozenset, inner.values()))
+    if len(inner) > 1 and not direct and len(alike) == 1:
+        names = sorted(next(iter(alike)))
+        if len(names) > 1 or _SPLIT.fullmatch(names[0]):
+            return (
+                f"the folders of {root} hold the same folders ({', '.join(names[:5])}{', ...' * (len(names) > 5)}), so "
+                "either may be the classes: put the images of each class into one folder, and those of each split into "
+                f"a folder LOCATION/SPLIT/CLASS\n{tree(root, images)}"
+            )
+    return ""
+
+
+def tree(root: str, images: dict[str, list[str]]) -> str:
+    """The first folders under `root`, one a line, with the number of images directly in each."""
+    lines = [root]
+    for folder in sorted(images, key=lambda folder: folder.split("/")):
+        if folder and folder.count("/") < 3:
+            count = f"  ({len(images[folder]):,} images)" if images[folder] else ""
+            lines.append(f"{'  ' * (folder.count('/') + 1)}{folder.rsplit('/', 1)[-1]}/{count}")
+    if len(lines) > _TREE_LINES:
+        lines[_TREE_LINES:] = [f"  ... and {len(lines) - _TREE_LINES:,} more folders"]
+    return "\n".join(lines)
+
+
+def left_out(found: dict[str, list[str]]) -> dict[str, tuple[int, str]]:
+    """Files that are not read: their number and the first of them, by extension, the most frequent first."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for folder in sorted(found):
+        for name in found[folder]:
+            if not is_image(name):
+                extension = f".{name.rsplit('.', 1)[1].lower()}" if "." in name else ""
+                counts[extension] += 1
+                first.setdefault(extension, files.join(folder, name))
+    return {extension: (count, first[extension]) for extension, count in counts.most_common(20)}
+
+
+def left_out_images(counts: dict[str, tuple[int, str]]) -> str:
+    """Of what `left_out` returns the files that are, or may be, images, in words; empty where there is none."""
+    return ", ".join(
+        f"{count:,} {extension or 'without an extension'} (such as {first})"
+        for extension, (count, first) in counts.items()
+        if extension in _OTHER_IMAGES
+    )
+
+
+def _plain(name: str) -> str:
+    if (match := _SPLIT.fullmatch(name)) is None:
+        return name.lower()
+    base = match["base"].lower()
+    return _BASES.get(base, base) + (match["rest"] or "").lower()
+
+
+def _holds_images(folder: str) -> bool:
+    return any(is_image(name) for _, names in files.walk(folder) for name in names)
