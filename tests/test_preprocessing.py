@@ -222,16 +222,21 @@ def test_the_whole_way(weights, tmp_path, monkeypatch, capsys):
     assert same["head"]["kernel"].tobytes() == params["head"]["kernel"].tobytes()
 
 
-def export(tmp_path, family, heads, width=384, **record) -> tuple[dict, list[str]]:
-    """(header metadata, warnings) of an exported encoder with these heads; two blocks of `width`."""
+def save_encoder(tmp_path, width=384) -> pathlib.Path:
+    """An encoder of two blocks as a file."""
     state = vit_state(dim=width)
     state |= {name.replace("blocks.0", "blocks.1"): x for name, x in state.items() if name.startswith("blocks.0")}
     save_file({n: x for n, x in state.items() if not n.startswith("head.")}, tmp_path / "w.safetensors")
-    model, params = convert_file("vit", tmp_path / "w.safetensors", heads=heads)
+    return tmp_path / "w.safetensors"
+
+
+def export(tmp_path, family, heads, width=384, **record) -> tuple[dict, list[str]]:
+    """(header metadata, messages) of an exported encoder with these heads; two blocks of `width`."""
+    model, params = convert_file("vit", save_encoder(tmp_path, width), heads=heads)
     save_params(tmp_path / "x", params, model | record, overwrite=True)
     path = tmp_path / "out.safetensors"
     warnings = FORMATS[family](path, *load_params(tmp_path / "x"))
-    assert load_file(path)["pos_embed"].tobytes() == state["pos_embed"].tobytes()
+    assert load_file(path)["pos_embed"].tobytes() == params["encoder"]["pos_embed"].tobytes()
     head = path.read_bytes()
     return json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])["__metadata__"], warnings
 
@@ -255,13 +260,24 @@ def test_usual_heads_need_no_warning(tmp_path, family, heads):
 )  # fmt: skip
 def test_other_heads_are_warned_of(tmp_path, family, heads, message):
     metadata, (warning,) = export(tmp_path, family, heads)
+    assert warning.startswith("WARNING: this model has")
 
     assert re.search(message, warning), warning
     assert json.loads(metadata["heads"]) == heads
+
+
+def test_what_an_export_leaves_out_is_said(tmp_path):
+    model, params = convert_file("vit", save_encoder(tmp_path), heads=6)
+    messages = FORMATS["vit"](
+        tmp_path / "out.safetensors", model | {"adapter": 8}, params | {"adapter": {"kernel": np.zeros((384, 8))}}
+    )
+    assert messages == ["left out: the adapter, which is used in the training of a distillation only"]
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        FORMATS["vit"](tmp_path / "absent" / "out.safetensors", model, params)
 
 
 def test_the_command_line_knows_the_rows():
     """The tuples in the commands are written out to keep --help quick."""
     assert tuple(FAMILIES) == convert_command.FAMILIES
     assert tuple(INTERPOLATIONS) == convert_command.INTERPOLATIONS
-    assert tuple(FORMATS) == export_command.FORMATS
+    assert tuple(FORMATS) == export_command.FAMILIES

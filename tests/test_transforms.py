@@ -200,3 +200,13 @@ def test_eval_view_is_pillows_resize_and_centre(photo, image_size, resize):
 def test_eval_view_refuses_a_crop_larger_than_the_image():
     with pytest.raises(ValueError, match=r"resize=200 must be at least .* 224"):
         EvalView(image_size=224, resize=200)
+
+
+def test_eval_view_with_the_interpolation_of_a_checkpoint(photo):
+    whole = Image.fromarray(photo).resize((95, 64), Image.Resampling.BILINEAR)  # int(64 * 640 / 427) = 95
+    left = round((95 - 48) / 2)
+    want = np.asarray(whole.crop((left, 8, left + 48, 56)))
+    got = EvalView(image_size=48, resize=64, interpolation="bilinear")(photo)
+    np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match=r"interpolation='cubic' is unknown; did you mean 'bicubic'"):
+        EvalView(image_size=48, resize=64, interpolation="cubic")

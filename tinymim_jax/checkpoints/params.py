@@ -1,4 +1,4 @@
-"""Parameters without a training state: exported, loaded from an export or from a run, merged into a model."""
+"""Parameters without a training state: saved as an export, loaded from an export or a run, merged into a model."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from etils import epath
 
 from tinymim_jax.checkpoints import format as stored
 from tinymim_jax.checkpoints.format import CheckpointError, Damaged, digest
-from tinymim_jax.checkpoints.probes import folded_head, frozen_parts
+from tinymim_jax.checkpoints.linear_probes import fold_batch_norm, probed_params
 from tinymim_jax.runtime.paths import check_output_path
 
 _log = logging.getLogger(__name__)
@@ -23,15 +23,16 @@ _CONVERT = "tinymim convert --from {{mae,tinymim,tinymim_star,vit}} --input {fil
 def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Writes an export: `directory/params/` and `directory/model.json`, the latter with a digest of the former.
 
-    It appears whole or not at all. One process calls this.
+    Either the whole export appears or nothing. Called on one process.
 
     Args:
       params: nested dicts of arrays that this process holds in full.
-      model: the architecture record, JSON values.
-      overwrite: replace an export that is already there; anything else is never replaced.
+      model: the architecture and what else model.json shall have, JSON values.
+      overwrite: replace an export that is already there; other directories are never replaced.
 
     Raises:
       CheckpointError: the directory is in use, or cannot be written.
+      ValueError: Orbax cannot write to such a path, see `check_output_path`.
     """
     directory = _resolved(directory)
     check_free(directory, overwrite=overwrite)
@@ -60,7 +61,7 @@ def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any]
 
 
 def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
-    """Raises CheckpointError where `save_params` would find `directory` in use."""
+    """Raises the error of `save_params` if `directory` is in use or not allowed, before there is anything to save."""
     check_output_path(directory, "output")
     directory = _resolved(directory)
     if not directory.exists():
@@ -73,11 +74,11 @@ def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
 
 
 def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(architecture record, parameters as nested dicts of numpy arrays) of an export or of a training run.
+    """(content of model.json, parameters as nested dicts of numpy arrays) of an export or of a training run.
 
-    Of a run, the newest intact checkpoint is taken and only its parameters are read; where it keeps a moving
-    average of them, they are taken from there. Nothing is changed on disk, so the run may be going on. A linear
-    probe's run holds its head alone; the encoder is read from the checkpoint that was probed.
+    Of a run, the newest intact checkpoint is used and only its parameters are read, in place of which the moving
+    average is taken where there is one. Nothing is changed on disk, so the run may still be training. A linear probe's
+    run holds its head alone; the encoder is read from the checkpoint that was probed.
 
     Args:
       path: a directory written by `save_params` (or `tinymim convert`), or the workdir of a run.
@@ -101,11 +102,11 @@ def merge(
     allow_missing: tuple[str, ...] = (),
     allow_unused: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The tree of `initial` with the values of `loaded`.
+    """The tree of `initial` with its values replaced by those of `loaded`.
 
     Args:
-      allow_missing: names (`head`, `encoder/norm`) that may keep their initial value, with all below them.
-      allow_unused: names in `loaded` that the model has no place for.
+      allow_missing: names (`head`, `encoder/norm`) that may keep their initial values, including all names below them.
+      allow_unused: names in `loaded` that the model may lack, including all names below them.
 
     Raises:
       CheckpointError: other names are missing or unused, or any shape or dtype differs; all are listed.
@@ -151,7 +152,7 @@ def _load_run(directory: epath.Path) -> dict[str, Any]:
 
 
 def _with_probed_encoder(path: epath.Path, model: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    """A Classifier's parameters: those of the probed checkpoint, and the probe's head with its batch norm folded in."""
+    """The parameters of a Classifier: the probed checkpoint's, and the probe's head with its batch norm folded in."""
     probed = model["probe"]["checkpoint"]
     try:
         their_model, theirs = load_params(probed)
@@ -159,10 +160,10 @@ def _with_probed_encoder(path: epath.Path, model: dict[str, Any], params: dict[s
         raise CheckpointError(f"{path} is a linear probe of {probed}, which cannot be read: {error}") from error
     if digest(theirs["encoder"]) != model["probe"]["digest"]:
         raise CheckpointError(f"{path} is a linear probe of {probed}, which has changed since. Probe it again.")
-    frozen = frozen_parts(
+    frozen = probed_params(
         their_model, theirs, image_size=tuple(model["encoder"]["image_size"]), pool=model["classifier"]["pool"]
     )
-    return frozen | {"head": folded_head(params["head"], params["batch_norm"])}
+    return frozen | {"head": fold_batch_norm(params["head"], params["batch_norm"])}
 
 
 def _load_step(directory: epath.Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _write_weights(options: argparse.Namespace) -> int:
     from tinymim_jax.convert import FORMATS
 
     model, params = load_params(options.checkpoint)
-    for warning in FORMATS[options.format](options.output, model, params):
-        print(f"WARNING: {warning}", file=sys.stderr)
+    for message in FORMATS[options.format](options.output, model, params):
+        print(message, file=sys.stderr)
     print(f"{options.output}: {options.format} names, as PyTorch loads them with safetensors.torch.load_file")
     return 0

@@ -1,4 +1,4 @@
-"""The architecture record (model.json): made of the sizes that tensors show and the heads that they do not show."""
+"""The architecture, as model.json has it: made of the sizes that tensors show and the heads that they do not show."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from tinymim_jax.convert.families.table import Family, Sizes
 Heads = int | str | Sequence[int]
 
 
-def make_record(
+def make_architecture(
     family: Family,
     parts: set[str],
     sizes: Sizes,
@@ -19,7 +19,7 @@ def make_record(
     decoder_heads: int | None,
     image_size: tuple[int, int] | None,
 ) -> dict:
-    """The record of a model of `family` that has these optional parts and sizes (see families/table.py).
+    """The architecture of a model of `family` that has these optional parts and sizes (see families/table.py).
 
     Raises:
       ConvertError: heads or image_size do not fit, or are needed because they have no default.
@@ -66,7 +66,7 @@ def _widened(sizes: Sizes) -> dict[str, Any]:
 
 
 def parts_of(model: Mapping) -> set[str]:
-    """The optional parts that a record has."""
+    """The optional parts that an architecture has."""
     parts = {"decoder"} if "decoder" in model else set()
     classifier = model.get("classifier", {"classes": 0, "pool": "cls"})
     parts |= {classifier["pool"]} | ({"head"} if classifier["classes"] else set())
@@ -80,7 +80,7 @@ def whole_parts(parts: set[str]) -> set[str]:
 
 
 def sizes_of(model: Mapping) -> dict[str, int]:
-    """The sizes of a record, by the letters of the name tables."""
+    """The sizes of an architecture, by the letters of the name tables."""
     encoder, decoder = model["encoder"], model.get("decoder", {"embed_dim": 0, "depth": 0})
     rows, columns = grid_of(encoder)
     classifier = model.get("classifier", {"classes": 0})
@@ -100,7 +100,7 @@ def sizes_of(model: Mapping) -> dict[str, int]:
 
 
 def grid_of(encoder: Mapping) -> tuple[int, int]:
-    """Patches (rows, columns) of a record's encoder."""
+    """Patches (rows, columns) of an encoder."""
     height, width = encoder["image_size"]
     return height // encoder["patch_size"], width // encoder["patch_size"]
 

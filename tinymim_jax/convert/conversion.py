@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tinymim_jax.convert.architecture import Heads, grid_of, make_record, parts_of, sizes_of, whole_parts
+from tinymim_jax.convert.architecture import Heads, grid_of, make_architecture, parts_of, sizes_of, whole_parts
 from tinymim_jax.convert.errors import ConvertError, printable
 from tinymim_jax.convert.families import FAMILIES
 from tinymim_jax.convert.families.table import Family, Leaf, Shape, leaves, sizes_shown
@@ -42,7 +42,7 @@ def from_torch(
     use: str | None = None,
     prefix: str | None = None,
 ) -> tuple[dict, dict]:
-    """Our architecture record and parameters from a PyTorch state dict.
+    """Our architecture and parameters from a PyTorch state dict.
 
     Args:
       family: a name in FAMILIES.
@@ -54,7 +54,7 @@ def from_torch(
       use, prefix: which network of several to take, and how its names begin; see `find_state_dict`.
 
     Returns:
-      The record (plain JSON; see `model.json`) and the nested dict of float32 arrays, which own their memory.
+      The architecture (plain JSON, as in model.json) and the nested dict of float32 arrays, which own their memory.
       Half-precision files are widened.
 
     Raises:
@@ -76,7 +76,7 @@ def from_state_dict(
     plan = _plan(family_of(family), state)
     if plan.problems:
         raise ConvertError(_listed(f"the file does not hold a {family!r} model", plan.problems) + _hint(family, state))
-    model = make_record(FAMILIES[family], plan.parts, plan.sizes, heads, decoder_heads, image_size)
+    model = make_architecture(FAMILIES[family], plan.parts, plan.sizes, heads, decoder_heads, image_size)
     params: dict = {}
     for leaf in plan.leaves:
         *folders, name = leaf.ours.split("/")
@@ -93,7 +93,7 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
 
     Args:
       family: a name in FAMILIES.
-      model: the architecture record.
+      model: the architecture.
       params: nested dict of arrays (numpy or jax). Fixed position tables, which are no parameters here, are computed.
 
     Returns:

@@ -15,7 +15,7 @@ from tinymim_jax.convert.sidecar import Sidecar, read_sidecar
 from tinymim_jax.convert.state_dict import find_state_dict
 
 METADATA = "tinymim_jax"
-"""The name in a safetensors header under which `tinymim export` keeps the architecture record, as JSON."""
+"""The name in a safetensors header under which `tinymim export` keeps the content of model.json."""
 
 
 def convert_file(
@@ -30,7 +30,7 @@ def convert_file(
     given: Given | None = None,
     config: str | pathlib.Path | None = None,
 ) -> tuple[dict, dict]:
-    """The architecture record and parameters in a PyTorch or safetensors file.
+    """The architecture and parameters in a PyTorch or safetensors file.
 
     What is not given is read from the metadata of a file that `tinymim export` wrote, then from config.json of timm or
     Hugging Face beside the file, then assumed.
@@ -41,7 +41,7 @@ def convert_file(
       config: a config.json to read in place of the one beside the file; 'none' for no such file.
 
     Returns:
-      As `from_torch`. The record also has
+      As `from_torch`. The architecture also has
         preprocessing: see `complete_preprocessing`.
         source: the family, the file, its sha256; where they apply, `taken` (which network of the file), `left_out`
           (what else is in it), `assumed` (names of what was assumed) and `notes`.
@@ -85,7 +85,7 @@ def sha256(path: str | pathlib.Path) -> str:
 
 
 def _exported(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """(the record that `tinymim export` put into a file; {} if there is none, notes)."""
+    """(the content of model.json that `tinymim export` put into a file, or {} if there is none; notes)."""
     if METADATA not in metadata:
         return {}, []
     try:

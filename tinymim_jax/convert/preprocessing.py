@@ -44,10 +44,10 @@ class Given:
 
 
 def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Mapping, sidecar: Sidecar) -> dict:
-    """The `preprocessing` of an architecture record.
+    """The `preprocessing` of model.json.
 
     Args:
-      model: the record, for the size of the images and the number of classes.
+      model: the architecture, for the size of the images and the number of classes.
       given: what the user says; it is preferred to what follows.
       exported: `preprocessing` in the metadata of a file that `tinymim export` wrote; {} for others.
       sidecar: what the files beside the weights say; it is preferred to the assumptions.

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from tinymim_jax import optim
+from tinymim_jax.checkpoints.linear_probes import fold_batch_norm, probed_params
 from tinymim_jax.checkpoints.params import check_free, save_params
-from tinymim_jax.checkpoints.probes import folded_head, frozen_parts
 from tinymim_jax.evaluation.checks import check_preprocessing
 from tinymim_jax.evaluation.features import labelled_splits, split_features
 from tinymim_jax.experiment import preprocessing
@@ -85,7 +85,7 @@ def evaluate_probe(
     loaded = load(str(checkpoint))
     check_preprocessing(config, loaded.model, str(checkpoint))
     network = probed_network(loaded, config.model, pool, classes)
-    frozen = frozen_parts(loaded.model, loaded.params, image_size=network.encoder.image_size, pool=pool)
+    frozen = probed_params(loaded.model, loaded.params, image_size=network.encoder.image_size, pool=pool)
     placed = place_frozen(frozen["encoder"], mesh)
     trained, evaluated = (
         split_features(config, source, network.encoder, placed, mesh, pool=pool, workers=workers)
@@ -183,7 +183,9 @@ def fit_heads(
     trained = jax.device_get(jax.jit(lambda trained: trained, out_shardings=everywhere)(heads[0]))
     seconds = format_seconds(time.perf_counter() - began)
     log.info("%d heads trained for %d epochs on %d features in %s", len(base_lrs), epochs, len(features), seconds)
-    folded = [folded_head({name: leaf[i] for name, leaf in trained.items()}, statistics) for i in range(len(base_lrs))]
+    folded = [
+        fold_batch_norm({name: leaf[i] for name, leaf in trained.items()}, statistics) for i in range(len(base_lrs))
+    ]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *folded)
 
 

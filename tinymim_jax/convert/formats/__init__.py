@@ -13,6 +13,6 @@ from tinymim_jax.convert.families import FAMILIES
 from tinymim_jax.convert.formats.safetensors import write_family
 
 Writer = Callable[[str | pathlib.Path, Mapping[str, Any], Mapping], list[str]]
-"""(path, architecture record, parameters) -> warnings for the user; it writes the file at `path`."""
+"""(path, content of model.json, parameters) -> messages for the user; it writes the file at `path`."""
 
 FORMATS: dict[str, Writer] = {family: functools.partial(write_family, family) for family in FAMILIES}

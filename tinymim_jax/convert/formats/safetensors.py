@@ -18,10 +18,10 @@ def write_family(family: str, path: str | pathlib.Path, model: Mapping[str, Any]
     """Writes a model with the names of `family`.
 
     The header's metadata have what no tensor shows: `heads` (attention heads block by block), and under `tinymim_jax`
-    the architecture record with preprocessing and class names, which `convert_file` reads back.
+    the content of model.json with preprocessing and class names, which `convert_file` reads back.
 
     Returns:
-      Warnings for the user, a sentence each.
+      Messages for the user, a sentence each.
 
     Raises:
       ConvertError: the parameters are not those of this family.
@@ -33,7 +33,10 @@ def write_family(family: str, path: str | pathlib.Path, model: Mapping[str, Any]
     if "decoder" in model:
         metadata["decoder_heads"] = json.dumps(model["decoder"]["heads"])
     to_safetensors(path, to_torch(family, model, params), metadata)
-    return head_warnings(family, model)
+    messages = [f"WARNING: {warning}" for warning in head_warnings(family, model)]
+    if "adapter" in model and "adapter" in params:
+        messages.append("left out: the adapter, which is used in the training of a distillation only")
+    return messages
 
 
 def head_warnings(family: str, model: Mapping[str, Any]) -> list[str]:
@@ -80,6 +83,8 @@ def to_safetensors(
       OSError: the folder is missing or full, or may not be written to.
     """
     path = pathlib.Path(path).expanduser()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}; make it first")
     # The library writes the memory of an array as it is: a transposed view would be written wrong.
     arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import digest
-from tinymim_jax.checkpoints.probes import frozen_parts, unfolded
+from tinymim_jax.checkpoints.linear_probes import probed_params, with_neutral_batch_norm
 from tinymim_jax.class_names import ClassMismatch
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.heads import POOLS, Classifier
@@ -60,7 +60,7 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         init=method.init,
         losses=method.losses,
         names=("loss", "top1", "top5"),
-        load_frozen=lambda: frozen_parts(loaded.model, loaded.params, image_size=image_size, pool=probe.pool),
+        load_frozen=lambda: probed_params(loaded.model, loaded.params, image_size=image_size, pool=probe.pool),
         start=lambda params: _loaded_head(params, loaded, classifier, class_names, config.data.source),
     )
 
@@ -114,7 +114,9 @@ def _loaded_head(
     except ClassMismatch as error:
         log.warning("the head of %s is initialized anew: %s", loaded.path, error)
         return params
-    own, statistics = unfolded(jax.tree.map(lambda leaf: np.asarray(leaf)[..., order], loaded.params["head"]))
+    own, statistics = with_neutral_batch_norm(
+        jax.tree.map(lambda leaf: np.asarray(leaf)[..., order], loaded.params["head"])
+    )
     return {"head": own, "batch_norm": statistics}
 
 

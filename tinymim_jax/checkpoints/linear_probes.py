@@ -1,4 +1,4 @@
-"""Linear probes as classifiers: what of a checkpoint a probe looks at, and its head put behind that."""
+"""Linear probes as classifiers: the parameters that a probe keeps fixed, and its batch norm folded into the head."""
 
 from typing import Any
 
@@ -10,12 +10,15 @@ from tinymim_jax.ops.posembed import resize_table
 Params = Any  # nested dicts of arrays
 
 
-def frozen_parts(model: dict[str, Any], params: Params, *, image_size: tuple[int, int], pool: str) -> Params:
-    """A Classifier but for its head, from a checkpoint's record and parameters: {"encoder"} and, for 'mean', "fc_norm".
+def probed_params(model: dict[str, Any], params: Params, *, image_size: tuple[int, int], pool: str) -> Params:
+    """The parameters of a Classifier without its head: {"encoder"} and, with 'mean' pooling, {"fc_norm"}.
 
-    A learned position table is resized to `image_size`. A norm that the checkpoint does not have (`fc_norm` of one
-    that was never a classifier, the final norm of one that was) has no scale and shift: in MAE's main_linprobe.py it
-    stays as it was initialised.
+    A learned position table is resized to `image_size`. A norm that the checkpoint does not have (`fc_norm` if it was
+    never a classifier, the final norm if it was one) gets a scale of 1 and a shift of 0, as in MAE's main_linprobe.py,
+    where it keeps its initial value.
+
+    Args:
+      model, params: of the probed checkpoint, see `load_params`.
     """
     record, encoder = model["encoder"], dict(params["encoder"])
     if "pos_embed" in encoder:
@@ -30,16 +33,16 @@ def frozen_parts(model: dict[str, Any], params: Params, *, image_size: tuple[int
     return {"encoder": encoder, "fc_norm": norm}
 
 
-def folded_head(head: Params, statistics: Params) -> Params:
-    """The Linear that does what batch norm with running `statistics` and then the Linear `head` do."""
+def fold_batch_norm(head: Params, statistics: Params) -> Params:
+    """The Linear that equals a batch norm with running `statistics` followed by the Linear `head`."""
     scale = 1 / np.sqrt(np.asarray(statistics["variance"], np.float64) + EPS)
     kernel = np.asarray(head["kernel"], np.float64) * scale[:, None]
     bias = np.asarray(head["bias"], np.float64) - np.asarray(statistics["mean"], np.float64) @ kernel
     return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
-def unfolded(head: Params) -> tuple[Params, Params]:
-    """(head, statistics) of a Linear: its `folded_head` is the same Linear."""
+def with_neutral_batch_norm(head: Params) -> tuple[Params, Params]:
+    """(head, statistics): statistics with which `fold_batch_norm` gives the same Linear."""
     dim = len(head["kernel"])
     return head, {"mean": np.zeros(dim, np.float32), "variance": np.full(dim, 1 - EPS, np.float32)}
 
