@@ -14,11 +14,11 @@ from jax.experimental import multihost_utils
 
 from tinymim_jax.checkpoints import format as stored
 from tinymim_jax.checkpoints.format import CheckpointError, Damaged
+from tinymim_jax.checkpoints.handlers import make_handlers
+from tinymim_jax.checkpoints.read_back import read_back
 from tinymim_jax.runtime.files import is_remote
 from tinymim_jax.runtime.paths import check_output_path
 
-_MIN_SLICE_BYTES = 2**20
-_READ_BACK_BYTES = 2**29
 # Seconds between attempts to read or to save for the last time, and before a failed save is repeated (buckets only).
 _PAUSES = (2, 10, 30)
 _RETRY_SECONDS = 60.0
@@ -74,7 +74,8 @@ class Checkpoints:
 
         def open_manager() -> ocp.CheckpointManager:
             with stored.writing(self._directory):
-                return ocp.CheckpointManager(self._directory, options=options, item_handlers=_handlers(self._failures))
+                handlers = make_handlers(self._failures)
+                return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
         self._manager = self._repeated(open_manager)
         # The step to be read back after it is saved: the first one of a directory that was empty.
@@ -252,19 +253,13 @@ class Checkpoints:
         return action()
 
     def _read_first_save_back(self) -> None:
-        """Compares what is stored with the manifest; process 0 does so for all, in portions of `_READ_BACK_BYTES`."""
+        """Process 0 does so for all; later calls do nothing."""
         step, self._unread = self._unread, None
         if step is None or jax.process_index() > 0:
             return
         directory = self._directory / str(step)
         try:
-            if step not in ocp.utils.checkpoint_steps(self._directory):
-                raise Damaged("it is not found there")
-            leaves, _ = self._repeated(lambda: stored.read_manifest(directory / "manifest"))
-            for names in _portions(leaves):
-                wanted = dict.fromkeys(names)
-                arrays = self._repeated(lambda wanted=wanted: stored.read_arrays(directory / "state", wanted))
-                stored.verify(arrays, leaves)
+            read_back(directory, attempt=self._repeated)
         except Damaged as error:
             raise CheckpointError(
                 f"The first checkpoint of this run, {directory}, is not what was saved: {str(error)[:300]}\n"
@@ -317,19 +312,6 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _portions(leaves: Mapping[str, stored.Leaf]) -> Iterator[list[str]]:
-    """The names in groups of about `_READ_BACK_BYTES`."""
-    names, size = [], 0
-    for name, leaf in leaves.items():
-        names.append(name)
-        size += int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        if size >= _READ_BACK_BYTES:
-            yield names
-            names, size = [], 0
-    if names:
-        yield names
-
-
 def _together(read: Callable[[], Any]) -> Any:
     """The result of `read`; Damaged on all processes if it is raised on any of them."""
     result, error = None, None
@@ -344,57 +326,3 @@ def _together(read: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return result
-
-
-def _handlers(failures: list[BaseException]) -> dict[str, ocp.CheckpointHandler]:
-    """Orbax's own handlers, which do not slice small replicated arrays so that each device writes a part of them.
-
-    Slicing compiles a program for each shape and device, which takes seconds in the first save and gains nothing.
-
-    Args:
-      failures: errors in the background on this process are appended.
-    """
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return {
-        "state": _reporting(ocp.PyTreeCheckpointHandler(type_handler_registry=registry), failures),
-        "manifest": _reporting(ocp.JsonCheckpointHandler(), failures),
-    }
-
-
-def _reporting(handler: Any, failures: list[BaseException]) -> ocp.CheckpointHandler:
-    """The handler, changed so that errors while it writes are appended to `failures`. Orbax accepts no subclass."""
-    async_save, finalize = handler.async_save, handler.finalize
-
-    async def reported_save(*args: Any, **kwargs: Any) -> list[Any]:
-        return [_Reported(future, failures) for future in await async_save(*args, **kwargs) or ()]
-
-    def reported_finalize(*args: Any, **kwargs: Any) -> None:
-        with _noting(failures):
-            finalize(*args, **kwargs)
-
-    handler.async_save, handler.finalize = reported_save, reported_finalize
-    return handler
-
-
-class _Reported:
-    """An Orbax future that appends its error to `failures`."""
-
-    def __init__(self, future: Any, failures: list[BaseException]):
-        self._future, self._failures = future, failures
-
-    def result(self, timeout: float | None = None) -> Any:
-        with _noting(self._failures):
-            return self._future.result(timeout)
-
-    def cancel(self) -> Any:
-        return self._future.cancel()
-
-
-@contextlib.contextmanager
-def _noting(failures: list[BaseException]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        failures.append(error)
-        raise
