@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from tinymim_jax.models.blocks import Block
 from tinymim_jax.models.heads import Classifier
@@ -212,6 +213,19 @@ def test_classifier_pools_as_it_says(pool):
         pooled = (pooled - pooled.mean(-1, keepdims=True)) / jnp.sqrt(pooled.var(-1, keepdims=True) + 1e-6)
     want = pooled @ variables["params"]["head"]["kernel"]
     np.testing.assert_allclose(network.apply(variables, IMAGES), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_classifier_traces_with_a_symbolic_batch(scan):
+    """One traced program for every batch size, with and without a DIST token."""
+    encoder = TINY.clone(final_norm=False, dist_token=True, scan=scan)
+    network = Classifier(encoder, classes=5, head_std=0.02)
+    variables = jax.jit(network.init)(jax.random.key(0), IMAGES)
+    (batch,) = export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((batch, *IMAGES.shape[1:]), jnp.float32)
+    program = export.export(jax.jit(lambda images: network.apply(variables, images)))(shape)
+    for images in (IMAGES[:1], IMAGES):
+        np.testing.assert_allclose(program.call(images), jax.jit(network.apply)(variables, images), atol=1e-6)
 
 
 def test_classifier_refuses_the_wrong_norm():

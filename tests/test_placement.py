@@ -17,7 +17,7 @@ from tinymim_jax.sharding import batch_sharding, make_mesh, state_sharding
 # by 7 or 13.
 OVERRIDES = (
     "model.image_size=(40,40)", "model.patch_size=8", "model.embed_dim=512", "model.depth=3", "model.heads=8",
-    "mae.decoder_dim=512", "mae.decoder_depth=2", "mae.decoder_heads=8", "train.batch_size=4096",
+    "mae.decoder_dim=512", "mae.decoder_depth=2", "mae.decoder_heads=8",
 )  # fmt: skip
 
 
@@ -32,17 +32,21 @@ def collectives(text: str) -> list[tuple[str, list[int]]]:
     return found
 
 
-def moved_activations(scan: bool, remat: str) -> list[tuple[str, list[int]]]:
-    config = load_config("configs/mae_b.py", [*OVERRIDES, f"model.scan={scan}", f"model.remat={remat}"])
+def moved_activations(scan: bool, remat: str, batch: int = 4096) -> list[tuple[str, list[int]]]:
+    words = [f"model.scan={scan}", f"model.remat={remat}", f"train.batch_size={batch}"]
+    config = load_config("configs/mae_b.py", [*OVERRIDES, *words])
     step, arguments = plan_experiment(config).step(make_mesh(2))
     moved = collectives(step.lower(*arguments).compile().as_text())
     assert any(512 in shape for _, shape in moved), "parameters are split"
     return [(kind, shape) for kind, shape in moved if any(n % 7 == 0 or n % 13 == 0 for n in shape)]
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(True, "dots"), (False, "none")])
-def test_no_collective_moves_an_activation(scan, remat):
-    assert moved_activations(scan, remat) == []
+@pytest.mark.parametrize(
+    ("scan", "remat", "batch"), [(True, "dots", 4096), (False, "none", 4096), (False, "none", 8), (True, "dots", 8)]
+)
+def test_no_collective_moves_an_activation(scan, remat, batch):
+    """Nor where activations are smaller than parameters, as with one image on each device."""
+    assert moved_activations(scan, remat, batch) == []
 
 
 def test_without_the_constraint_activations_are_moved(monkeypatch):

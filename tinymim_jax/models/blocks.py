@@ -58,11 +58,10 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch features"]:
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        x, kernel, bias = (array.astype(self.dtype) for array in (split_batch(x), kernel, bias))
         rows = x.reshape(-1, x.shape[-1]) if on_cpu() else x
-        return (jnp.matmul(rows, kernel, precision=full_precision(self.dtype)) + bias).reshape(
-            *x.shape[:-1], self.features
-        )
+        product = jnp.matmul(rows, kernel, precision=full_precision(self.dtype)) + bias
+        return split_batch(product.reshape(*x.shape[:-1], self.features))
 
 
 class LayerNorm(nn.Module):

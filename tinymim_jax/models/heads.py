@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from tinymim_jax.models.blocks import Dense, LayerNorm
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.gelu import gelu
+from tinymim_jax.ops.placement import split_batch
 from tinymim_jax.ops.products import full_precision
 
 POOLS = ("mean", "cls")
@@ -95,7 +96,8 @@ class Classifier(nn.Module):
     def logits(self, images: Images, *, drop_key: jax.Array | None = None) -> tuple[Logits, Logits | None]:
         """float32 logits of each head; None for the second where the encoder has no DIST token."""
         read = self._read(images, drop_key)
-        return self.head(read[:, 0]), self.head_dist(read[:, 1]) if self.encoder.dist_token else None
+        first = split_batch(self.head(split_batch(read[:, 0])))
+        return first, split_batch(self.head_dist(split_batch(read[:, 1]))) if self.encoder.dist_token else None
 
     def features(self, images: Images, *, drop_key: jax.Array | None = None) -> Features:
         """float32 image features: what the first head sees."""
