@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import simplejpeg
 from pictures import encoded, psnr
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from tinymim_jax.data.pipeline import eval_batches, train_batches
 from tinymim_jax.data.sources.examples import Source
-from tinymim_jax.data.views import transforms
+from tinymim_jax.data.views import decoding, transforms
 from tinymim_jax.data.views.decoding import Picture, Undecodable, decode
 from tinymim_jax.data.views.transforms import Augment, EvalView, random_resized_crop_params, resized_crop
 
@@ -70,8 +70,64 @@ def test_a_decompression_bomb_is_refused_before_memory_is_taken():
     data = bytearray(encoded(NOISE, "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # height and width 65500
-    with pytest.raises(Undecodable, match="bomb"):
-        decode(bytes(data))
+    # Our own message and not Pillow's, which comes after the fast decoder has asked for 12 GB.
+    with pytest.raises(Undecodable, match="taken for a decompression bomb, the limit is 178,956,970"):
+        Picture(bytes(data))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_large_images_are_converted_in_strips_with_the_same_pixels(mode, monkeypatch):
+    levels = np.random.default_rng(0).integers(0, 65536, (37, 29), np.uint16)
+    picture = Image.fromarray(levels) if mode == "I;16" else Image.fromarray(NOISE).convert(mode)
+    data = encoded(picture, "TIFF")
+    whole = decode(data)
+    want = (levels >> 8)[..., None].repeat(3, -1) if mode == "I;16" else np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(whole, want)
+    monkeypatch.setattr(decoding, "_STRIP", 100)
+    monkeypatch.setattr(decoding, "_LARGE", 100)
+    np.testing.assert_array_equal(decode(data), whole)
+    needed = picture.width * picture.height * (3 + {"1": 1, "L": 1, "P": 1, "I;16": 2}.get(mode, 4))
+    monkeypatch.setattr(decoding, "_MAX_BYTES", needed)
+    decode(data)
+    monkeypatch.setattr(decoding, "_MAX_BYTES", needed - 1)
+    with pytest.raises(Undecodable, match="GiB of memory to decode, the limit is"):
+        decode(data)
+
+
+def test_postscript_is_not_run(monkeypatch):
+    programs = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: programs.append(args))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(Undecodable, match=r"in none of the formats that are read: JPEG, .*PNG"):
+        decode(eps)
+    assert not programs
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (
+            np.linspace(0, 4095, 64).astype(np.uint16),
+            "16 bits and grey levels of 4,095 at most, so it would look black",
+        ),
+        (np.linspace(0, 255, 64).astype(np.int32), "grey levels of 255 at most"),
+        (np.linspace(0, 70000, 64).astype(np.int32), "from 0 to 70,000, beyond 16 bits"),
+        (np.linspace(-5, 65535, 64).astype(np.int32), "from -5 to 65,535"),
+        (np.linspace(0, 1, 64).astype(np.float32), "floating-point numbers"),
+    ],
+)
+def test_greys_without_a_known_white_are_refused(levels, message):
+    data = encoded(Image.fromarray(levels.reshape(8, 8)), "TIFF")
+    with pytest.raises(Undecodable, match=f"{message}.*convert it to 8 bits, or to the whole range of 16"):
+        decode(data)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_greys_of_sixteen_bits_and_black_are_read(dtype):
+    for high in (0, 4096, 65535):
+        levels = np.linspace(0, high, 64).astype(dtype).reshape(8, 8)
+        got = decode(encoded(Image.fromarray(levels), "TIFF"))
+        np.testing.assert_array_equal(got, (levels // 256).astype(np.uint8)[..., None].repeat(3, -1))
 
 
 # ---------------------------------------------------------------------------------------------- orientation

@@ -16,11 +16,11 @@ import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from tinymim_jax.data.sources.examples import Source
-from tinymim_jax.data.views.decoding import Picture
+from tinymim_jax.data.views.decoding import Picture, open_image
 from tinymim_jax.data.views.transforms import resize_exact, short_side_size
 
 # A group of one record is read without its neighbours; image files do not compress, so time is not spent on it.
@@ -266,7 +266,7 @@ def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
 
 
 def _orientation(data: bytes) -> int:
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         orientation = image.getexif().get(_ORIENTATION, 1)
     return orientation if orientation in range(1, 9) else 1
 

@@ -1,8 +1,10 @@
 """From the bytes of an image file to RGB pixels, as Pillow would give them, decoding no more than is needed."""
 
 import contextlib
+import functools
 import io
 import math
+import threading
 from collections.abc import Iterator
 from typing import Union
 
@@ -16,14 +18,24 @@ from tinymim_jax.data.views.jpeg import first_rows
 _FAST_COLORSPACES = ("YCbCr", "RGB", "Gray")
 # More is taken for a decompression bomb, as Pillow does: a few bytes may claim 65535 x 65535 pixels, 12 GB.
 _MAX_PIXELS = 178_956_970
+# Memory for the decoder's pixels and the RGB made of them.
+_MAX_BYTES = 1 << 30
+# Bytes that Pillow keeps for a pixel, by mode; 4 for all others.
+_DECODED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+_LARGE = 1 << 25  # pixels; of larger images each process decodes one at a time, however many threads it has
+_STRIP = 1 << 24  # pixels that are converted at a time
+_DARK = 4096  # 16-bit grey levels all below this look black: most likely they are 12 bits
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000")
 _ORIENTATION = 0x0112  # the EXIF tag
+_one_large = threading.Lock()
 
 
 def decode(data: bytes, *, upright: bool = False) -> np.ndarray:
     """An image file as RGB, uint8 `[height, width, 3]`, with the pixels of Pillow's `convert("RGB")`.
 
     Grey is repeated, palettes looked up, CMYK converted, alpha dropped, the first frame taken. 16-bit grey
-    is scaled to 8 bits, as Pillow itself does for 16-bit RGB (its conversion would clip grey to white).
+    is scaled to 8 bits, as Pillow itself does for 16-bit RGB (its conversion would clip grey to white); floating-point
+    pixels, and greys that would all be black when scaled so, are refused.
     With `upright` the picture is turned as its EXIF orientation says; without, as in torchvision, it is not.
     Raises Undecodable for a damaged file, also one that is merely cut short.
     """
@@ -109,13 +121,12 @@ class Picture:
             except ValueError:
                 if reduction > 1:
                     return np.asarray(Image.fromarray(self.pixels()).reduce(reduction))
-        with Image.open(io.BytesIO(self._data)) as image:
-            if self._upright:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # "I;16" and its kin, or "I" with 16 bits in use
-                grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            return np.asarray(image.convert("RGB"))
+        with open_image(self._data) as image:
+            _check_size(image.height, image.width, _DECODED_BYTES.get(image.mode, 4))
+            if image.height * image.width <= _LARGE:
+                return _as_rgb(image, self._upright)
+            with _one_large:
+                return _as_rgb(image, self._upright)
 
     def _decode_fast(self, reduction: int, shortened: bytearray | None = None) -> np.ndarray:
         data, strict = (self._data, True) if shortened is None else (shortened, False)
@@ -133,21 +144,85 @@ def _as_undecodable() -> Iterator[None]:
     except Undecodable:
         raise
     except UnidentifiedImageError as error:
-        raise Undecodable("UnidentifiedImageError: in no image format that is known") from error
+        raise Undecodable(
+            f"UnidentifiedImageError: in none of the formats that are read: {', '.join(_FORMATS)}"
+        ) from error
     except Exception as error:  # decoders raise all sorts of them
         raise Undecodable(f"{type(error).__name__}: {error}") from error
 
 
-def _check_size(height: int, width: int) -> None:
+def open_image(data: bytes) -> Image.Image:
+    """`Image.open` for the formats that are read; it decodes no pixels.
+
+    Pillow by itself tries others too, and hands Encapsulated PostScript, a program, to Ghostscript.
+    """
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _check_size(height: int, width: int, decoded_bytes: int = 0) -> None:
+    """Raises ValueError for an image of too many pixels, or one whose decoding would take too much memory.
+
+    `decoded_bytes`: what the decoder keeps of each pixel, beside the RGB that is made of it.
+    """
     if height * width > _MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels: taken for a decompression bomb, the limit is {_MAX_PIXELS:,}")
+    if (needed := height * width * (decoded_bytes + 3)) > _MAX_BYTES and decoded_bytes:
+        raise ValueError(
+            f"{width} x {height} pixels would take {needed / 2**30:.1f} GiB of memory to decode, the limit is "
+            f"{_MAX_BYTES / 2**30:.0f} GiB: make the image smaller"
+        )
+
+
+def _as_rgb(image: Image.Image, upright: bool) -> np.ndarray:
+    """The pixels of an opened image as `decode` describes them, in strips, so that no more than one copy exists."""
+    if upright:
+        image = ImageOps.exif_transpose(image)
+    image.load()
+    rows = max(1, _STRIP // image.width)
+    strips = [slice(top, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = _sixteen_bits(image)
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        for strip in strips:
+            pixels[strip] = (grey[strip] >> 8)[..., None]
+        return pixels
+    if len(strips) == 1:
+        return np.asarray(image.convert("RGB"))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for strip in strips:
+        pixels[strip] = np.asarray(image.crop((0, strip.start, image.width, strip.stop)).convert("RGB"))
+    return pixels
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    """Grey levels of 0 to 65535, `[height, width]`.
+
+    Raises ValueError for other numbers: which of them is white is written nowhere, and as 16 bits they may all be
+    black. X-rays and microscopes' images often hold 12 bits in 16.
+    """
+    remedy = "convert it to 8 bits, or to the whole range of 16"
+    if image.mode == "F":
+        raise ValueError(f"its pixels are floating-point numbers, of which none is known to be white: {remedy}")
+    grey = np.asarray(image)
+    low, high = int(grey.min()), int(grey.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"its grey levels go from {low:,} to {high:,}, beyond 16 bits: {remedy}")
+    if 0 < high < _DARK:
+        raise ValueError(f"it has 16 bits and grey levels of {high:,} at most, so it would look black: {remedy}")
+    return grey
 
 
 def _exif_orientation(data: bytes) -> int:
     """1 to 8, as EXIF numbers them; 1 is upright, or unknown."""
     if data[:2] != b"\xff\xd8" or b"Exif\0\0" not in data[:65536]:
         return 1  # not a JPEG: Pillow will turn it
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         orientation = image.getexif().get(_ORIENTATION, 1)
     return orientation if orientation in range(1, 9) else 1
 
