@@ -39,20 +39,12 @@ gc.freeze()
 gc.set_threshold(100_000, 20, 50)
 
 # Files that take long, longest first: with `pytest -n 2 --dist loadfile` a file goes to one worker, so its fixtures are
-# made once, and no long one is left for the end. Files that are not named come after these.
+# made once, and no long one is left for the end. Files that are not named come after these. Every second of the first
+# ones starts processes, so that one worker at a time does.
 _LONGEST_FIRST = (
-    "sweep",
-    "faults",
-    "distill",
-    "train",
-    "chain",
-    "tpu_vm",
-    "plan",
-    "mixup",
-    "study",
-    "configs",
-    "finetune",
-)
+    "sweep", "distill", "faults", "train", "chain", "mixup", "tpu_vm", "configs", "study", "finetune", "readme", "golden",
+    "evaluate", "formats", "tasks", "plan", "inference", "placement", "benchmark_step",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
