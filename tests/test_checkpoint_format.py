@@ -175,7 +175,7 @@ def test_storage_errors_say_what_to_do(error, remedy):
 
 def test_trouble_of_the_storage_is_not_taken_for_damage(monkeypatch, tmp_path):
     class HttpError(Exception):
-        """As gcsfs raises it: no OSError."""
+        """Like the error of gcsfs, which is no OSError."""
 
     HttpError.__module__ = "gcsfs.retry"
     troubles = (PermissionError(13, "denied"), ValueError("PERMISSION_DENIED: x"), MemoryError())

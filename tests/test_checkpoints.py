@@ -210,7 +210,7 @@ def test_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["run[1]", "run\\1", "run*", "what?", "a[b/c"])
 def test_paths_that_are_patterns_are_refused(tmp_path, name, monkeypatch):
-    """Orbax would not find its own files there, and says nothing."""
+    """Orbax would not find its own files there, and would raise no error."""
     with pytest.raises(ValueError, match=r"checkpoint directory .* cannot be used.*Rename '"):
         Checkpoints(tmp_path / name / "checkpoints")
     with pytest.raises(ValueError, match=r"output .* cannot be used"):
@@ -218,14 +218,14 @@ def test_paths_that_are_patterns_are_refused(tmp_path, name, monkeypatch):
     with pytest.raises(ValueError, match=r"--workdir .* cannot be used"):
         train(ConfigDict(), str(tmp_path / name))
     (tmp_path / name).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / name)  # a relative path is looked at as a whole
+    monkeypatch.chdir(tmp_path / name)  # the working directory is part of a relative path
     with pytest.raises(ValueError, match="--workdir runs/x"):
         check_output_path("runs/x", "--workdir")
     check_output_path(tmp_path / "a b (v2) {x} 100% é !~#]", "--workdir")
 
 
 def test_the_first_save_is_read_back(tmp_path, monkeypatch):
-    """In a folder where Orbax loses its files (see above) the first save is the last, not the first of many."""
+    """In such a folder Orbax loses its files without an error; the first save must raise one, not the restart."""
     monkeypatch.setattr("tinymim_jax.checkpoints.manager.check_output_path", lambda *_: None)
     state = place(make_state(1), 2)
     checkpoints = Checkpoints(tmp_path / "run[1]" / "checkpoints")
@@ -246,7 +246,7 @@ def test_bits_that_change_on_the_way_to_the_disk_are_found_at_once(tmp_path):
 
 
 class HttpError(Exception):
-    """As gcsfs raises it: no OSError."""
+    """Like the error of gcsfs, which is no OSError."""
 
 
 HttpError.__module__ = "gcsfs.retry"
@@ -254,13 +254,13 @@ HttpError.__module__ = "gcsfs.retry"
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Folders count as buckets; waiting takes no time."""
+    """Folders are treated as buckets, and pauses between attempts take no time."""
     monkeypatch.setattr("tinymim_jax.checkpoints.manager.is_remote", lambda path: True)
     monkeypatch.setattr("tinymim_jax.checkpoints.manager._PAUSES", (0, 0))
 
 
 def failing(monkeypatch, what: str, times: int) -> None:
-    """The method of an Orbax class, by its dotted name, raises an HttpError the next `times` times."""
+    """Makes a method of an Orbax class (`Class.method`) raise an HttpError in its next `times` calls."""
     owner, _, method = what.rpartition(".")
     target = getattr(ocp, owner)
     works, left = getattr(target, method), [times]

@@ -51,7 +51,7 @@ def preprocessing(weights, **options) -> dict:
     return convert_file("vit", weights, heads=3, **options)[0]["preprocessing"]
 
 
-def test_without_any_word_everything_is_assumed(weights):
+def test_without_information_everything_is_assumed(weights):
     found = preprocessing(weights)
     assert found.pop("origin") == {"image_size": "the position table"} | dict.fromkeys(
         ("resize", "interpolation", "upright", "mean", "std", "class_names"), "assumed"
@@ -175,7 +175,7 @@ def run(capsys, *words) -> tuple[int, str, str]:
     return stop.value.code, *capsys.readouterr()
 
 
-def test_the_whole_way(weights, tmp_path, monkeypatch, capsys):
+def test_convert_export_and_convert_again(weights, tmp_path, monkeypatch, capsys):
     """convert, use, export and convert again: the logits are those of pixels in -1..1, and nothing is lost."""
     monkeypatch.setenv("HOME", str(tmp_path))
     beside(weights, config=timm_config())

@@ -141,7 +141,7 @@ def read_manifest(directory: epath.Path) -> tuple[dict[str, Leaf], dict[str, Any
 def read_arrays(
     directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct | None] | None = None
 ) -> dict[str, Any]:
-    """The named arrays of a stored tree; nothing else of it is read. Each process reads on its own.
+    """Arrays of a stored tree by name; nothing else of it is read. Each process reads for itself.
 
     Args:
       wanted: for each name the shape and sharding of the jax.Array to make, or None for a numpy array. Without
@@ -174,7 +174,7 @@ def writing(directory: epath.Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        # TensorStore gives the number in its text only.
+        # TensorStore has the number only in the text of its error.
         code = getattr(error, "errno", None) or int((re.findall(r"os_error_code='(\d+)'", str(error)) or [0])[0])
         if not code and isinstance(error, jax.errors.JaxRuntimeError):
             raise  # an error of a device or another process, not of the storage
@@ -202,7 +202,7 @@ def _reading(directory: epath.Path) -> Iterator[None]:
 
 
 _ENVIRONMENTAL = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
-# Packages that raise errors of their own, which are no OSError, when a network or a service fails.
+# Packages whose errors for a failed network or service are not OSErrors.
 _NETWORK = ("gcsfs", "fsspec", "aiohttp", "requests", "urllib3", "httpx", "google", "botocore", "s3fs")
 
 

@@ -18,7 +18,7 @@ from tinymim_jax.errors import unknown
 
 _FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 _MAX_LISTED = 8
-# What other models have and ours have not, by the names of its tensors.
+# Parts of other models that ours do not have, by patterns of tensor names.
 _UNSUPPORTED = {
     r"\.ls[12]\.gamma$|\.gamma_[12]$": "LayerScale (DINOv2, DeiT III, BEiT)",
     r"(^|\.)(register_tokens|reg_token)$": "register tokens",

@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The error that all of this package raises, and how text from a file is printed."""
 
 
 class ConvertError(ValueError):

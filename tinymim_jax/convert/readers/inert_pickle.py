@@ -24,7 +24,7 @@ _MAX_INTEGER_BITS = 4096
 _MAX_KEY_LENGTH = 1024
 _MAX_KEY_PARTS = 16
 _MAX_KEY_BITS = 64
-# Those of tuples of integers can be made to collide too: each tuple costs so much that 2,000 of them are the limit.
+# Tuples of integers can be made to collide too: each tuple counts as so much work that 2,000 of them are the limit.
 _TUPLE_KEY_WORK = 500
 
 
