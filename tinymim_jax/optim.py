@@ -1,4 +1,4 @@
-"""Numbers to an optimizer: its rule, its schedule, and which parameter gets how much of what."""
+"""Optimizers, the learning-rate schedule, and the weight decay and learning-rate scale of each parameter."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,7 +15,7 @@ Path = tuple[str, ...]
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 
-# Not decayed besides 1-D parameters (norms, biases). The published pre-training does decay the CLS token.
+# Parameters without weight decay besides 1-D ones (norms, biases). The published pre-training decays the CLS token.
 NO_DECAY = {"pretrain": (), "finetune": ("pos_embed", "cls_token", "dist_token")}
 
 
@@ -53,18 +53,18 @@ def make_optimizer(
 
     Args:
       name: one of OPTIMIZERS.
-      schedule: step -> learning rate, in absolute terms.
-      params: the trained parameters (names and ranks are read, not values).
-      b1, b2, eps: of adamw.
-      momentum: of sgd and lars. It sums updates before they are scaled by the learning rate, so that a schedule acts
-        on all of them; optax.lars scales first.
-      nesterov: of sgd.
-      trust: of lars: the update of each parameter that is not 1-D is brought to this share of the parameter's norm.
-      weight_decay: adamw's is a part of the update; that of sgd and lars is added to the gradient.
+      schedule: step -> learning rate.
+      params: the trained parameters or their shapes; only names and ranks are used.
+      b1, b2, eps: for adamw.
+      momentum: for sgd and lars. It accumulates updates before they are scaled by the learning rate, as in torch;
+        optax.lars scales first.
+      nesterov: for sgd.
+      trust: for lars: the update of each parameter that is not 1-D is scaled to this fraction of the parameter's norm.
+      weight_decay: decoupled for adamw; added to the gradient for sgd and lars.
       no_decay: a key of NO_DECAY.
       layer_decay: the learning rate of block i (from 0) is multiplied by layer_decay^(depth - i), see layer_scales.
       depth: blocks of the encoder; used by layer_decay only.
-      clip_norm: gradients are scaled down to this global norm; 0 leaves them.
+      clip_norm: gradients are clipped to this global norm; 0 disables clipping.
     """
     if name not in OPTIMIZERS:
         raise unknown("optim.name", name, OPTIMIZERS)
@@ -85,7 +85,7 @@ def make_optimizer(
 
 
 def decay_mask(params: Params, no_decay: str) -> Params:
-    """True where weight decay applies: everything that is not 1-D, less the names of NO_DECAY[no_decay]."""
+    """True where weight decay applies: every parameter that is not 1-D, except the names of NO_DECAY[no_decay]."""
     names = NO_DECAY[no_decay]
     return _map_paths(lambda path, leaf: np.ndim(leaf) != 1 and path[-1] not in names, params)
 
@@ -101,8 +101,8 @@ def layer_scales(params: Params, decay: float, depth: int) -> Params:
 def params_with_gradient(function: Callable, params: Params, *args) -> frozenset[Path]:
     """Paths of the parameters on which the value of `function(params, *args)` depends.
 
-    The others get no gradient. A plain optimizer would still decay them towards zero (a tapped block's MLP shrinks
-    270-fold in 300 epochs), so they are left out of it, as torch leaves out parameters whose gradient is None.
+    The others have no gradient. An optimizer would still decay them (the MLP of a tapped block shrinks 270-fold in 300
+    epochs), so they are excluded from it, as torch excludes parameters whose gradient is None.
     """
     flat = traverse.flatten_dict(params)
     jaxpr = jax.make_jaxpr(lambda leaves, *rest: function(traverse.unflatten_dict(leaves), *rest))(flat, *args).jaxpr

@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, the sharding of parameters and optimizer state, and the placing of batches."""
+"""The device mesh, the sharding of parameters and optimizer state, and placing batches on the devices."""
 
 import contextlib
 import ctypes
@@ -17,14 +17,14 @@ AXES = ("data", "fsdp")
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of axes ("data", "fsdp"), both Auto: `fsdp` devices share one copy of the parameters.
+    """A mesh with the axes ("data", "fsdp"), both Auto: each group of `fsdp` devices shares one copy of the parameters.
 
-    Devices (all of the job by default) are laid out process by process whatever the topology: row i of a
-    global batch is row i for any number of processes, and an fsdp group stays on one host where it can.
+    Devices (by default all of the job) are ordered by process, whatever the topology: row i of a global batch is the
+    same for any number of processes, and an fsdp group stays on one host if possible.
 
     Raises:
       ValueError: the number of devices is not divisible by `fsdp`.
-      RuntimeError: the devices are those of another number of processes than joined the job.
+      RuntimeError: the number of processes that joined the job is not the number that own the devices.
     """
     if devices is None:
         _check_processes(jax.process_count())
@@ -52,9 +52,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_sharding(mesh: Mesh, abstract_tree: Any, min_size: int = 2**18) -> Any:
     """A tree of NamedSharding, decided by each leaf's shape alone.
 
-    Parameters, optimizer moments and moving average agree without knowing of each other. Leaves of fewer than
-    `min_size` elements are replicated: gathering them costs more than they hold. Larger ones are split over
-    "fsdp" along their largest divisible dimension, the last of equals.
+    So a parameter, its optimizer moments and its moving average are sharded alike. Leaves of fewer than `min_size`
+    elements are replicated, since gathering them costs more than the memory is worth. Larger ones are split over
+    "fsdp" along their largest divisible dimension, the last one of equals.
 
     Args:
       abstract_tree: anything with `.shape` at its leaves: arrays or jax.ShapeDtypeStruct.
@@ -64,12 +64,12 @@ def state_sharding(mesh: Mesh, abstract_tree: Any, min_size: int = 2**18) -> Any
 
 
 def place_batch(mesh: Mesh, local_batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Global arrays, split over all devices, from the rows that this process holds.
+    """Global arrays, split over all devices, from the rows of this process.
 
-    Every process gives equally many rows; process p holds [p * rows, (p + 1) * rows) of the global batch.
+    Every process passes the same number of rows; process p holds [p * rows, (p + 1) * rows) of the global batch.
 
     Raises:
-      ValueError: the rows cannot be dealt out evenly to this process's devices.
+      ValueError: the rows cannot be divided evenly among this process's devices.
     """
     devices = len(mesh.local_devices)
     for name, rows in local_batch.items():
@@ -79,7 +79,7 @@ def place_batch(mesh: Mesh, local_batch: Mapping[str, np.ndarray]) -> dict[str, 
                 f"Choose a batch size that is a multiple of {mesh.size}, the number of all devices."
             )
     place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a training loop means
+    with jax.transfer_guard_host_to_device("allow"):  # the one intended transfer of the training loop
         return {name: place(rows) for name, rows in local_batch.items()}
 
 
@@ -105,10 +105,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def _keep_freed_memory() -> None:
-    """Has malloc keep what is freed: XLA's CPU client asks for every buffer of every step anew.
+    """Makes malloc keep freed memory: XLA's CPU client allocates every buffer of every step anew.
 
-    By default glibc maps large ones and unmaps them again, so that each step takes its pages one fault at a time: a
-    fifth of a small distillation step (benchmarks/README.md). Without glibc nothing changes.
+    By default glibc maps and unmaps large buffers, so each step has page faults all over again: a fifth of the time of
+    a small distillation step (benchmarks/README.md). Without glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

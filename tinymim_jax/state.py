@@ -1,4 +1,4 @@
-"""What training carries from step to step, how it is made on a mesh, and the step itself."""
+"""The training state, its creation on a mesh, and the training and evaluation steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +18,14 @@ from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
 
 @flax.struct.dataclass
 class TrainState:
-    """A pytree, all of it checkpointed.
+    """The training state, a pytree; all of it is checkpointed.
 
-    step: int32, updates asked for so far; it is also the position in the data.
-    params: all parameters, nested by name; running statistics are among them, and in no optimizer.
-    opt_state: of the trained parameters only.
-    extra: {"ema": moving average of the trained parameters} or {}.
-    skipped: int32, updates left out because loss or gradient was not finite.
-    skipped_in_a_row: int32, the present run of such steps.
+    step: int32, steps done so far, skipped updates included; it is also the position in the data.
+    params: all parameters, nested by name, including running statistics.
+    opt_state: optimizer state of the trained parameters; running statistics are not among them.
+    extra: {"ema": exponential moving average of the trained parameters} or {}.
+    skipped: int32, number of updates skipped because the loss or the gradient was not finite.
+    skipped_in_a_row: int32, how many of the latest steps were skipped in a row.
     """
 
     step: jax.Array
@@ -37,7 +37,7 @@ class TrainState:
 
 
 def trained_paths(task: Task, frozen: Params, batch: Batch) -> frozenset[optim.Path]:
-    """Parameters that receive a gradient from the task's loss; nothing is computed."""
+    """Paths of the parameters that get a gradient from the task's loss; found by tracing, nothing is computed."""
     params = jax.eval_shape(task.init, jax.random.key(0))
 
     def loss(params: Params, frozen: Params, batch: Batch) -> jax.Array:
@@ -65,9 +65,9 @@ def init_state(
     *,
     ema: float,
 ) -> tuple[TrainState, Callable[[], TrainState]]:
-    """(shapes and shardings of the state, a function that makes it on the mesh).
+    """(shapes and shardings of the state, a function that creates it on the mesh).
 
-    Nothing is computed before the function is called: a checkpoint may take its place.
+    Nothing is computed until the function is called, so a checkpoint can be restored instead.
     """
 
     def make(key: jax.Array) -> TrainState:
@@ -88,7 +88,7 @@ def init_state(
 
 
 def evaluated_params(state: TrainState) -> Params:
-    """The parameters that are evaluated and exported: the moving average where there is one."""
+    """The parameters to evaluate and export: the moving average if there is one."""
     if "ema" not in state.extra:
         return state.params
     return optim.join(state.params, state.extra["ema"])
@@ -105,12 +105,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Averages, Params, Batch, jax.Array], tuple[TrainState, Averages, jax.Array]]:
     """The jitted step `(state, averages, frozen, batch, root key) -> (state, averages, skipped in a row)`.
 
-    The first two arguments are donated. The third result is a copy that the host may read while the next step runs.
+    The first two arguments are donated. The third result is a copy that the host can read while the next step runs.
 
     Args:
       accumulate: the batch is split into this many micro-batches, run one after another to save memory; the update is
         that of the whole batch.
-      ema: decay of the moving average; 0 keeps none.
+      ema: decay of the moving average; 0 disables it.
     """
 
     def gradients(trained: Params, fixed: Params, frozen: Params, batch: Batch, key: jax.Array):
@@ -148,7 +148,7 @@ def make_train_step(
         counted = jnp.broadcast_to(finite, values["loss"].shape)
         new = averages(values, counted) | averages({"gradient_norm": norm[None]}, finite[None])
         recorded = merge(recorded, new)
-        # Left to itself the compiler may lay the outputs out differently and the next step would compile again.
+        # Without this the compiler may choose other output shardings, and the next step would be compiled again.
         layout = state_sharding(mesh, (state, recorded))
         state, recorded = jax.lax.with_sharding_constraint((state, recorded), layout)
         return state, recorded, state.skipped_in_a_row
@@ -181,12 +181,12 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _accumulated(gradients: Callable, parts: int, trained: Params, fixed: Params, frozen: Params, batch: Batch, key):
-    """Values of every example, what the step leaves of `fixed`, and the mean gradient over `parts` slices of the batch.
+    """(values of every example, updated `fixed`, mean gradient), computed in `parts` micro-batches one after another.
 
-    Running statistics move on once for each slice, in turn, as PyTorch's do when gradients are accumulated.
+    Running statistics are updated once for each micro-batch, as in PyTorch when gradients are accumulated.
     """
 
-    # Strided slices, so that every device keeps working on its own rows.
+    # Strided slices: each micro-batch takes rows of every device, so no rows move between devices.
     sliced = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
 
     def body(carried: tuple[Params, Params], inputs: tuple) -> tuple[tuple[Params, Params], dict]:

@@ -28,9 +28,9 @@ def pool_tokens(tokens: Tokens, pool: str, prefix: int) -> Features:
 
 
 class Widen(nn.Module):
-    """LayerNorm, Linear, GELU on every token: what TinyMIM*-T has behind its last block (its release calls it conv1x1).
+    """LayerNorm, Linear and GELU on every token, after the last block of TinyMIM*-T (its release calls it conv1x1).
 
-    Its LayerNorm has torch's default eps, 1e-5, unlike all others.
+    This LayerNorm has torch's default eps, 1e-5; all others have 1e-6.
     """
 
     dim: int
@@ -48,14 +48,14 @@ class Classifier(nn.Module):
     """Logits from images (models_vit.py of the TinyMIM release; with a DIST token as DeiT's distilled models).
 
     Attributes:
-      encoder: with `final_norm` True for 'cls' pooling without `hidden_dim`, otherwise False. Where it has a DIST
-        token, a second head `head_dist` reads that token, and the answer is the mean of both heads' logits.
-      classes: width of the heads.
-      pool: what the first head reads. 'mean' averages the patch tokens, and a norm follows (before the second head
-        too); 'cls' takes the CLS token, normalised by the encoder's final norm or before widening.
-      hidden_dim: width to which tokens are brought (see Widen) before they are pooled; 0: as they are.
-      norm_first: with 'mean' pooling and `hidden_dim`, what is pooled is normalised first and widened then.
-      head_std: the heads start as truncated normals of this deviation.
+      encoder: its `final_norm` must be True for 'cls' pooling without `hidden_dim`, otherwise False. If it has a DIST
+        token, a second head `head_dist` reads that token and the logits are the mean of both heads'.
+      classes: number of classes.
+      pool: input of the first head. 'mean': the average of the patch tokens, followed by a norm (which is also applied
+        to the second head's input); 'cls': the CLS token, normalized by the encoder's final norm or by Widen.
+      hidden_dim: width of the Widen layer applied to the tokens before pooling; 0: no such layer.
+      norm_first: with 'mean' pooling and `hidden_dim`, pool and normalize first, then apply Widen.
+      head_std: standard deviation of the heads' initial weights (truncated normal).
     """
 
     encoder: ViT
@@ -66,7 +66,7 @@ class Classifier(nn.Module):
     head_std: float = 2e-5
 
     def record(self) -> dict[str, Any]:
-        """What is not the encoder's, as plain JSON: `Classifier(encoder, **record)` is this network."""
+        """The attributes besides the encoder, as plain JSON: `Classifier(encoder, **record)` is this network."""
         optional = {"hidden_dim": self.hidden_dim, "norm_first": self.norm_first}
         return {"classes": self.classes, "pool": self.pool} | {name: value for name, value in optional.items() if value}
 
@@ -100,15 +100,15 @@ class Classifier(nn.Module):
         return first, split_batch(self.head_dist(split_batch(read[:, 1]))) if self.encoder.dist_token else None
 
     def features(self, images: Images, *, drop_key: jax.Array | None = None) -> Features:
-        """float32 image features: what the first head sees."""
+        """float32 image features: the input of the first head."""
         return self._read(images, drop_key)[:, 0]
 
     def _read(self, images: Images, drop_key: jax.Array | None) -> Float[Array, "batch heads dim"]:
-        """What each head sees."""
+        """The input of each head."""
         prefix = self.encoder.prefix
         tokens = self.encoder(images, drop_key=drop_key)
         if self.pool == "cls":
-            tokens = tokens[:, :prefix]  # the rest is not widened
+            tokens = tokens[:, :prefix]  # the other tokens are not read
         if self.hidden_dim and not self.norm_first:
             tokens = self.widen(tokens)
         read = pool_tokens(tokens, self.pool, prefix)[:, None]
@@ -124,5 +124,5 @@ class Classifier(nn.Module):
 
 
 def needs_final_norm(pool: str, hidden_dim: int) -> bool:
-    """Whether a Classifier's encoder ends in a norm: only where nothing else normalises what the heads read."""
+    """Whether a Classifier's encoder needs its final norm: only if nothing else normalizes the input of the heads."""
     return pool == "cls" and not hidden_dim

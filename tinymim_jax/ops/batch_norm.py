@@ -1,6 +1,6 @@
-"""Batch norm without scale and shift, as in torch.nn.BatchNorm1d(affine=False): over the whole batch that it is given.
+"""Batch norm without scale and shift, as torch.nn.BatchNorm1d(affine=False).
 
-Under jit a batch that is split over devices is one batch: its statistics are those of all devices' rows.
+Statistics are over the whole batch. Under jit a batch that is split over devices is still one batch.
 """
 
 import jax
@@ -20,14 +20,14 @@ def batch_norm(x: Features, mean: Vector, variance: Vector) -> Features:
 
 
 def batch_moments(x: Features) -> tuple[Vector, Vector]:
-    """Mean and (biased) variance over the batch, float32: what training normalises by."""
+    """Mean and (biased) variance over the batch, float32: used for normalising in training."""
     x = x.astype(jnp.float32)
     mean = x.mean(axis=0)
     return mean, jnp.square(x - mean).mean(axis=0)
 
 
 def update_running_stats(running: dict[str, Vector], mean: Vector, variance: Vector, count: int) -> dict[str, Vector]:
-    """The running {"mean", "variance"} after a batch of `count` rows, whose variance goes in unbiased."""
+    """The running {"mean", "variance"} after a batch of `count` rows; like torch, of unbiased variances."""
     unbiased = variance * (count / max(count - 1, 1))
     return {
         "mean": (1 - MOMENTUM) * running["mean"] + MOMENTUM * mean,

@@ -1,4 +1,4 @@
-"""Colour on the device: normalising, and the student's ColorJitter."""
+"""Color operations that run on the device: normalization and ColorJitter."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def normalize(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Images:
-    """Pixels of 0..255 to float32 with the given mean and standard deviation of 0..1 pixels removed."""
+    """Pixels of 0..255 to float32 `(pixel / 255 - mean) / std`."""
     scale = 1.0 / (255.0 * np.asarray(std, np.float32))
     return images.astype(jnp.float32) * scale - np.asarray(mean, np.float32) / np.asarray(std, np.float32)
 
@@ -32,11 +32,11 @@ def color_jitter(
     contrast: float,
     saturation: float,
 ) -> Images:
-    """torchvision's ColorJitter without hue, in the step: float32 pixels of 0..255, whole numbers.
+    """torchvision's ColorJitter without hue; returns float32 pixels of 0..255 that are whole numbers.
 
     Each image draws a factor in [max(0, 1 - s), 1 + s] for each of the three operations and a random order of them.
-    Each operation is a blend of the image with black, its mean grey, or its grey picture, clipped and rounded down as
-    Pillow does, so that one uint8 view can travel to the device.
+    Each operation blends the image with black, its mean gray level, or its grayscale version; the result is clipped and
+    rounded down as in Pillow. It runs on the device so that one uint8 view serves both student and teacher.
     """
     batch = images.shape[0]
     factor_key, order_key = jax.random.split(key)

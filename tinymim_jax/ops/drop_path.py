@@ -1,4 +1,4 @@
-"""Stochastic depth: residual branches left out at random, image by image."""
+"""Stochastic depth: residual branches are dropped at random for each image."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 def drop_path_rates(rate: float, depth: int, schedule: str) -> tuple[float, ...]:
-    """The rate of each block.
+    """The drop rate of each block.
 
     'linear' rises from 0 at the first block to `rate` at the last (fine-tuning, as timm does);
     'constant' is `rate` everywhere but 0 at the last block (TinyMIM's student, models_tinymim.py).

@@ -1,4 +1,4 @@
-"""Random erasing (arXiv 1708.04896) as timm's RandomErasing in mode 'pixel': a box of normal noise, image by image."""
+"""Random erasing (arXiv 1708.04896) as timm's RandomErasing in mode 'pixel': a box of normal noise in each image."""
 
 import math
 
@@ -19,7 +19,7 @@ def random_erasing(
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Float[Array, "batch height width 3"]:
-    """Normalised images, a box of some of them replaced by standard normal noise. No other bit changes.
+    """Replaces a random box of some of the normalized images by standard normal noise; other pixels keep their bits.
 
     Args: as for `draw_boxes`.
     """
@@ -37,15 +37,16 @@ def draw_boxes(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> Int[Array, "batch 4"]:
-    """Top, bottom, left, right (ends excluded) of what is erased of each image; all 0: nothing.
+    """Draws the box to erase in each image: top, bottom, left, right (ends excluded); all 0 where nothing is erased.
 
-    Of ten draws the first that is smaller than the image on both sides is taken; if none is, the image is left whole.
+    Up to ten boxes are drawn for an image and the first that is smaller than the image on both sides is used; if none
+    is, the image is not erased.
 
     Args:
       shape: batch, height, width.
-      prob: of erasing an image.
-      area: bounds of the box's share of the image, uniform between them.
-      aspect: bounds of its height / width, log-uniform between them.
+      prob: probability that an image is erased.
+      area: bounds of the box's share of the image area, drawn uniformly.
+      aspect: bounds of its height / width, drawn log-uniformly.
     """
     if not 0 <= prob <= 1:
         raise ValueError(f"prob={prob} is a probability: choose 0 to 1")
@@ -60,7 +61,7 @@ def draw_boxes(
     fits = jnp.all(sides < limit, axis=-1)  # [batch, attempts]
     first = jnp.argmax(fits, axis=1)
     side = jnp.take_along_axis(sides, first[:, None, None], axis=1)[:, 0]  # [batch, 2]
-    # Where none fits the bound would be no bound; the box is dropped below.
+    # Where no box fits, the upper bound is raised to 1 to be valid; the box is discarded below.
     start = jax.random.randint(fold_in_name(key, "place"), (batch, 2), 0, jnp.maximum(limit - side + 1, 1))
     box = jnp.stack([start[:, 0], start[:, 0] + side[:, 0], start[:, 1], start[:, 1] + side[:, 1]], axis=1)
     erased = (jax.random.uniform(fold_in_name(key, "erased"), (batch,)) < prob) & jnp.any(fits, axis=1)

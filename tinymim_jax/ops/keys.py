@@ -1,4 +1,4 @@
-"""Random keys are addressed, not consumed."""
+"""Random keys derived by name."""
 
 import zlib
 
@@ -6,5 +6,8 @@ import jax
 
 
 def fold_in_name(key: jax.Array, name: str) -> jax.Array:
-    """The key of one use of randomness ("jitter", "masking", ...) within a step: independent of what else is drawn."""
+    """The key for one use of randomness within a step, such as "jitter" or "masking".
+
+    It depends on `key` and `name` only, so adding another use does not change the numbers drawn for this one.
+    """
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)

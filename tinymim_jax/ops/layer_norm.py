@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from tinymim_jax.ops.platform import on_cpu
 
-# timm's and the authors' value; torch's and flax's own defaults differ from each other.
+# The value of timm and of the authors' code; it is neither torch's nor flax's default.
 EPS = 1e-6
 
 Features = Float[Array, "*batch dim"]
@@ -24,7 +24,7 @@ def layer_norm(x: Features, scale: Vector, bias: Vector, *, eps: float = EPS) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm_for_cpu(x: Features, scale: Vector, bias: Vector, eps: float = EPS) -> Float[Array, "*batch dim"]:
-    """The same for a float32 `x`, with a gradient written out."""
+    """The same for a float32 `x`, with a custom gradient."""
     return _forward(x, scale, bias, eps)[0]
 
 

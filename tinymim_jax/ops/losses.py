@@ -1,4 +1,4 @@
-"""Loss values in float32, whatever the dtype that comes in."""
+"""Losses for each image, computed in float32 whatever the dtype of the inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ def masked_pixel_loss(
     Every image hides equally many patches, so the mean over the batch is the published loss.
 
     Args:
-      prediction: what the decoder says.
+      prediction: the decoder's output.
       patches: the true pixels of each patch.
       hidden: True where the patch was removed from the encoder.
-      normalize: compare with each patch's pixels brought to mean 0 and (unbiased) variance 1.
+      normalize: normalize the target pixels of each patch to mean 0 and (unbiased) variance 1.
     """
     target = patches.astype(jnp.float32)
     if normalize:
@@ -73,11 +73,11 @@ def binary_cross_entropy(
     *,
     threshold: float | None = None,
 ) -> Float[Array, "batch"]:
-    """A yes-or-no question for each class, averaged over the classes as timm's BinaryCrossEntropy does by default.
+    """Binary cross-entropy of each class, averaged over the classes as timm's BinaryCrossEntropy does by default.
 
     Args:
-      threshold: targets above it become 1 and the others 0, so that a mixed image shows both its classes
-        (ResNet strikes back, arXiv 2110.00476: 0.2; DeiT III, arXiv 2204.07118: 0); None: as they are.
+      threshold: targets above it become 1 and the others 0, so that both classes of a mixed image count in full
+        (ResNet strikes back, arXiv 2110.00476: 0.2; DeiT III, arXiv 2204.07118: 0); None keeps soft targets.
     """
     if threshold is not None:
         targets = (targets > threshold).astype(jnp.float32)
@@ -103,6 +103,6 @@ def soft_distillation(
 
 
 def soft_targets(labels: Int[Array, "batch"], classes: int, *, smoothing: float) -> Float[Array, "batch classes"]:
-    """One-hot labels in float32, of which `smoothing` is spread evenly over all classes."""
+    """One-hot labels in float32, with a share of `smoothing` spread evenly over all classes."""
     one_hot = (labels[:, None] == jnp.arange(classes)).astype(jnp.float32)
     return optax.smooth_labels(one_hot, smoothing)

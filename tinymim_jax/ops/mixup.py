@@ -1,7 +1,7 @@
 """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch with itself, as timm's Mixup in mode 'batch'.
 
-Image i is mixed with image `batch - 1 - i`, the one in the middle of an odd batch with itself. One draw, of which of
-the two and how much, holds for the batch that is passed in, however many devices it lies on.
+Image i is mixed with image `batch - 1 - i` (the middle image of an odd batch with itself). The operation and its
+strength are drawn once for the batch, however many devices hold it.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from tinymim_jax.ops.keys import fold_in_name
 
 
 class Mix(NamedTuple):
-    """What a batch draws.
+    """How a batch is mixed.
 
     cut: bool [], True = a box is replaced (cutmix), False = all pixels are blended (mixup).
     lam: float32 [], the share of an image's own label; of cutmix, its own share of the pixels.
-    box: int32 [4], top, bottom, left, right (ends excluded) of what comes from the partner; empty unless `cut`.
+    box: int32 [4], top, bottom, left, right (ends excluded) of the box taken from the partner; empty unless `cut`.
     """
 
     cut: Bool[Array, ""]
@@ -33,9 +33,9 @@ def draw_mix(
 
     Args:
       size: height and width of the images.
-      mixup, cutmix: a of the Beta(a, a) law of lambda; 0 leaves that kind out. At least one must be positive.
-      prob: of mixing at all; otherwise lambda is 1 and the box empty.
-      switch_prob: of cutmix where both are on.
+      mixup, cutmix: parameter a of the Beta(a, a) distribution of lambda; 0 disables it. At least one must be positive.
+      prob: probability that the batch is mixed; otherwise lambda is 1 and the box is empty.
+      switch_prob: probability of cutmix if both are enabled.
     """
     if mixup < 0 or cutmix < 0 or not mixup + cutmix > 0:
         raise ValueError(f"mixup={mixup}, cutmix={cutmix}: both must be at least 0 and one of them positive")
@@ -53,10 +53,10 @@ def draw_mix(
 
 
 def draw_box(key: jax.Array, lam: Float[Array, ""], size: tuple[int, int]) -> Int[Array, "4"]:
-    """Top, bottom, left, right of a box with 1 - lam of the area, cut off where it leaves the image.
+    """Top, bottom, left, right of a box with 1 - lam of the area, clipped to the image.
 
-    Its sides are rounded down and its centre is any pixel. (timm 0.3.2, which the published runs used, makes odd sides
-    one pixel shorter.)
+    Its sides are rounded down and its center is a uniformly random pixel. (timm 0.3.2, which the published runs used,
+    makes odd sides one pixel shorter.)
     """
     limit = jnp.asarray(size, jnp.int32)  # [height, width]
     side = (limit * jnp.sqrt(1 - lam)).astype(jnp.int32)
@@ -67,7 +67,7 @@ def draw_box(key: jax.Array, lam: Float[Array, ""], size: tuple[int, int]) -> In
 
 
 def mix_images(images: Float[Array, "batch height width 3"], mix: Mix) -> Float[Array, "batch height width 3"]:
-    """The images blended with, or holding a box of, the flipped batch. Outside a box no bit changes."""
+    """Each image blended with its partner, or with a box of it pasted in. Pixels outside the box keep their bits."""
     rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])
     top, bottom, left, right = mix.box
     inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # [height, width]
@@ -78,5 +78,5 @@ def mix_images(images: Float[Array, "batch height width 3"], mix: Mix) -> Float[
 
 
 def mix_targets(targets: Float[Array, "batch classes"], lam: Float[Array, ""]) -> Float[Array, "batch classes"]:
-    """Soft targets of the mixed images; what is smooth stays so, and sums of one stay one."""
+    """Soft targets of the mixed images: the same mixture of the targets, which still sum to 1."""
     return targets * lam + targets[::-1] * (1 - lam)

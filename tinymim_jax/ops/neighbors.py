@@ -8,7 +8,7 @@ from tinymim_jax.ops.products import full_precision
 
 
 def unit_length(features: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
-    """Each row scaled to length 1; a row of zeros stays one."""
+    """Each row scaled to length 1; a row of zeros is unchanged."""
     lengths = jnp.linalg.norm(features, axis=-1, keepdims=True)
     return features / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
 
@@ -22,7 +22,7 @@ def nearest(
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
     """Similarity and label of the k rows of `bank` most similar to each query, most similar first.
 
-    Rows of `queries` and `bank` have length 1. Those of `bank` that are not valid count for nothing: -inf.
+    Rows of `queries` and `bank` have length 1. Rows of `bank` that are not valid have similarity -inf.
     """
     similarities = jnp.where(valid, jnp.matmul(queries, bank.T, precision=full_precision(bank.dtype)), -jnp.inf)
     best, places = jax.lax.top_k(similarities, min(k, bank.shape[0]))
@@ -32,9 +32,9 @@ def nearest(
 def vote(
     similarities: Float[Array, "queries k"], labels: Int[Array, "queries k"], classes: int, temperature: float
 ) -> Float[Array, "queries classes"]:
-    """Each neighbour's weight, exp(similarity / temperature), summed by class.
+    """The weights exp(similarity / temperature) of the neighbors, summed by class.
 
-    Weights are relative to the best neighbour's, which changes no ranking and keeps small temperatures finite.
+    Weights are divided by the best neighbor's: the ranking is the same and small temperatures do not overflow.
     """
     weights = jnp.exp((similarities - similarities[:, :1]) / temperature)
     rows = jnp.arange(labels.shape[0])[:, None]

@@ -1,4 +1,4 @@
-"""Products of every token with every other, head by head, and the precision of all our products."""
+"""Products of all pairs of tokens in each head, and the precision of matrix products."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Bringing two networks' tokens into line: other grids, other image sizes, visible patches only."""
+"""Makes the tokens of two networks comparable: resizes token grids and images, selects visible patches."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ def bilinear_matrix(old: int, new: int) -> np.ndarray:
 
 
 def resize_tokens(tokens: Tokens, old: Grid, new: Grid) -> Float[Array, "batch new_tokens *rest"]:
-    """Patch tokens of the grid `old` (rows, columns) as they would lie on the grid `new`; the CLS token is kept.
+    """Patch tokens interpolated from the grid `old` (rows, columns) to the grid `new`; the CLS token is kept.
 
-    Bilinear, in float32; the result has the dtype that came in. Equal grids change nothing.
+    Bilinear, computed in float32 and returned in the dtype of `tokens`. Returns `tokens` if the grids are equal.
     """
     if old == new:
         return tokens
@@ -43,7 +43,7 @@ def without_dist_token(tokens: Tokens) -> Float[Array, "batch fewer *rest"]:
 
 
 def visible_tokens(tokens: Tokens, keep: Int[Array, "batch kept"]) -> Float[Array, "batch visible *rest"]:
-    """The CLS token and the patch tokens at the positions `keep` (from 0, in that order), image by image."""
+    """The CLS token and the patch tokens at the positions `keep` of each image (counted from 0, in that order)."""
     cls = jnp.zeros((keep.shape[0], 1), keep.dtype)
     positions = jnp.concatenate([cls, keep + 1], axis=1)
     return jnp.take_along_axis(tokens, positions.reshape(*positions.shape, *(1,) * (tokens.ndim - 2)), axis=1)
@@ -52,7 +52,7 @@ def visible_tokens(tokens: Tokens, keep: Int[Array, "batch kept"]) -> Float[Arra
 def resize_images(
     images: Float[Array, "batch height width 3"], size: tuple[int, int]
 ) -> Float[Array, "batch new_height new_width 3"]:
-    """Pixels of 0..255 at another (height, width): bicubic, antialiased, clipped to 0..255."""
+    """Images of 0..255 resized to (height, width): bicubic with antialiasing, clipped to 0..255."""
     if images.shape[1:3] == size:
         return images
     resized = jax.image.resize(images, (images.shape[0], *size, 3), "cubic", antialias=True)
