@@ -86,7 +86,7 @@ def test_options_train(folder, data_dir, name):
     assert np.isfinite(losses).all()
     assert int(state.skipped) == 0
     start = task_of(config).init(jax.random.key(config.seed))
-    # The first learning rate is 0, the second is not: something of every part has moved.
+    # The first learning rate is 0, the second is not: each part has changed.
     for part, params in state.params.items():
         moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), params, start[part])
         assert any(jax.tree.leaves(moved)), part
@@ -119,7 +119,7 @@ def test_the_published_path_costs_what_it_did(folder):
 
 
 def test_a_teacher_sees_its_own_pixels(folder):
-    """Its mean and deviation come from the config, its model.json or ImageNet; the student's stay the data's."""
+    """Its mean and std come from the config, its model.json or ImageNet; the student's are those of data."""
     vit, mean, std = load_params(folder / "teacher"), (0.2, 0.3, 0.4), (0.3, 0.2, 0.1)
     save_params(folder / "own_pixels", vit[1], vit[0] | {"preprocessing": {"mean": list(mean), "std": list(std)}})
     save_params(folder / "no_record", vit[1], {"encoder": vit[0]["encoder"]})
@@ -167,7 +167,7 @@ def test_a_teacher_sees_its_own_pixels(folder):
             task_of(distill(folder, *words_))
 
 
-# What of the student's last block each target trains.
+# Parts of the student's last block that only some targets train.
 BEHIND = {"attn/proj": ("attention", "attention_residual"), "norm2": (), "mlp/fc1": (), "mlp/fc2": ()}
 WHOLE_BLOCK = ("cls", "output", "ffn", "ffn_residual")
 
@@ -234,7 +234,7 @@ def test_the_same_patches_are_hidden_from_both(folder):
     for train in (True, False):
         got = losses_of(folder, *masked, params=params, train=train)
         np.testing.assert_allclose(got["loss"], 0, atol=1e-6)
-    # A teacher that sees everything has other attention in the end, but the same q, k, v of block 1 at visible patches.
+    # An unmasked teacher has other outputs, but in block 1 the same q, k and v at the visible patches.
     whole = [*TWINS, "distill.mask_ratio=0.5"]
     first = losses_of(folder, *whole, "distill.student_tap=1", "distill.teacher.tap=1", params=params)
     np.testing.assert_allclose(first["loss"], 0, atol=1e-6)
@@ -297,7 +297,7 @@ def test_the_mim_loss_is_maes(folder):
     prediction = network.apply({"params": params}, images, masking)
     want = masked_pixel_loss(prediction, patchify(images, 4), masking.hidden, normalize=True)
     np.testing.assert_allclose(got["mae"], want, rtol=1e-5)
-    # Its gradient needs the whole encoder: nothing stays as it was.
+    # Its gradient reaches the whole encoder: all parameters are trained.
     paths = optim.params_with_gradient(lambda p: task.losses(p, frozen, BATCH, KEY, True)["loss"].mean(), params)
     assert paths == set(flatten_dict(params))
 
@@ -326,7 +326,7 @@ def test_adapters_and_decoder_are_no_part_of_the_encoder(folder, featured, caplo
     assert set(start) == {"encoder", "fc_norm", "head"}
     model, loaded = load_params(path)
     assert "decoder_pos_embed" in to_torch("mae", model, loaded)
-    # As the start of the same experiment everything fits, and nothing is said.
+    # As the start of the same experiment everything fits, and nothing is logged.
     caplog.clear()
     task = task_of(distill(folder, *words, f"init={path}"))
     jax.tree.map(np.testing.assert_array_equal, task.start(jax.device_get(task.init(jax.random.key(9)))), params)
@@ -435,7 +435,7 @@ def test_mistakes_name_the_remedy(folder, words, message):
         task_of(distill(folder, *words))
 
 
-# Fine-tuning: what becomes of the last block.
+# Fine-tuning: the last block.
 
 
 @pytest.fixture(scope="module")
@@ -470,7 +470,7 @@ def test_zero_init_is_the_encoder_without_its_last_block(folder, pretrained):
     np.testing.assert_array_equal(features(zero, zero_params), features(short, short_params))
     kept = features(*finetuned(folder))
     assert np.abs(kept - features(zero, zero_params)).max() > 0.1
-    # All of it can learn, and what distillation trained is there.
+    # The parts that distillation trained are kept, and fc1 is not zeros, so the block can learn.
     last = zero_params["encoder"]["blocks_2"]
     np.testing.assert_array_equal(last["attn"]["qkv"]["kernel"], pretrained["blocks_2"]["attn"]["qkv"]["kernel"])
     np.testing.assert_array_equal(last["mlp"]["fc1"]["kernel"], pretrained["blocks_2"]["mlp"]["fc1"]["kernel"])

@@ -91,7 +91,7 @@ def test_bce_and_its_gradient_in_closed_form(threshold):
     given = jnp.asarray(logits, jnp.float32)
     np.testing.assert_allclose(loss(given), want, rtol=1e-5)
     np.testing.assert_allclose(jax.grad(lambda x: loss(x).sum())(given), (p - wanted) / 5, atol=1e-6)
-    # Far out nothing overflows.
+    # Large logits do not overflow.
     assert np.isfinite(loss(jnp.full((3, 5), 1e4))).all()
 
 
@@ -162,7 +162,7 @@ def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher(teacher):
     task = task_of(*STAR, "classify.distillation=soft", f"classify.teacher.path={teacher}")
     params, frozen = params_of(task), task.load_frozen()
     assert trained_paths(task, frozen, BATCH) == set(flatten_dict(params))
-    # The teacher's answers are learned by the second head alone.
+    # Only the second head learns the teacher's answers.
     second = optim.params_with_gradient(lambda p: task.losses(p, frozen, BATCH, KEY, True)["teacher_loss"], params)
     assert {("head_dist", "kernel"), ("encoder", "dist_token"), ("encoder", "cls_token")} <= second
     assert not {path for path in second if path[0] == "head"}
@@ -217,17 +217,17 @@ def test_a_teacher_of_another_image_size(teacher):
 
 
 @pytest.mark.slow
-def test_a_star_is_trained_judged_without_its_teacher_and_used(teacher, data_dir, tmp_path):
+def test_a_star_is_trained_evaluated_without_its_teacher_and_used(teacher, data_dir, tmp_path):
     words = [*STAR, "classify.distillation=hard", "train.ema=0.5"]
     here, gone = (f"classify.teacher.path={path}" for path in (teacher, tmp_path / "gone"))
     result = train(small_config("finetune", *words, here), tmp_path / "run", data_dir=data_dir)
     assert {"label_loss", "teacher_loss", "teacher_top1", "top1"} <= set(result)
-    judged = evaluate_checkpoint(small_config("finetune", *words, gone), tmp_path / "run", data_dir=data_dir)
-    assert judged["top1"] == pytest.approx(result["top1"])
-    assert "teacher_loss" not in judged
+    evaluated = evaluate_checkpoint(small_config("finetune", *words, gone), tmp_path / "run", data_dir=data_dir)
+    assert evaluated["top1"] == pytest.approx(result["top1"])
+    assert "teacher_loss" not in evaluated
     record, params = load_params(tmp_path / "run")
     assert record["classifier"] == {"classes": 10, "pool": "mean", "hidden_dim": 20}
-    # It starts another one, both heads included.
+    # It can start another run, both heads included.
     again = task_of(*STAR, f"init={tmp_path / 'run'}")
     assert same_bits(again.start(params_of(again)), params)
 
@@ -241,7 +241,7 @@ def test_an_encoder_without_the_token_gets_a_new_one(teacher):
     table = after["encoder"]["pos_embed"]
     np.testing.assert_array_equal(np.delete(table, 1, axis=1), loaded["encoder"]["pos_embed"])
     assert not table[:, 1].any()
-    # The head of a network with one head is not that of two.
+    # The head of a network with one head does not fit a network with two.
     np.testing.assert_array_equal(after["head"]["kernel"], before["head"]["kernel"])
 
 
@@ -336,7 +336,7 @@ def test_a_pixel_decoder_has_no_place_for_the_token(teacher, task):
 
 @pytest.mark.slow
 def test_layer_decay_of_scanned_blocks(golden):
-    """AdamW's first step is the learning rate times the golden factor, whatever the gradient, block by block."""
+    """AdamW's first step has the size learning rate times the golden factor of the block, whatever the gradient."""
     factors = json.loads(golden.path("recipe.json").read_text())["layer_decay_0.65_depth12"]
     depth, lr = 12, 1e-2
     encoder = ViT(embed_dim=8, depth=depth, heads=2, patch_size=8, image_size=(16, 16), pos_embed="learned")
@@ -372,7 +372,7 @@ def test_heads_start_all_but_zero():
     params = jax.jit(Classifier(encoder, classes=500).init)(KEY, jnp.zeros((1, 16, 16, 3)))["params"]
     for head in ("head", "head_dist"):
         kernel = np.asarray(params[head]["kernel"])
-        # A normal of deviation 1 that is cut off at 2 has deviation 0.8796.
+        # A standard normal that is truncated at 2 has standard deviation 0.8796.
         assert kernel.std() == pytest.approx(0.8796 * 2e-5, rel=0.05)
         assert np.abs(kernel).max() <= 4e-5
         assert not np.any(params[head]["bias"])
@@ -381,7 +381,7 @@ def test_heads_start_all_but_zero():
 @pytest.mark.parametrize("size", [7, 16, 24, 32])
 @pytest.mark.parametrize("dist_token", [False, True])
 def test_a_larger_image_resizes_the_table(golden, close, size, dist_token):
-    """A network for 14 x 14 patches fine-tuned at `size` x `size`: the patches' part is torch's bicubic."""
+    """A network for 14 x 14 patches fine-tuned at `size` x `size`: positions are resized as by torch's bicubic."""
     arrays = golden.arrays("pos_embed.npz")
     source, want = arrays["pos_14"], arrays[f"pos_{size}"]
     encoder = ViT(embed_dim=source.shape[-1], depth=1, heads=1, patch_size=2, image_size=(28, 28), pos_embed="learned")

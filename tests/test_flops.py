@@ -59,7 +59,7 @@ def test_they_are_the_compilers():
 
     analysis = jax.jit(qkv).lower(params, images).compile().cost_analysis()
     counted = (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
-    # The compiler counts norms, softmax and GELU as well, which at this width are a noticeable part.
+    # The compiler also counts norms, softmax and GELU, which are a noticeable part at this width.
     assert matmul_flops(qkv, params, images) == pytest.approx(counted, rel=0.12)
     assert matmul_flops(qkv, params, images) < counted
 

@@ -121,7 +121,9 @@ def test_lambda_of_cutmix_is_the_share_that_is_left():
     # timm's 20000 boxes, written down as 101 quantiles: two-sample Kolmogorov-Smirnov at p = 0.001.
     positions = np.interp(np.sort(area), TIMM["box_area_quantiles"], np.linspace(0, 1, 101))
     distance = np.abs(positions - (np.arange(4000) + 0.5) / 4000).max()
-    assert distance < 1.95 * np.sqrt(1 / 4000 + 1 / 20000) + 0.01  # the last for reading between the quantiles
+    assert (
+        distance < 1.95 * np.sqrt(1 / 4000 + 1 / 20000) + 0.01
+    )  # the last term is for interpolating between the quantiles
     assert abs(area.mean() - TIMM["box_area_mean"]) < 4 * area.std() * np.sqrt(1 / 4000 + 1 / 20000)
 
 
@@ -164,7 +166,7 @@ def numpy_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, i
 
 
 def same_law(first: np.ndarray, second: np.ndarray) -> float:
-    """p of the chi-square test that two histograms are of one law; sparse bins are joined."""
+    """p of the chi-square test that two histograms have the same distribution; sparse bins are joined."""
     order = np.argsort(first + second)
     first, second = first[order], second[order]
     few = np.cumsum(first + second) < 40
@@ -197,7 +199,7 @@ def test_a_box_that_never_fits_erases_nothing():
 
 
 def test_the_first_of_ten_boxes_that_fits_is_taken():
-    # A box as high or wide as the image does not fit: of areas 0.94 to 1.1 few do.
+    # A box as high or wide as the image does not fit; of areas 0.94 to 1.1 few do.
     bounds = {"area": (0.94, 1.1), "aspect": (0.95, 1.05)}
     boxes = erased_boxes(4000, (64, 64), **bounds)
     rng = np.random.default_rng(8)
@@ -276,7 +278,7 @@ def test_a_step_is_the_same_on_eight_devices(data_dir):
     one, first, *_ = run_steps(config, data_dir, make_mesh(devices=jax.devices()[:1]), 3)
     eight, second, *_ = run_steps(config, data_dir, make_mesh(), 3)
     np.testing.assert_allclose(first, second, rtol=1e-5)
-    # Adam divides by the gradient's size: where that is tiny, rounding shows.
+    # Adam divides by the size of the gradient, so rounding errors show where that is tiny.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one.params, eight.params)
 
 
@@ -288,7 +290,7 @@ def one_batch(rows: int) -> dict:
 
 @pytest.mark.slow
 def test_accumulated_parts_are_mixed_each_with_itself(data_dir):
-    """The step's parts are strided slices with keys of their own: its losses are those of the parts alone."""
+    """Micro-batches are strided slices with their own keys: the step's losses are those of each computed alone."""
     config = small_config("finetune", *PUBLISHED, "train.accumulate=2")
     experiment = build_experiment(config, data_dir=data_dir)
     state, got, *_ = run_steps(config, data_dir, make_mesh(devices=jax.devices()[:1]), 1)
@@ -307,7 +309,7 @@ def test_the_task_erases_then_mixes_only_in_training(data_dir, monkeypatch):
     plain = build_experiment(small_config("finetune", "model.drop_path=0.0"), data_dir=data_dir).task
     task = build_experiment(small_config("finetune", *PUBLISHED), data_dir=data_dir).task
     params, batch, key = plain.init(jax.random.key(0)), one_batch(8), jax.random.key(1)
-    # The fresh head is all but zero: make the logits depend on the image.
+    # A fresh head is nearly zero: make the logits depend on the image.
     params = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape), params)
     before, after = (jax.jit(one.losses, static_argnums=4) for one in (plain, task))
     jax.tree.map(

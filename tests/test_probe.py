@@ -80,7 +80,7 @@ def test_statistics_of_the_global_batch_and_of_its_parts(checkpoint, data_dir, d
     mean, variance = np.zeros(16), np.ones(16)
     for batch in features_of(config, checkpoint, data_dir, 2):
         for part in range(accumulate):
-            rows = batch[part::accumulate]  # as _accumulated deals them out
+            rows = batch[part::accumulate]  # the micro-batches of state._accumulated
             mean = 0.9 * mean + 0.1 * rows.mean(0)
             variance = 0.9 * variance + 0.1 * rows.var(0, ddof=1)
     np.testing.assert_allclose(state.params["batch_norm"]["mean"], mean, rtol=1e-4, atol=1e-5)
@@ -161,7 +161,7 @@ def test_an_encoder_that_changed_is_not_taken_for_the_one_that_was_probed(probe_
         load_params(copy)
 
 
-def test_mistakes_of_a_probe_are_told(checkpoint, data_dir):
+def test_mistakes_of_a_probe(checkpoint, data_dir):
     with pytest.raises(ValueError, match="init is empty: a linear probe evaluates a pre-trained encoder"):
         build_experiment(probe_config(), data_dir=data_dir)
     with pytest.raises(ValueError, match=r"pool='max' is unknown.*'cls'"):

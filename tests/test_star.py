@@ -81,7 +81,7 @@ def widened(state, x):
 
 
 def by_hand(state, tokens, pool, *, norm_first=False):
-    """Both heads' logits in float64, from tokens behind the last block; DIST is the second of them."""
+    """Both heads' logits in float64, from the tokens after the last block; the second token is DIST."""
     state = {name: value.astype(np.float64) for name, value in state.items()}
     tokens = tokens.astype(np.float64) if norm_first else widened(state, tokens.astype(np.float64))
     read = tokens[:, :2]
@@ -206,7 +206,7 @@ def test_deits_distilled_models_are_read_as_well(state):
 
 def test_the_checkpoint_is_used_like_any_other(data, state, converted, data_dir, close, tmp_path, capsys):
     model = tinymim_jax.load(converted)
-    image = np.full((50, 40, 3), (200, 30, 90), np.uint8)  # of one colour: no resizing changes it
+    image = np.full((50, 40, 3), (200, 30, 90), np.uint8)  # of one color, so resizing does not change it
     mean, std = (np.array(model.preprocessing[name]) for name in ("mean", "std"))
     record, params = load_params(converted)
     pixels = jnp.asarray((image[None, :32, :32] / 255 - mean) / std, jnp.float32)

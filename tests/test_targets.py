@@ -1,4 +1,4 @@
-"""Targets: every value and gradient against numpy, and tokens brought to another grid."""
+"""Targets: values and gradients against numpy, and the resizing of tokens to another grid."""
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def test_relations_in_closed_form(name, kind):
     check(target, kind, beta, student, teacher)
 
 
-# Where a feature lies, written out again.
+# The features again, written out by hand.
 PLACE_OF = {"output": "output", "ffn": "ffn", "ffn_residual": "output", "attention": "attention"}
 PLACE_OF |= {"attention_residual": "middle"}
 
@@ -202,7 +202,7 @@ def test_resplit_cuts_the_joined_channels_anew(heads):
     want = numpy_relation(STUDENT, "qk", heads)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     assert got.shape == (BATCH, heads, TOKENS, TOKENS)
-    # What stands side by side stays so.
+    # Neighboring channels stay neighbors.
     whole = resplit(STUDENT.q, 1)[:, :, 0]
     np.testing.assert_array_equal(whole, STUDENT.q.reshape(BATCH, TOKENS, WIDTH))
 

@@ -64,7 +64,7 @@ def test_a_converted_teacher_and_a_converted_student(golden, converted, data_dir
     )
     experiment = build_experiment(config, data_dir=data_dir)
     assert experiment.task.model["encoder"]["heads"][-1] == golden.meta["teacher"]["heads"]
-    # Nothing after the tapped block lies on the device.
+    # Blocks after the tapped one are not among the frozen weights.
     frozen = experiment.task.load_frozen()
     blocks = {name for name in frozen if name.startswith("blocks_")}
     assert blocks == {f"blocks_{i}" for i in range(golden.meta["teacher"]["tap"])}
@@ -120,13 +120,13 @@ def test_a_pretrained_student_becomes_a_classifier(golden, converted, data_dir):
     config = small_config("finetune", *words, "data.eval_resize=48")
     task = build_experiment(config, data_dir=data_dir).task
     heads = golden.meta["student"]
-    # keep: the adaptive block's heads stay, whatever the config's number says.
+    # keep: the adaptive block keeps its heads, although model.heads has another number.
     assert task.model["encoder"]["heads"] == [heads["heads"]] * (heads["depth"] - 1) + [heads["last_heads"]]
     fresh = jax.device_get(task.init(jax.random.key(0)))
     params = task.start(fresh)
     loaded = load_params(converted / "student")[1]["encoder"]
     np.testing.assert_array_equal(params["head"]["kernel"], fresh["head"]["kernel"])
-    # Positions are resized to the larger image, and from here on trained.
+    # The position table is resized to the larger image, and is now a trained parameter.
     grid = golden.meta["image_size"] // golden.meta["patch_size"]
     want = resize_table(loaded["pos_embed"], (grid, grid), (6, 6))
     np.testing.assert_array_equal(params["encoder"]["pos_embed"], want)
