@@ -12,6 +12,7 @@ from tinymim_jax.cli import main as cli
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = (
     "README.md",
+    "docs/export.md",
     "docs/launch.md",
     "docs/plan.md",
     "docs/replication.md",

@@ -7,12 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from commands import run
 from networks import make_network
 from PIL import Image
 from runs import small_config
 
 from tinymim_jax.checkpoints.params import save_params
-from tinymim_jax.cli import main as cli
 from tinymim_jax.evaluation import bench, bench_child, exporting
 from tinymim_jax.evaluation.model_card import licence_of, lineage
 from tinymim_jax.evaluation.predictor import load
@@ -20,14 +20,6 @@ from tinymim_jax.train import train
 
 pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-
-
-def run(capsys, *words) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of one command."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return stop.value.code, out, err
 
 
 @pytest.fixture(scope="module")

@@ -244,6 +244,7 @@ def test_hub_folders_are_read_back(name, tmp_path):
     network = make_network(name)
     hub.write(tmp_path / "model", network)
     record, params = hub.read_folder(tmp_path / "model")
+    assert set(record["preprocessing"]["origin"].values()) <= {"the position table", "read from the file's metadata"}
     assert record["encoder"]["heads"] == network.record["encoder"]["heads"]
     assert record["classifier"] == network.record["classifier"]
     for key, value in network.preprocessing.items():

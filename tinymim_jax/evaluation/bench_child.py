@@ -1,5 +1,6 @@
 """One measurement of `tinymim bench`: run as a module with a job in JSON, it prints a line of JSON."""
 
+import functools
 import json
 import os
 import pathlib
@@ -57,7 +58,8 @@ def _jax(checkpoint: str) -> Runner:
     from tinymim_jax.evaluation.predictor import load
 
     model = load(checkpoint)
-    step = jax.jit(network_of(model, "logits" if model.record.get("classifier") else "mean").function())
+    network = network_of(model, "logits" if model.record.get("classifier") else "mean")
+    step = functools.partial(jax.jit(network.forward()), jax.device_put(network.used_params()))
     return Runner(f"jax {jax.__version__}", np.asarray, lambda pixels: np.asarray(step(pixels)))
 
 

@@ -1,6 +1,7 @@
 """Exports a checkpoint to another runtime's format and runs the file there against jax before it is kept."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax.convert.formats.hub import read_folder
+from tinymim_jax.convert.formats.hub import in_timm, read_folder
 from tinymim_jax.convert.formats.network import Network, size_of
 from tinymim_jax.convert.formats.runners import RUNNERS, Runner
 from tinymim_jax.errors import unknown
@@ -127,7 +128,7 @@ def export(
         beside = output.with_name(output.name + ".json")
         beside.write_text(json.dumps(_readable(network), indent=2) + "\n")
         yield f"  {beside.name} beside it: preprocessing, class names and architecture"
-    yield from _hints(output, to)
+    yield from _hints(output, network, to)
 
 
 def compare(runner: Runner, network: Network, views: np.ndarray) -> Comparison:
@@ -137,7 +138,7 @@ def compare(runner: Runner, network: Network, views: np.ndarray) -> Comparison:
     """
     mean, std = tuple(network.preprocessing["mean"]), tuple(network.preprocessing["std"])
     with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.default_matmul_precision("highest"):
-        step = jax.jit(network.function())
+        step = functools.partial(jax.jit(network.forward()), jax.device_put(network.used_params()))
         pixels = np.asarray(normalize(jnp.asarray(views), mean, std))
         parts = [slice(start, start + _BATCHES[-1]) for start in range(0, len(pixels), _BATCHES[-1])]
         wanted = np.concatenate([np.asarray(step(pixels[part])) for part in parts])
@@ -179,7 +180,8 @@ def _check(path: pathlib.Path, network: Network, to: str, int8: bool, views: np.
 def _read_back(path: pathlib.Path, output: str) -> Runner:
     """The hub folder as this package reads it, where PyTorch is not installed."""
     record, params = read_folder(path)
-    step = jax.jit(Network(record, params, record["preprocessing"], output).function())
+    network = Network(record, params, record["preprocessing"], output)
+    step = functools.partial(jax.jit(network.forward()), network.used_params())
     name = "tinymim's own reader (timm is not installed)"
     return Runner(name, np.asarray, lambda pixels: np.asarray(step(pixels)))
 
@@ -197,12 +199,18 @@ def _description(path: pathlib.Path, output: pathlib.Path, network: Network, to:
     )
 
 
-def _hints(output: pathlib.Path, to: str) -> Iterator[str]:
+def _hints(output: pathlib.Path, network: Network, to: str) -> Iterator[str]:
     if to == "stablehlo":
         from tinymim_jax.convert.formats.stablehlo import loads_in
 
         yield f"  jax.export.deserialize(bytearray(FILE.read())).call(pixels) runs it, in {loads_in()}"
     if to == "hub":
+        height, width = network.image_size
+        if height != width and in_timm(network.record):
+            yield (
+                f"  WARNING: timm resizes for oblong inputs in another way, so its transform shows another crop of an "
+                f"image than the short side at {network.preprocessing['resize']} pixels does"
+            )
         yield f"  read README.md in it, then upload it: hf upload NAME/MODEL {output}"
 
 

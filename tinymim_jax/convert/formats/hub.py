@@ -40,7 +40,8 @@ def write(path: pathlib.Path, network: Network, *, card: str = "", licence: str 
     if not record["encoder"]["final_norm"] and "classifier" not in record:
         raise ConvertError("an encoder without a final norm has no features that timm could give: export its logits")
     family = "tinymim_star" if record.get("classifier", {}).get("hidden_dim") else "vit"
-    preprocessing = {**network.preprocessing, "class_names": network.class_names}
+    preprocessing = {key: value for key, value in network.preprocessing.items() if key != "origin"}
+    preprocessing["class_names"] = network.class_names
     path.mkdir()
     FORMATS[family](path / WEIGHTS, record | {"preprocessing": preprocessing}, network.used_params())
     if in_timm(record):

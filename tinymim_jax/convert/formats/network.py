@@ -81,13 +81,17 @@ class Network:
 
     def function(self) -> Callable[[jax.Array], jax.Array]:
         """Normalised pixels float32 [batch, height, width, 3] to the output; the parameters are constants in it."""
-        params = self.used_params()
+        params, forward = self.used_params(), self.forward()
+        return lambda pixels: forward(params, pixels)
+
+    def forward(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """The same of (`used_params()`, pixels): large networks compile sooner where parameters are no constants."""
         if self.output == "logits":
             classifier: Any = self.classifier
-            return lambda pixels: classifier.apply({"params": params}, pixels)
+            return lambda params, pixels: classifier.apply({"params": params}, pixels)
         encoder: Any = self.encoder
 
-        def features(pixels: jax.Array) -> jax.Array:
+        def features(params: Any, pixels: jax.Array) -> jax.Array:
             tokens = encoder.apply({"params": params["encoder"]}, pixels)
             tokens = tokens.astype(jnp.float32)
             return tokens if self.output == "tokens" else pool_tokens(tokens, self.output, encoder.prefix)
@@ -96,7 +100,8 @@ class Network:
 
     def description(self) -> dict[str, str]:
         """What travels with an exported file, by key; every value is a text, JSON where it is structured."""
-        prepared = {key: value for key, value in self.preprocessing.items() if key != "class_names"}
+        # `origin` says for a converted file what was assumed; from here on it is simply so.
+        prepared = {key: value for key, value in self.preprocessing.items() if key not in ("class_names", "origin")}
         record = {key: self.record[key] for key in ("encoder", "classifier", "source") if key in self.record}
         return {
             "producer": "tinymim-jax",

@@ -54,8 +54,9 @@ def write(path: pathlib.Path, network: Network, *, int8: bool = False, opset: in
     onnx.helper.set_model_props(model, network.description() | {"int8": str(int8).lower()})
     if model.ByteSize() > _LARGEST:
         raise ConvertError("ONNX files hold 2 GB at most and this network is larger: export it --to stablehlo or hub")
-    onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
+    del model, graph  # the checker reads the file: less memory than another copy of the weights here
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 def read_file(path: str | pathlib.Path, *, given: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
