@@ -200,6 +200,24 @@ def test_bench_of_jax_runs_the_checkpoint(student):
     assert row["batches"][2]["images_per_second"] == pytest.approx(2000 / row["batches"][2]["milliseconds"])
 
 
+def test_bench_says_how_busy_the_machine_is(student, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "bench", lambda checkpoint, **options: [dict(_ROW)])
+    for average, warned in ((0.0, False), (100.0, True)):
+        monkeypatch.setattr("os.getloadavg", lambda average=average: (average, average, average))
+        code, out, err = run(capsys, "bench", student)
+        assert code == 0
+        assert f"load average {average:.1f} before measuring" in out
+        assert "| any runtime | float32 | all | - | 90 | 1.5 | 2.5 | 3.5 |" in out
+        assert ("other programs are running" in err) == warned
+
+
+_FIGURES = {"milliseconds": 1.5, "cpu_milliseconds": 2.5, "images_per_second": 3.5}
+_ROW = {
+    "runtime": "any runtime", "weights": "float32", "threads": 0, "megabytes": None, "peak_megabytes": 90.0,
+    "batches": {"1": _FIGURES},
+}  # fmt: skip
+
+
 def test_bench_names_what_is_missing(student, capsys, monkeypatch):
     code, _, err = run(capsys, "bench", student, "--runtime", "jax,tensorrt")
     assert code == 1

@@ -1,6 +1,8 @@
 """`tinymim bench`: how fast a checkpoint runs on this machine, and in how much memory."""
 
 import argparse
+import os
+import sys
 
 HELP = "latency, throughput, size and memory of a checkpoint in jax, onnxruntime, LiteRT and OpenVINO, on the CPU"
 
@@ -39,6 +41,14 @@ def run(options: argparse.Namespace) -> int:
     if min(options.batch) < 1 or options.seconds <= 0:
         raise ValueError(f"--batch {options.batch} and --seconds {options.seconds}: give numbers above 0")
     runtimes = options.runtime.split(",") if options.runtime else None
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    print(f"{cores} cores, load average {load:.1f} before measuring", flush=True)
+    if load > cores / 4:
+        print(
+            "WARNING: other programs are running; milliseconds and images/s will be worse than they could be, above "
+            "all with all cores",
+            file=sys.stderr,
+        )
     rows = bench(
         options.checkpoint, runtimes=runtimes, int8=options.int8, batches=options.batch, seconds=options.seconds
     )

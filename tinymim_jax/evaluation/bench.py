@@ -63,7 +63,7 @@ def bench(
         if missing := [module for module in RUNTIMES[name][0] if importlib.util.find_spec(module) is None]:
             raise ImportError(f"--runtime {name}: {missing[0]} is not installed: pip install {missing[0]}")
     model = load(checkpoint)
-    network = network_of(model, "logits" if model.record.get("classifier") else "mean")
+    network = network_of(model)
     rows = []
     with tempfile.TemporaryDirectory(prefix="tinymim-bench-") as folder:
         for name in chosen:

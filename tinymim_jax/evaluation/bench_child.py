@@ -58,7 +58,7 @@ def _jax(checkpoint: str) -> Runner:
     from tinymim_jax.evaluation.predictor import load
 
     model = load(checkpoint)
-    network = network_of(model, "logits" if model.record.get("classifier") else "mean")
+    network = network_of(model)
     step = functools.partial(jax.jit(network.forward()), jax.device_put(network.used_params()))
     return Runner(f"jax {jax.__version__}", np.asarray, lambda pixels: np.asarray(step(pixels)))
 

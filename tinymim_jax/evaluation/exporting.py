@@ -52,8 +52,13 @@ class Comparison:
     cosine: float
 
 
-def network_of(model: Model, output: str = "logits") -> Network:
-    """What is exported of a loaded model: float32 arrays on the host."""
+def network_of(model: Model, output: str | None = None) -> Network:
+    """What is exported of a loaded model: float32 arrays on the host.
+
+    output: one of network.OUTPUTS; None: logits where it has a classifier, or else the mean of its patch tokens.
+    """
+    if output is None:
+        output = "logits" if "head" in model.params else "mean"
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), jax.device_get(model.params))
     return Network(model.record, params, model.preprocessing, output)
 

@@ -1,6 +1,6 @@
 """Images to try an exported model on: of a data set, of files, or made up where there are none."""
 
-import io
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from PIL import Image
 
 from tinymim_jax.config import from_json
 from tinymim_jax.data.sources.sources import open_source
+from tinymim_jax.data.views.decoding import Picture, Undecodable
 from tinymim_jax.evaluation.predictor import Model
 
 
@@ -51,9 +52,14 @@ def find_pictures(
 
 def _of_source(model: Model, name: str, split: str, count: int, data_dir: str | None) -> tuple[np.ndarray, str]:
     source: Any = open_source(name, split=split, data_dir=data_dir)
-    places = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
-    pictures = [Image.open(io.BytesIO(source[int(i)]["image"])) for i in places]
-    return model.views(pictures), f"{len(places)} images of {name}@{split}"
+    pictures = []
+    for i in np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)):
+        # Damaged images are for `tinymim evaluate` to report.
+        with contextlib.suppress(Undecodable):
+            pictures.append(Picture(source[int(i)]["image"], upright=model.preprocessing["upright"]).pixels())
+    if not pictures:
+        raise ValueError(f"no image of {name}@{split} can be decoded")
+    return model.views(pictures), f"{len(pictures)} images of {name}@{split}"
 
 
 def made_up(count: int, size: tuple[int, int], seed: int = 0) -> np.ndarray:

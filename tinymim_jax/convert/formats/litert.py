@@ -29,6 +29,8 @@ def write(path: pathlib.Path, network: Network, *, int8: bool = False, batch: in
         quantized while it runs.
       batch: images of one call.
     """
+    if batch < 1:
+        raise ConvertError(f"batch={batch}: a LiteRT file is for one batch size, 1 or more")
     api = needs("litert_converter.converter_api_ext", _EXTRA)
     mlir = needs("litert_converter.mlir.ir", _EXTRA)
     passes = needs("litert_converter.mlir.passmanager", _EXTRA)

@@ -18,7 +18,7 @@ from tinymim_jax.ops.layer_norm import EPS
 
 OPSETS = (17, 23)
 _IR_VERSIONS = {17: 8, 23: 11}
-_WIDEN_EPS = 1e-5
+_WIDEN_EPS = 1e-5  # as in models.heads.Widen
 _LARGEST = 2**31 - 2**20  # bytes; protobuf cannot hold more
 _EXTRA = "pip install 'tinymim-jax[onnx]'"
 
