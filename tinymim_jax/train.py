@@ -1,4 +1,4 @@
-"""The loop. Rerunning the same command resumes: the step number is the position in the data."""
+"""The training loop. Running the same command again resumes: the step number is the position in the data."""
 
 import dataclasses
 import logging
@@ -55,17 +55,17 @@ def train(
     stall_minutes: float = STALL_MINUTES,
     extend: bool = False,
 ) -> dict[str, float]:
-    """Runs the experiment of `config` to its end and returns the figures of its last evaluation.
+    """Runs the experiment of `config` to its end and returns the metrics of its last evaluation.
 
     Args:
       config: the experiment; configs/base.py explains every key.
       workdir: holds config.json, model.json, metrics.jsonl, tensorboard/, checkpoints/, status.json and, at the end,
         result.json. A folder that all processes see, or gs://BUCKET/PATH.
-      data_dir: where prepared data sets lie; None is where TFDS looks.
-      workers: processes that decode images; 0 decodes in this one.
-      fsdp: over how many devices each large parameter is split.
-      stall_minutes: without a finished step, evaluation batch or checkpoint for so long, the process ends with exit
-        status 86 and the stacks of its threads; 0 waits for ever.
+      data_dir: folder of the prepared data sets; None: TFDS's default folder.
+      workers: number of processes that decode images; 0 decodes in this process.
+      fsdp: number of devices over which each large parameter is split.
+      stall_minutes: if no step, evaluation batch or checkpoint finishes for this long, the process prints the stacks of
+        its threads and ends with exit status 86; 0 disables this.
       extend: a run in this workdir, finished or not, may go on for a longer train.duration; see resume.py.
 
     Raises:
@@ -88,7 +88,7 @@ def train(
         write_json(folder / RESULT, result)
         report.end()
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("result written")  # whoever comes next finds it
+        multihost_utils.sync_global_devices("result written")  # before any process reads it
     return result
 
 
@@ -102,7 +102,7 @@ def _run(
     workers: int,
     fsdp: int,
 ) -> dict[str, float]:
-    experiment = build_experiment(config, data_dir=data_dir)  # whatever the data lacks is said before devices are taken
+    experiment = build_experiment(config, data_dir=data_dir)  # errors of the data are raised before devices are used
     mesh = make_mesh(fsdp)
     _check_batch(experiment, mesh)
     task = experiment.task
@@ -155,11 +155,11 @@ def _loop(
     batches = training_batches(experiment, start_step=start, workers=workers)
 
     with batches, StopRequest() as stop:
-        # A run that was killed between its last update and its result has only the evaluation left to do.
+        # Empty for a run that was killed between its last update and writing result.json: only the evaluation is left.
         for step in range(start + 1, total + 1):
             with report.waiting_for_data():
                 batch = next(batches)
-            # The step before this one is looked at once this one is under way: the device never waits for the host.
+            # The previous step's results are read after this step is dispatched: the device never waits for the host.
             before = skipped_in_a_row
             state, recorded, skipped_in_a_row = train_step(state, recorded, frozen, place_batch(mesh, batch), root)
             report.dispatched(skipped_in_a_row)

@@ -1,1 +1,1 @@
-"""What a training would need on hardware that is not here: its step compiled for it and read."""
+"""Estimates memory and speed of a training on absent hardware, by compiling its step for that hardware."""

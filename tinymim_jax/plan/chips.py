@@ -1,4 +1,4 @@
-"""CHIPS: what one chip can do, by the makers' figures."""
+"""CHIPS: the manufacturers' specifications of each chip."""
 
 import dataclasses
 
@@ -7,19 +7,19 @@ GB, GIB = 10**9, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip of a kind, or one GPU.
+    """Specifications of one chip or GPU.
 
     platform: 'tpu', 'gpu' or 'cpu' (fake devices of this machine, for tests).
     peak: dense bfloat16 FLOP/s.
-    memory: bytes that a program may use: what the TPU compiler allows it, or of a GPU the share that
+    memory: bytes available to a program: the TPU compiler's limit, or the share of a GPU's memory that
       launch/slurm.sbatch gives to jax (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9).
     bandwidth: of its memory, bytes/s.
-    link: bytes/s one way to its neighbours in a slice or a node, all links together.
-    network: bytes/s one way to other slices or nodes, this chip's share of its host's network cards.
-    per_host: chips of a host, of several.
-    vcpus: hardware threads of a host for each chip, in Google Cloud's machines.
-    kind: how its jax device_kind begins.
-    source: where the figures are from.
+    link: bytes/s in one direction to its neighbors in a slice or node, over all links together.
+    network: bytes/s in one direction to other slices or nodes: this chip's share of the host's network cards.
+    per_host: chips of each host in a topology of several hosts.
+    vcpus: hardware threads of the host per chip, on Google Cloud.
+    kind: prefix of its jax device_kind.
+    source: where the numbers come from.
     """
 
     platform: str
@@ -36,8 +36,8 @@ class Chip:
 
 _TPU_DOCS = "docs.cloud.google.com/tpu/docs/"
 
-# TPU memory is what libtpu 0.0.42 and 0.0.52 let a program have. Link bandwidths are half the published bidirectional
-# ones; for v4 Google gives the all-reduce bandwidth of a pod instead: 1.1 PB/s over 4096 chips.
+# TPU memory is the limit of libtpu 0.0.42 and 0.0.52. Link bandwidths are half of the published bidirectional ones; for
+# v4 Google publishes the all-reduce bandwidth of a pod instead: 1.1 PB/s over 4096 chips.
 CHIPS: dict[str, Chip] = {
     "v4": Chip("tpu", 275e12, 30.75 * GIB, 1200 * GB, 268 * GB, 6.25 * GB, 4, 60, "TPU v4", _TPU_DOCS + "v4"),
     "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819 * GB, 200 * GB, 3.125 * GB, 4, 28, "TPU v5 lite", _TPU_DOCS + "v5e"),
@@ -48,12 +48,12 @@ CHIPS: dict[str, Chip] = {
     "a100-40": Chip("gpu", 312e12, 38.1 * GB, 1555 * GB, 300 * GB, 25 * GB, 8, 12, "NVIDIA A100", "A100 40GB SXM"),
     "h100": Chip("gpu", 989e12, 76.4 * GB, 3352 * GB, 450 * GB, 50 * GB, 8, 26, "NVIDIA H100", "H100 SXM"),
     "h200": Chip("gpu", 989e12, 136.2 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 26, "NVIDIA H200", "H200 SXM"),
-    # Stands for nothing that is sold: it lets a plan be made where no compiler for an accelerator is installed.
+    # Not a real chip: for trying out plans where no compiler for an accelerator is installed.
     "cpu": Chip("cpu", 1e12, 4 * GIB, 50 * GB, 10 * GB, 1 * GB, 8, 1, "cpu", "round numbers"),
 }
 
 
 def peak_of(device_kind: str) -> float | None:
-    """The bfloat16 peak of a jax device by its `device_kind`; None where it is not known."""
+    """Peak bfloat16 FLOP/s of the jax device with this `device_kind`; None if it is not in CHIPS."""
     known = [chip for chip in CHIPS.values() if chip.platform != "cpu" and device_kind.startswith(chip.kind)]
     return max(known, key=lambda chip: len(chip.kind)).peak if known else None

@@ -1,4 +1,4 @@
-"""The step of a training, compiled for chips that are not here, in a process of its own; results are kept on disk."""
+"""Compiles a training step for absent chips in a subprocess; results are cached on disk."""
 
 import contextlib
 import dataclasses
@@ -28,9 +28,9 @@ _INSTALL = {
     "tpu": ("libtpu", "pip install 'tinymim-jax[plan]'"),
     "gpu": ("jax_plugins.xla_cuda13", "pip install 'tinymim-jax[plan-cuda]'"),
 }
-# No GPU is there to time kernels on, and Triton's matrix products have no shape without having been timed.
+# There is no GPU for autotuning, and Triton's matrix products cannot be compiled without it.
 _GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-# What of a config changes nothing that is compiled but numbers.
+# Config keys that change numbers in the compiled program but not its structure; they are not part of the cache key.
 _IRRELEVANT = {
     "train": ("duration", "log_every", "eval_every", "max_skipped"),
     "optim": ("base_lr", "warmup", "final_lr", "b1", "b2", "eps", "weight_decay"),
@@ -41,15 +41,15 @@ _IRRELEVANT = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compiler said of one chip's program; bytes on each chip.
+    """The compiler's result for one chip; all sizes in bytes per chip.
 
-    arguments: what lies on the chip between steps: parameters, optimizer, frozen weights, batches.
-    temporaries: activations and all else that lives within a step.
-    code: of the program.
-    needed: all of it together. Where the compiler refused for lack of memory only this is known, the rest is 0.
-    refused: it did so.
-    hlo: the optimised program as text; empty where it refused.
-    compiler: whose figures these are.
+    arguments: held between steps: parameters, optimizer state, frozen weights, batches.
+    temporaries: activations and everything else that lives within a step.
+    code: size of the program.
+    needed: the total. If the compiler ran out of memory only this is known and the others are 0.
+    refused: the compiler ran out of memory.
+    hlo: the optimized program as text; empty if refused.
+    compiler: name and version of the compiler.
     """
 
     arguments: int
@@ -64,14 +64,14 @@ class Compiled:
 def compile_step(
     config: ConfigDict, topology: Topology, *, fsdp: int = 1, cache: str = CACHE, data_dir: str | None = None
 ) -> Compiled:
-    """Compiles the step of `config` for `topology`, or reads what an earlier call found.
+    """Compiles the step of `config` for `topology`, or returns the cached result of an earlier call.
 
-    Results are kept by config, topology and version of the compiler; whoever changes the code of the step deletes
-    the folder `cache`. "" keeps none.
+    Results are cached in the folder `cache` ("" disables this) by config, topology and version of the compiler. Delete
+    that folder after changing the code of the step.
 
     Raises:
-      ImportError: the compiler for this hardware is not installed; the message says how to.
-      RuntimeError: it failed, for another reason than lack of memory.
+      ImportError: the compiler for this hardware is not installed; the message has the command to install it.
+      RuntimeError: compilation failed for another reason than lack of memory.
     """
     if (kept := kept_result(config, topology, fsdp=fsdp, cache=cache)) is not None:
         return kept
@@ -86,13 +86,13 @@ def compile_step(
 
 
 def kept_result(config: ConfigDict, topology: Topology, *, fsdp: int = 1, cache: str = CACHE) -> Compiled | None:
-    """What an earlier `compile_step` found; None where there was none."""
+    """The cached result of an earlier `compile_step`, or None."""
     folder = _folder(config, topology, fsdp, cache) if cache else None
     return _read(folder) if folder and folder.is_dir() else None
 
 
 def compiler_of(topology: Topology) -> str:
-    """Name and version of the compiler that plans for it, as far as it is installed."""
+    """Name and version of the compiler for this topology, or that it is not installed."""
     package = {"tpu": "libtpu", "gpu": "jax-cuda13-pjrt", "cpu": "jaxlib"}[topology.chip.platform]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return f"{package} {importlib.metadata.version(package)}"
@@ -100,7 +100,7 @@ def compiler_of(topology: Topology) -> str:
 
 
 def check_installed(topology: Topology) -> None:
-    """Raises ImportError where the compiler for this hardware is not installed."""
+    """Raises ImportError if the compiler for this hardware is not installed."""
     platform = topology.chip.platform
     if platform not in _INSTALL:
         return
@@ -115,7 +115,7 @@ def check_installed(topology: Topology) -> None:
 
 
 def child() -> None:
-    """The child's side: reads a request from standard input and writes its answer into the folder it names."""
+    """Runs in the subprocess: reads a request from standard input and writes the result into the folder it names."""
     request = json.load(sys.stdin)
     end_with_parent(request["parent"])  # compilers do not react to signals for minutes
     from tinymim_jax.config import from_json
@@ -131,7 +131,7 @@ def child() -> None:
 def compile_here(
     config: ConfigDict, topology: Topology, fsdp: int = 1, data_dir: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """(memory of the compiled step in bytes, its optimised program), compiled in this process."""
+    """(memory of the compiled step in bytes, its optimized program as text), compiled in this process."""
     import jax
 
     from tinymim_jax.memory import bytes_needed, bytes_refused
@@ -172,7 +172,7 @@ def _in_child(folder: pathlib.Path, request: dict, topology: Topology) -> Compil
                 f"the compiler for {topology.name} ({compiler_of(topology)}) failed:\n{_what_failed(done)}"
             )
         result = _read(running)
-        # Another process may have been first; its result is the same.
+        # If another process was faster, its result is the same.
         with contextlib.suppress(OSError):
             running.rename(folder)
         return result
@@ -182,9 +182,9 @@ def _in_child(folder: pathlib.Path, request: dict, topology: Topology) -> Compil
 
 def _environment(topology: Topology) -> dict[str, str]:
     platform, environment = topology.chip.platform, dict(os.environ)
-    # The accelerator of this machine, if there is one, is left to whoever trains on it.
+    # Do not occupy an accelerator of this machine: a training may be running on it.
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # it would keep programs for chips that are not here
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # do not cache programs for absent chips
     flags = {"gpu": _GPU_FLAGS, "cpu": f"--xla_force_host_platform_device_count={topology.chips}", "tpu": ""}
     environment["XLA_FLAGS"] = flags[platform]
     return environment
@@ -203,7 +203,7 @@ def _folder(config: ConfigDict, topology: Topology, fsdp: int, cache: str) -> pa
     for section, keys in _IRRELEVANT.items():
         for key in keys:
             values[section].pop(key, None)
-    request["topology"].pop("name")  # v5e-16 and v5e:4x4 are one
+    request["topology"].pop("name")  # v5e-16 and v5e:4x4 are the same topology
     versions = [importlib.metadata.version("jax"), compiler_of(topology)]
     text = json.dumps([request, versions], sort_keys=True)
     return pathlib.Path(cache).expanduser() / hashlib.sha256(text.encode()).hexdigest()[:24]

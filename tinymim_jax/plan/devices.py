@@ -1,4 +1,4 @@
-"""Devices that exist only for the compiler."""
+"""Descriptions of absent devices for the compiler."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tinymim_jax.plan.topology import Topology
 
 
 def devices_of(topology: Topology) -> list:
-    """jax devices of hardware that is not here: programs can be compiled for them and for nothing else be used."""
+    """jax devices of absent hardware. Programs can be compiled for them, but not run."""
     platform = topology.chip.platform
     if platform == "cpu":
         return jax.devices("cpu")[: topology.chips]
@@ -28,7 +28,7 @@ def devices_of(topology: Topology) -> list:
 
 
 def gpu_description(kind: str) -> str:
-    """What XLA's CUDA compiler asks of a GPU, as the text of its GpuTargetConfigProto."""
+    """The GPU properties that XLA's CUDA compiler needs, as a GpuTargetConfigProto in text format."""
     name, capability, cores, fpus, shared, l2, clock, memory, bandwidth = _GPUS[kind]
     return f"""
 gpu_device_info {{
@@ -47,8 +47,8 @@ device_description_str: "{name}"
 """
 
 
-# Name, compute capability, cores, float32 units and bytes of shared memory of a core, L2 bytes, GHz, bytes, bytes/s:
-# as the cards report them to CUDA (XLA keeps such reports in xla/backends/gpu/target_config/specs).
+# Name, compute capability, cores, float32 units and bytes of shared memory of a core, L2 bytes, GHz, bytes, bytes/s: as
+# reported by the cards to CUDA (XLA has such reports in xla/backends/gpu/target_config/specs).
 _GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 41943040, 1.41, 85100068864, 2039040000000),
     "a100-40": ("NVIDIA A100-SXM4-40GB", 8, 108, 64, 167936, 41943040, 1.41, 42331013120, 1555200000000),

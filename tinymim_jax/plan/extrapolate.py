@@ -1,4 +1,4 @@
-"""A plan for other numbers of the same chips, from one whose step was compiled: an estimate, and marked as one."""
+"""Estimates a plan for another number of chips or another batch from a compiled plan."""
 
 import dataclasses
 
@@ -19,17 +19,17 @@ def extrapolate(
     accumulate: int | None = None,
     other_program: bool = False,
 ) -> Plan:
-    """What `plan`, of plain data parallelism, would be on `topology` and with this batch.
+    """Estimates `plan` (without --fsdp) on `topology` and for this batch, without compiling.
 
-    Temporaries, computing and memory traffic are in proportion to a chip's images at a time, but for the optimizer's
-    traffic; what lies on a chip between steps does not change; collectives carry the same bytes among other chips.
+    Temporaries, compute and memory traffic are proportional to the images per chip and micro-batch, except for the
+    optimizer's traffic. Parameters and optimizer state per chip do not change, nor do the bytes of each collective.
 
     Args:
-      other_program: the chips may be of a kind for which another program is compiled. The work of `plan`'s own, at
-        the speeds of `topology`'s chips, is a rougher estimate.
+      other_program: allow chips of another kind, for which a different program would be compiled. The estimate then
+        takes the work of `plan`'s program at the speeds of `topology`'s chips, which is less accurate.
 
     Raises:
-      ValueError: the plan has --fsdp, or no program, or is of chips that run other programs.
+      ValueError: the plan has --fsdp, its step did not fit, or the chips run another program.
     """
     if plan.fsdp > 1 or plan.time is None:
         raise ValueError("only a plan that was compiled, and without --fsdp, can be scaled")
@@ -65,7 +65,7 @@ def extrapolate(
 
 
 def same_program(first: str, second: str) -> bool:
-    """Whether two kinds of chips run the same programs: an H200 is an H100 with more and faster memory."""
+    """Whether two kinds of chips run the same programs (an H200 is an H100 with more and faster memory)."""
     return first == second or {first, second} == {"h100", "h200"}
 
 

@@ -1,4 +1,4 @@
-"""One plan: a config on a topology, as figures."""
+"""Makes a plan: memory, time and cost of a config on a topology."""
 
 import dataclasses
 import functools
@@ -22,21 +22,21 @@ from tinymim_jax.sharding import AXES
 
 log = logging.getLogger(__name__)
 
-# Training views that one core makes of ImageNet's files in a second, a little below what benchmarks/README.md measured.
+# Images per second that one core decodes and augments from ImageNet's files, slightly below benchmarks/README.md.
 IMAGES_PER_CORE = 750
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All figures; bytes and seconds, on each chip where nothing else is said.
+    """A plan in numbers; bytes and seconds are of each chip unless stated otherwise.
 
-    parameters: numbers of "all", "trained" and "frozen" ones.
+    parameters: numbers of "all", "trained" and "frozen" parameters.
     parts: bytes of "parameters", "optimizer", "moving average", "frozen weights", "batches", "temporaries", "code".
-    flops: of a step on all chips, as the method needs them; recomputed: the share that `model.remat` adds.
-    time: None where the step does not fit: there is no program to read.
+    flops: of a step on all chips, without recomputation; recomputed: the fraction that `model.remat` adds.
+    time: None if the step does not fit, since there is no program to analyze.
     steps: of the whole run.
-    largest: images of each chip at a time that fit; None where it was not searched for, or nothing fits.
-    remedy: the first change that makes the step fit, and the plan with it.
+    largest: the largest number of images per chip and micro-batch that fits; None if not searched or nothing fits.
+    remedy: the first change that makes the step fit, and the plan with that change.
     """
 
     config: ConfigDict
@@ -66,38 +66,38 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Of the devices, provided that the hosts keep up."""
+        """Throughput of the devices if the hosts keep up."""
         return self.batch / self.time.seconds if self.time else 0.0
 
     @property
     def cores_wanted(self) -> float:
-        """Cores of each host that decode for the devices."""
+        """Cores that each host needs to decode images as fast as its devices use them."""
         return self.images_per_second / self.config.data.crops / self.topology.hosts / IMAGES_PER_CORE
 
     @property
     def cores_there(self) -> float:
-        """Cores of a host, each of two hardware threads."""
+        """Physical cores of a host (two hardware threads each)."""
         chip, topology = self.topology.chip, self.topology
         return chip.vcpus * topology.chips / topology.hosts / 2
 
     @property
     def seconds(self) -> float:
-        """Of a step, waiting for the hosts' images included."""
+        """Time of a step, including waiting for images."""
         return self.time.seconds * max(1.0, self.cores_wanted / self.cores_there) if self.time else math.inf
 
     @property
     def bound(self) -> str:
-        """input, compute, memory or network."""
+        """What limits the step: input, compute, memory or network; empty if it does not fit."""
         return "" if self.time is None else "input" if self.cores_wanted > self.cores_there else self.time.bound
 
     @property
     def hours(self) -> float:
-        """Of the whole run: steps alone, without compiling, evaluation and checkpoints."""
+        """Hours of the whole run, without compiling, evaluation and checkpoints."""
         return self.steps * self.seconds / 3600
 
     @property
     def utilisation(self) -> float:
-        """The share of the chips' peak that the method's FLOPs are, in this estimate."""
+        """Estimated model FLOP utilization."""
         return efficiency(self.flops, self.seconds, self.topology.chips, self.topology.chip)
 
 
@@ -110,13 +110,14 @@ def make_plan(
     data_dir: str | None = None,
     search: bool = True,
 ) -> Plan:
-    """Compiles the step of `config` for `topology` and says what it takes.
+    """Compiles the step of `config` for `topology` and analyzes it.
 
     Args:
-      search: also look for the largest batch and, where the step does not fit, for what to change: more compilations.
+      search: also find the largest batch and, if the step does not fit, a change that makes it fit. This takes several
+        more compilations.
 
     Raises:
-      ValueError: the training could not be started there either; ImportError, RuntimeError: see `compile_step`.
+      ValueError: the training could not start on this topology; ImportError, RuntimeError: see `compile_step`.
     """
     if config.train.accumulate == 0:
         log.info("train.accumulate=0, the smallest number that fits: planned for 1, see what it advises")
@@ -137,14 +138,14 @@ def make_plan(
 
 
 def check_layout(config: ConfigDict, topology: Topology, fsdp: int) -> None:
-    """Raises ValueError, in the words of training, where batch or mesh do not suit the chips."""
+    """Raises ValueError if the batch or the mesh cannot be split over the chips, as training would."""
     chips = topology.chips
     if fsdp < 1 or chips % fsdp:
         choices = ", ".join(str(n) for n in range(1, chips + 1) if chips % n == 0)
         raise ValueError(f"--fsdp {fsdp} does not divide the {chips} chips of {topology.name}. Choices: {choices}")
     batch, parts = config.train.batch_size, config.train.accumulate
     if batch % parts or (batch // parts) % chips:
-        whole, in_parts = chips * parts, f" in train.accumulate={parts} parts" if parts > 1 else ""
+        whole, in_parts = chips * parts, f" in train.accumulate={parts} micro-batches" if parts > 1 else ""
         below, above = max(1, batch // whole) * whole, (batch // whole + 1) * whole
         raise ValueError(
             f"train.batch_size={batch}{in_parts} cannot be split over the {chips} chips of {topology.name}: "
@@ -153,7 +154,7 @@ def check_layout(config: ConfigDict, topology: Topology, fsdp: int) -> None:
 
 
 def read_plan(planned: Planned, topology: Topology, fsdp: int, compiled: Compiled) -> Plan:
-    """What the compiled step of `planned` says, without any search."""
+    """The plan from the compiled step of `planned`, without any search."""
     experiment, work = planned.experiment, work_of(compiled.hlo) if compiled.hlo else []
     params = planned.params()
     trained, _ = optim.split(params, planned.paths)
@@ -176,7 +177,7 @@ def read_plan(planned: Planned, topology: Topology, fsdp: int, compiled: Compile
 
 
 def _parts(planned: Planned, topology: Topology, fsdp: int, compiled: Compiled) -> dict[str, int]:
-    """What lies on a chip, by kind: arrays by their shapes, the rest as the compiler has it."""
+    """Memory of a chip by kind: arrays computed from their shapes, the rest as reported by the compiler."""
     mesh = AbstractMesh((topology.chips // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
     _, (state, _, frozen, batch, _) = planned.step(mesh)
     parts = {
@@ -203,7 +204,7 @@ def _count(tree: Any) -> int:
 
 
 def _images(config: ConfigDict, topology: Topology) -> int:
-    """Of each chip at a time."""
+    """Images per chip and micro-batch."""
     return config.train.batch_size // config.train.accumulate // topology.chips
 
 

@@ -1,4 +1,4 @@
-"""A plan as text for people and as plain JSON."""
+"""Formats a plan as text and as plain JSON."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from tinymim_jax.runtime.progress import format_seconds
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Every figure by name; bytes, seconds, hours."""
+    """All numbers by name, in bytes, seconds and hours."""
     time = plan.time
     return {
         "topology": {**dataclasses.asdict(plan.topology), "chips": plan.topology.chips, "hosts": plan.topology.hosts},
@@ -37,7 +37,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def as_text(plan: Plan) -> str:
-    """What `tinymim plan` prints."""
+    """The output of `tinymim plan`."""
     lines = [plan.topology.describe() + (f", --fsdp {plan.fsdp}" if plan.fsdp > 1 else ""), ""]
     lines += [_memory_verdict(plan), *_memory(plan), "", *_method(plan)]
     lines += [*(_speed(plan) if plan.fits else ()), ""]
@@ -54,7 +54,7 @@ def as_text(plan: Plan) -> str:
 def _memory_verdict(plan: Plan) -> str:
     chip, parts = plan.topology.chip, plan.config.train.accumulate
     images = plan.batch // plan.topology.chips
-    how = f"{plan.batch} images in a batch, {images} on each chip" + (f" in {parts} parts" if parts > 1 else "")
+    how = f"{plan.batch} images in a batch, {images} on each chip" + (f" in {parts} micro-batches" if parts > 1 else "")
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     if not plan.needed:
         return f"{verdict}: {how}; the compiler refuses, {chip.memory / GIB:.2f} GiB are not enough"

@@ -1,4 +1,4 @@
-"""How long a compiled step takes, at assumed shares of what the makers promise; and what of it the network costs."""
+"""Estimates the time of a compiled step with a roofline model, at assumed fractions of the chips' peak rates."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,20 +7,20 @@ from tinymim_jax.plan.chips import Chip
 from tinymim_jax.plan.hlo import Work
 from tinymim_jax.plan.topology import Topology
 
-# Assumed, not measured: what well-shaped products, long reads and large all-reduces reach of the promised rates.
+# Assumed, not measured: the fractions of peak rates that large matrix products, memory reads and all-reduces achieve.
 COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, NETWORK_EFFICIENCY = 0.7, 0.8, 0.6
-# From the start of a transfer to its arrival: between neighbours, and through the data centre.
+# Latency of a transfer, in seconds: between neighboring chips, and over the data center's network.
 LINK_LATENCY, NETWORK_LATENCY = 1e-6, 20e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on each chip. Every instruction takes the longer of its computing and its memory traffic.
+    """Seconds of one step on each chip. An instruction takes the longer of its compute time and its memory time.
 
-    compute: of the instructions that multiply for longer than they move memory.
-    memory: of the others.
-    network: of the collectives. Our steps have them at their end, after the last gradient: nothing hides them.
-    flops, bytes: that one chip multiplies and moves.
+    compute: total of the instructions bound by computing.
+    memory: total of the instructions bound by memory traffic.
+    network: total of the collectives; assumed not to overlap with anything (gradients are reduced at the step's end).
+    flops, bytes: FLOPs and bytes of memory traffic of one chip.
     """
 
     compute: float
@@ -35,14 +35,14 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What takes most of the step: compute, memory or network."""
+        """The largest part of the step: compute, memory or network."""
         parts = {"compute": self.compute, "memory": self.memory, "network": self.network}
         return max(parts, key=lambda name: parts[name])
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of a kind and group size in a step: how often one runs, and bytes of all of them together."""
+    """All collectives of one kind and group size in a step: their number and their bytes in total."""
 
     kind: str
     group: int
@@ -51,7 +51,7 @@ class Collective:
 
 
 def step_time(work: Iterable[Work], topology: Topology) -> StepTime:
-    """Of the compiled step whose instructions are `work`."""
+    """Time of the compiled step with the instructions `work`."""
     chip, work = topology.chip, list(work)
     compute = memory = network = 0.0
     for each in work:
@@ -69,7 +69,7 @@ def step_time(work: Iterable[Work], topology: Topology) -> StepTime:
 
 
 def collectives(work: Iterable[Work], topology: Topology) -> list[Collective]:
-    """Summed up by kind and group, the largest first."""
+    """The collectives in `work`, summed by kind and group size, most bytes first."""
     found: dict[tuple[str, int], list[float]] = {}
     for each in work:
         if each.collective:
@@ -81,11 +81,11 @@ def collectives(work: Iterable[Work], topology: Topology) -> list[Collective]:
 
 
 def collective_seconds(kind: str, sent: float, group: int, topology: Topology) -> float:
-    """Of one collective: rings within a slice or node, and between these each chip sends its share.
+    """Time of one collective: a ring within each slice or node, then a ring of each chip's share between these.
 
     Args:
       sent: bytes of the operand, or of the result of an all-gather.
-      group: chips that take part; 0: all.
+      group: number of participating chips; 0: all.
     """
     group = group or topology.chips
     if group == 1:
@@ -103,12 +103,12 @@ def _ring(sent: float, members: int, bandwidth: float) -> float:
 
 
 def _hops(topology: Topology, members: int) -> int:
-    """Steps of a ring along every side of a slice; a switch joins the GPUs of a node."""
+    """Hops of a ring along every axis of a slice; the GPUs of a node are connected by a switch."""
     if topology.chip.platform != "tpu":
         return 1
     return sum(side - 1 for side in topology.shape) if members == topology.linked else members - 1
 
 
 def efficiency(flops: float, seconds: float, chips: int, chip: Chip) -> float:
-    """Model FLOP utilisation: what the method needs, over what the chips could do in that time."""
+    """Model FLOP utilization: FLOPs that the method needs, relative to the chips' peak in that time."""
     return flops / seconds / (chips * chip.peak)

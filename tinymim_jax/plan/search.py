@@ -1,4 +1,4 @@
-"""Which batch fits, and what to change where the wanted one does not: as few compilations as will do."""
+"""Finds the largest batch that fits into memory with few compilations."""
 
 import dataclasses
 import math
@@ -9,22 +9,22 @@ _TRIES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Images of each chip at a time, and the bytes that they need there."""
+    """Images per chip and micro-batch, and the bytes that each chip needs for them."""
 
     images: int
     needed: int
 
 
 def largest_batch(needed: Callable[[int], float], start: int, limit: float, *, tries: int = _TRIES) -> Fit | None:
-    """The largest number of images for which `needed(images)` is within `limit`, to about 5 %; None where not one is.
+    """The largest number of images for which `needed(images)` is within `limit`, to about 5 %; None if not even one is.
 
-    Memory is nearly a line in the number of images: each guess lies on the line through the two nearest points and is
-    then looked up. The answer was looked up, always.
+    Memory is nearly linear in the number of images: each guess is taken from the line through the two points nearest to
+    the limit and then evaluated. The result is always a number that was evaluated.
 
     Args:
-      needed: bytes; it may be infinite where they are not known.
+      needed: images -> bytes, infinite if unknown; each call is a compilation.
       start: the first guess.
-      tries: at most so many further ones.
+      tries: maximum number of further guesses.
     """
     seen: dict[int, float] = {}
     guess = max(1, start)
@@ -42,12 +42,12 @@ def _next_guess(seen: dict[int, float], limit: float) -> int:
     above = min((images for images, size in seen.items() if size > limit), default=0)
     points = sorted((images, size) for images, size in seen.items() if size < float("inf"))
     if len(points) > 1:
-        # The two that lie nearest to the limit say most about it.
+        # The two points nearest to the limit give the best line.
         (low, small), (high, large) = sorted(sorted(points, key=lambda point: abs(point[1] - limit))[:2])
         slope = (large - small) / (high - low)
         guess = int(low + (0.985 * limit - small) / slope) if slope > 0 else 2 * high
     elif points:
-        # A line through one point and some bytes for nothing: too few where it fits, too many where it does not.
+        # With a single point assume memory proportional to the images: too few if it fits, too many if it does not.
         guess = int(points[0][0] * limit / points[0][1] * (1.0 if fitting else 0.9))
     else:
         guess = above // 2
@@ -55,12 +55,12 @@ def _next_guess(seen: dict[int, float], limit: float) -> int:
     if guess < 1.05 * fitting:
         return fitting
     if above and guess >= above:
-        # No line: near the limit compilers compute again what they would otherwise keep.
+        # Memory is not linear here: near the limit compilers recompute what they would otherwise keep.
         guess = _rounded(math.isqrt(fitting * above) if fitting else above // 2)
     return fitting if guess < 1.05 * fitting else guess
 
 
 def _rounded(images: int) -> int:
-    """Down to what chips like: multiples of 8, or a power of two below."""
+    """Rounds down to a multiple of 8, or to a power of two below 8, which chips handle well."""
     images = max(1, images)
     return images // 8 * 8 if images >= 8 else 1 << (images.bit_length() - 1)

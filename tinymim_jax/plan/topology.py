@@ -1,4 +1,4 @@
-"""Names of hardware, as clouds and people write them: v5e-64, v5e:8x8, v4-32, h100x8, h100x8x4."""
+"""Parses names of hardware topologies: v5e-64, v5e:8x8, v4-32, h100x8, h100x8x4."""
 
 import dataclasses
 import math
@@ -7,22 +7,22 @@ import re
 from tinymim_jax.errors import unknown
 from tinymim_jax.plan.chips import CHIPS, Chip
 
-# Smallest slices of each number of chips, as Google offers them.
+# Slice shape for each number of chips that Google offers.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 _SHAPES = {"v4": _CUBES, "v5p": _CUBES, "v5e": _FLAT, "v6e": _FLAT}
-_BY_CORES = ("v4", "v5p")  # the number in their names counts TensorCores, of which a chip has two
+_BY_CORES = ("v4", "v5p")  # their names count TensorCores, two per chip
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "a100-80": "a100"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips that train together.
+    """The chips of a training.
 
-    name: as it is written in results.
+    name: used in reports.
     kind: a key of CHIPS.
-    shape: of one slice, such as (4, 4); of GPUs (nodes, GPUs in each).
-    slices: of a TPU, joined by the data centre's network.
+    shape: of one TPU slice, such as (4, 4); for GPUs (nodes, GPUs per node).
+    slices: number of TPU slices, connected by the data center's network.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Machines, each with its own input pipeline."""
+        """Number of hosts; each runs its own input pipeline."""
         in_one = math.prod(self.shape)
         if self.chip.platform != "tpu":
             return self.shape[0]
@@ -49,7 +49,7 @@ class Topology:
 
     @property
     def linked(self) -> int:
-        """Chips that reach each other without the data centre's network."""
+        """Number of chips that are connected without the data center's network."""
         return self.shape[1] if self.chip.platform != "tpu" else math.prod(self.shape)
 
     def describe(self) -> str:
@@ -63,11 +63,11 @@ class Topology:
 def parse_topology(text: str, *, slices: int = 1) -> Topology:
     """The topology of that name.
 
-    v5e-64, v6e-64: so many chips. v4-32, v5p-32: so many cores, half as many chips. v5e:8x8, v4:2x2x4: the shape.
-    h100x8: so many GPUs in one node; h100x8x4: in each of four nodes. cpux8: fake devices of this machine.
+    v5e-64, v6e-64: number of chips. v4-32, v5p-32: number of cores, two per chip. v5e:8x8, v4:2x2x4: shape of a slice.
+    h100x8: GPUs in one node; h100x8x4: in each of four nodes. cpux8: fake devices of this machine.
 
     Raises:
-      ValueError: it is none of these, with the nearest ones that are.
+      ValueError: `text` is none of these; the message has the nearest valid names.
     """
     if slices < 1:
         raise ValueError(f"--slices {slices} must be at least 1")
