@@ -36,6 +36,10 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.model.scan = False  # compile one block and loop over it: shorter compilation, for L and H
     config.model.remat = "none"  # recomputed by the backward pass, to save memory: none | dots: all but products | full
 
+    # dense: matrix products and a softmax, with maps of all pairs of tokens in memory | fused: a kernel without them
+    # (Pallas on TPUs, cuDNN on GPUs) | auto: fused on TPUs
+    config.model.attention = "auto"
+
     config.data = ml_collections.ConfigDict()
     config.data.source = "imagenet2012"  # TFDS name, "digits", or folder: | tar: | parquet: | array_record:LOCATION
     config.data.train_split = "train"
@@ -92,6 +96,7 @@ def distill() -> ml_collections.ConfigDict:
     config.distill = ml_collections.ConfigDict()
     config.distill.target = "qk_vv"  # qk, qq, kk, vv joined by _: token relations | or a feature: output, ffn, cls, ...
     config.distill.relation_loss = "kl"  # for relations: kl of the softmax | smooth_l1 | mse, both without softmax
+    config.distill.relation_form = "auto"  # dense | fused | auto, as model.attention; only kl has a fused form
     config.distill.feature_loss = "smooth_l1"  # for features: smooth_l1 | mse | cosine
     config.distill.beta = 2.0  # smooth_l1: the difference at which it changes from quadratic to linear
     config.distill.student_tap = config_dict.placeholder(int)  # which block, counted from 1; None: the last

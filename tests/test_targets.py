@@ -20,7 +20,8 @@ def random_tap(seed: int) -> Tap:
     rng = np.random.default_rng(seed)
     heads = {name: rng.normal(size=(BATCH, TOKENS, HEADS, HEAD_DIM)) for name in "qkv"}
     tokens = {name: rng.normal(size=(BATCH, TOKENS, WIDTH)) for name in PLACES}
-    return Tap(**{name: jnp.asarray(x, jnp.float32) for name, x in (heads | tokens).items()})
+    joined = {"qkv": np.concatenate([heads[name].reshape(BATCH, TOKENS, -1) for name in "qkv"], axis=-1)}
+    return Tap(**{name: jnp.asarray(x, jnp.float32) for name, x in (heads | joined | tokens).items()})
 
 
 STUDENT, TEACHER = random_tap(0), random_tap(1)

@@ -28,6 +28,8 @@ MAY_CHANGE: dict[str, str] = {
     "checkpoint.keep": "how many states are kept",
     "model.scan": "the same computation, compiled differently",
     "model.remat": "the same computation, for another amount of memory",
+    "model.attention": "the same computation by another kernel",
+    "distill.relation_form": "the same computation by another kernel",
 }
 
 # Places: the content counts, and is compared by what resume.json records. A data set may move, but not change its kind.

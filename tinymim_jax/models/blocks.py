@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinymim_jax.ops.attention import attention
+from tinymim_jax.ops.attention import joint_attention, split_heads
 from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.layer_norm import EPS, layer_norm
 from tinymim_jax.ops.placement import split_batch
@@ -35,6 +35,7 @@ class Tap:
     """What one block shows. Under jit, whatever is not read is never computed.
 
     q, k, v: [batch, tokens, heads, head_dim], before any product.
+    qkv: the same as the projection leaves them, [batch, tokens, 3 dim], columns ordered (q|k|v, head, channel).
     attention, ffn: output of each branch before its residual sum, [batch, tokens, dim].
     middle, output: the residual stream after the attention branch and after the whole block, [batch, tokens, dim].
     """
@@ -42,6 +43,7 @@ class Tap:
     q: HeadFeatures
     k: HeadFeatures
     v: HeadFeatures
+    qkv: Float[Array, "batch tokens three_dim"]
     attention: Tokens
     middle: Tokens
     ffn: Tokens
@@ -83,6 +85,7 @@ class Attention(nn.Module):
     dim: int
     heads: int
     dtype: Any = jnp.float32
+    form: str = "auto"
 
     def setup(self):
         if self.dim % self.heads:
@@ -90,12 +93,10 @@ class Attention(nn.Module):
         self.qkv = Dense(3 * self.dim, dtype=self.dtype)
         self.proj = Dense(self.dim, dtype=self.dtype)
 
-    def __call__(self, x: Tokens) -> tuple[HeadFeatures, HeadFeatures, HeadFeatures, Tokens]:
-        batch, tokens, dim = x.shape
-        # The projection's columns are ordered (q|k|v, head, channel), as in the PyTorch checkpoints.
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        return q, k, v, self.proj(attention(q, k, v).reshape(batch, tokens, dim))
+    def __call__(self, x: Tokens) -> tuple[Float[Array, "batch tokens three_dim"], Tokens]:
+        """(q, k and v, the output). The columns are ordered (q|k|v, head, channel), as in the PyTorch checkpoints."""
+        qkv = self.qkv(x)
+        return qkv, self.proj(joint_attention(qkv, self.heads, self.form))
 
 
 class Mlp(nn.Module):
@@ -120,21 +121,23 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
+    attention: str = "auto"
 
     def setup(self):
         self.norm1 = LayerNorm(self.dtype)
-        self.attn = Attention(self.dim, self.heads, self.dtype)
+        self.attn = Attention(self.dim, self.heads, self.dtype, self.attention)
         self.norm2 = LayerNorm(self.dtype)
         self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype)
 
     def __call__(self, x: Tokens, path_scales: PathScales | None = None) -> Tap:
         """`path_scales` multiply the two residual branches image by image (drop path); None leaves them whole."""
         x = split_batch(x)
-        q, k, v, attended = self.attn(self.norm1(x))
+        qkv, attended = self.attn(self.norm1(x))
+        q, k, v = split_heads(qkv, self.heads)
         middle = split_batch(x + _scaled(attended, path_scales, 0))
         ffn = self.mlp(self.norm2(middle))
         output = split_batch(middle + _scaled(ffn, path_scales, 1))
-        return Tap(q=q, k=k, v=v, attention=attended, middle=middle, ffn=ffn, output=output)
+        return Tap(q=q, k=k, v=v, qkv=qkv, attention=attended, middle=middle, ffn=ffn, output=output)
 
 
 def _scaled(branch: Tokens, path_scales: PathScales | None, index: int) -> Tokens:

@@ -25,12 +25,14 @@ class MaeDecoder(nn.Module):
     heads: int = 16
     scan: bool = False
     remat: str = "none"
+    attention: str = "auto"
     dtype: Any = jnp.float32
 
     def setup(self):
         self.embed = Dense(self.embed_dim, dtype=self.dtype)
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
-        self.blocks = [Block(self.embed_dim, self.heads, dtype=self.dtype) for _ in range(self.depth)]
+        block = {"dtype": self.dtype, "attention": self.attention}
+        self.blocks = [Block(self.embed_dim, self.heads, **block) for _ in range(self.depth)]
         self.norm = LayerNorm(self.dtype)
         self.pred = Dense(self.patch_size**2 * 3, dtype=self.dtype)
 

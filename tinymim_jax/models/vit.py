@@ -41,6 +41,7 @@ class ViT(nn.Module):
       pos_embed: 'sincos' is a fixed table and no parameter; 'learned' is a parameter that starts as that table.
       drop_path, drop_path_schedule: see ops.drop_path.
       final_norm: LayerNorm over the tokens at the end; a mean-pool classifier has none.
+      attention: 'auto', 'dense' or 'fused', see ops.attention.choose_form.
       scan, remat: how the blocks are run, see models.blocks.run_blocks.
       dtype: of the computation; parameters are float32.
     """
@@ -58,6 +59,7 @@ class ViT(nn.Module):
     final_norm: bool = True
     scan: bool = False
     remat: str = "none"
+    attention: str = "auto"
     dtype: Any = jnp.float32
 
     @property
@@ -118,7 +120,9 @@ class ViT(nn.Module):
             self.positions = self.param("pos_embed", lambda key: jnp.asarray(table))
         else:
             self.positions = table
-        self.blocks = [Block(self.embed_dim, h, self.mlp_ratio, self.dtype) for h in self.block_heads]
+        self.blocks = [
+            Block(self.embed_dim, heads, self.mlp_ratio, self.dtype, self.attention) for heads in self.block_heads
+        ]
         if self.final_norm:
             self.norm = LayerNorm(self.dtype)
 

@@ -1,11 +1,93 @@
-"""The attention core: softmax in float32, products in the dtype that comes in."""
+"""Multi-head attention: softmax in float32, products in the dtype that comes in; in plain form or as a kernel."""
+
+import functools
+import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from tinymim_jax.ops.platform import on_cpu
+from tinymim_jax.errors import unknown
+from tinymim_jax.ops.placement import for_each_shard
+from tinymim_jax.ops.platform import on_cpu, target
 from tinymim_jax.ops.products import HeadFeatures, full_precision, scaled_products
+
+FORMS = ("auto", "dense", "fused")
+# A kernel holds the keys and values of all tokens of a group of heads in VMEM: compiled for v5e up to 1025 tokens.
+FUSED_TOKENS = 1100
+
+log = logging.getLogger(__name__)
+
+
+def joint_attention(qkv: Float[Array, "batch tokens three_dim"], heads: int, form: str = "auto") -> Array:
+    """Attention `[batch, tokens, dim]` from the output of the joint projection, columns ordered (q|k|v, head, channel).
+
+    Args:
+      form: see `choose_form`.
+    """
+    if choose_form("model.attention", form, tokens=qkv.shape[1]) == "fused":
+        return fused_attention(qkv, heads)
+    q, k, v = split_heads(qkv, heads)
+    return attention(q, k, v).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+def fused_attention(qkv: Array, heads: int) -> Array:
+    """The kernel of the platform that is traced for: cuDNN on GPUs, Pallas on TPUs and, in its interpreter, on CPUs."""
+    if target() == "gpu":
+        return cudnn_attention(*split_heads(qkv, heads)).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
+    # Pallas takes a second to import, and only this form needs it.
+    from tinymim_jax.ops.kernels.attention import fused_attention as kernel
+
+    return for_each_shard(lambda rows: kernel(rows, heads, target() != "tpu"))(qkv)
+
+
+def split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
+    """q, k and v `[batch, tokens, heads, head_dim]`."""
+    batch, tokens, width = qkv.shape
+    parts = qkv.reshape(batch, tokens, 3, heads, width // 3 // heads)
+    return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, implementation: Any = "cudnn") -> Array:
+    """Attention by cuDNN, `[batch, tokens, heads, head_dim]`. An odd number of tokens, which it refuses, is padded.
+
+    Padded keys are masked by their length, padded queries are dropped.
+    """
+    batch, tokens = q.shape[:2]
+    if tokens % 2:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full((batch,), tokens, jnp.int32)
+    output = jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
+    )
+    return output[:, :tokens]
+
+
+def choose_form(key: str, form: str, *, tokens: int) -> str:
+    """'dense' or 'fused'. Decided when a step is traced.
+
+    Args:
+      key: the config key that `form` comes from, for messages.
+      form: 'dense' leaves products and softmax to the compiler, with maps of all pairs of tokens in memory. 'fused' is
+        a kernel without such maps. 'auto' is 'fused' on TPUs up to FUSED_TOKENS tokens, and 'dense' elsewhere: cuDNN
+        was never measured with these models, and on CPUs the kernel only runs in an interpreter, for tests.
+    """
+    if form not in FORMS:
+        raise unknown(key, form, FORMS)
+    if form != "auto":
+        return form
+    if target() != "tpu":
+        return "dense"
+    if tokens > FUSED_TOKENS:
+        _log_once(f"{key}='auto': dense, as {tokens} tokens are more than the {FUSED_TOKENS} of the fused kernel")
+        return "dense"
+    return "fused"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.info("%s", message)
 
 
 def attention(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> HeadFeatures:

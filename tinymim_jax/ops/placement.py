@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -19,6 +19,18 @@ def splitting_batches(mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         _MESH.reset(token)
+
+
+def for_each_shard(function: Callable[..., Array]) -> Callable[..., Array]:
+    """`function` of arrays `[batch, ...]`, run on each device's rows: for kernels, which the compiler cannot partition.
+
+    Without a mesh (see `splitting_batches`) it is `function` itself.
+    """
+    mesh = _MESH.get()
+    if mesh is None or mesh.size == 1:
+        return function
+    rows = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
 def split_batch(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest"]:

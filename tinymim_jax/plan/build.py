@@ -19,7 +19,6 @@ from tinymim_jax.experiment import (
 )
 from tinymim_jax.flops import step_flops
 from tinymim_jax.memory import abstract_step
-from tinymim_jax.ops.platform import compiling_for
 from tinymim_jax.state import trained_paths
 from tinymim_jax.tasks.pretrained import keeping_checkpoints
 
@@ -56,8 +55,7 @@ class Planned:
         return plan_experiment(changed(config, {"model.remat": "none"}), data_dir=self.data_dir)._flops(), executed
 
     def _flops(self) -> float:
-        with compiling_for("tpu"):  # the form of all accelerators; CPUs have their own
-            return step_flops(self.experiment.task, self.frozen, batch_shapes(self.experiment))
+        return step_flops(self.experiment.task, self.frozen, batch_shapes(self.experiment))
 
     def step(self, mesh: Any) -> tuple[Any, tuple]:
         """(the jitted training step, its arguments as shapes with their shardings on `mesh`).

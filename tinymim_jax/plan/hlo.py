@@ -120,6 +120,9 @@ class _Program:
             return _dot_flops(each.shape, shapes[0], _numbers(each.attributes, r"lhs_contracting_dims=\{([\d,]*)\}"))
         if each.opcode == "convolution" and len(shapes) == 2:
             return _convolution_flops(each, *shapes)
+        if "tpu_custom_call" in each.attributes:  # a Pallas kernel, which says what it costs
+            stated = re.search(r'"cost_estimate":\{"flops":"?(\d+)', each.attributes)
+            return float(stated[1]) if stated else 0.0
         if each.opcode == "custom-call" and "matmul" in each.attributes and shapes:
             contracted = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', each.attributes)
             return _dot_flops(each.shape, shapes[0], [int(n) for n in json.loads(contracted[1])]) if contracted else 0.0

@@ -32,6 +32,7 @@ def build_decoder(sizes: ConfigDict, encoder: ViT) -> MaeDecoder:
         heads=sizes.decoder_heads,
         scan=encoder.scan,
         remat=encoder.remat,
+        attention=encoder.attention,
         dtype=encoder.dtype,
     )
 

@@ -49,6 +49,7 @@ def build_encoder(model: ConfigDict, **overrides: Any) -> ViT:
         "drop_path_schedule": model.drop_path_schedule,
         "scan": model.scan,
         "remat": model.remat,
+        "attention": model.attention,
         "dtype": compute_dtype(model),
     }
     return ViT(**(fields | overrides))

@@ -117,6 +117,7 @@ def supervised_teacher(config: ConfigDict, class_names: Sequence[str]) -> Superv
         image_size=tuple(size or config.model.image_size),
         dtype=compute_dtype(config.model),
         scan=config.model.scan,
+        attention=config.model.attention,
     )
     if any(side % encoder.patch_size for side in encoder.image_size):
         raise ValueError(

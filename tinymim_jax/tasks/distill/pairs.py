@@ -108,7 +108,12 @@ def align_heads(distill: ConfigDict, student: ViT, teacher: ViT, pairs: Sequence
 
 def make_pairs(distill: ConfigDict, student: ViT, teacher: ViT, blocks: Sequence[Blocks]) -> tuple[Pair, ...]:
     """The pairs with their targets; there are as many relation heads as the teacher has unless the config says more."""
-    losses = {"relation_loss": distill.relation_loss, "feature_loss": distill.feature_loss, "beta": distill.beta}
+    losses = {
+        "relation_loss": distill.relation_loss,
+        "relation_form": distill.relation_form,
+        "feature_loss": distill.feature_loss,
+        "beta": distill.beta,
+    }
     pairs = []
     for pair in blocks:
         target = find_target(distill.target, **losses)

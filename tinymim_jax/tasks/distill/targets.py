@@ -8,14 +8,20 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.blocks import Tap
+from tinymim_jax.ops.attention import choose_form
 from tinymim_jax.ops.layer_norm import layer_norm
 from tinymim_jax.ops.losses import cosine_distance, mean_squared, smooth_l1
+from tinymim_jax.ops.placement import for_each_shard
+from tinymim_jax.ops.platform import target
 from tinymim_jax.ops.products import scaled_products
 from tinymim_jax.ops.relations import relation_kl, resplit
 
@@ -42,7 +48,7 @@ class Target:
 RELATIONS = ("qk", "qq", "kk", "vv")
 
 
-def relations(*names: str, loss: str = "kl", beta: float = 2.0, heads: int | None = None) -> Target:
+def relations(*names: str, loss: str = "kl", beta: float = 2.0, heads: int | None = None, form: str = "auto") -> Target:
     """Token relations such as 'qk' or 'vv' (paper, section 3.1).
 
     Args:
@@ -50,7 +56,15 @@ def relations(*names: str, loss: str = "kl", beta: float = 2.0, heads: int | Non
       beta: the distance from which smooth-L1 is linear.
       heads: q, k and v are split into this many relation heads (`ops.relations.resplit`). None keeps the attention
         heads, of which both tapped blocks must have the same number.
+      form: 'dense', 'fused' (KL without an array of all pairs of tokens) or 'auto', see ops.attention.choose_form.
+        The fused form takes each of q, k and v in one relation at most: not 'qk_qq'.
     """
+    can_fuse = loss == "kl" and len(set("".join(names))) == sum(len(set(name)) for name in names)
+    if form == "fused" and not can_fuse:
+        raise ValueError(
+            f"distill.relation_form='fused' needs relation_loss='kl' and each of q, k, v in one relation at most; got "
+            f"{loss!r} and {'_'.join(names)!r}: set it to 'auto' or 'dense'"
+        )
     compare = _chosen("relation_loss", loss, {"kl": relation_kl, **_distances(beta)})
 
     def extract(tap: Tap) -> Extracted:
@@ -58,9 +72,14 @@ def relations(*names: str, loss: str = "kl", beta: float = 2.0, heads: int | Non
             features = getattr(tap, letter)
             return features if heads is None else resplit(features, heads)
 
+        chosen = choose_form("distill.relation_form", form, tokens=tap.qkv.shape[1])
+        if chosen == "fused" and can_fuse and target() != "gpu":  # there is no kernel for GPUs
+            return {"qkv": tap.qkv, "q": part("q")}
         return {name: scaled_products(part(name[0]), part(name[1])) for name in names}
 
     def losses(student: Extracted, teacher: Extracted) -> dict[str, Float[Array, "batch"]]:
+        if "qkv" in student:
+            return _fused_kl(names, student, teacher)
         for name in names:
             _check_relations(student[name], teacher[name])
         return {name: compare(student[name], teacher[name]) for name in names}
@@ -68,7 +87,23 @@ def relations(*names: str, loss: str = "kl", beta: float = 2.0, heads: int | Non
     return Target(names, extract, losses)
 
 
-def _check_relations(student: Array, teacher: Array) -> None:
+def _fused_kl(names: tuple[str, ...], student: Extracted, teacher: Extracted) -> dict[str, Float[Array, "batch"]]:
+    # Pallas takes a second to import, and only this form needs it.
+    from tinymim_jax.ops.kernels.relations import fused_relation_kl, relations_of
+
+    queries, teacher_queries = student["q"], teacher["q"]  # [batch, tokens, heads, head_dim]; only their shapes count
+    shape, teacher_shape = ((x.shape[0], x.shape[2], x.shape[1], x.shape[1]) for x in (queries, teacher_queries))
+    _check_relations(jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(teacher_shape, jnp.float32))
+    pairs, heads = relations_of(names), shape[1]
+
+    def kernel(student: Array, teacher: Array) -> Array:
+        return fused_relation_kl(student, teacher, heads, pairs, target() != "tpu")
+
+    found = for_each_shard(kernel)(student["qkv"], teacher["qkv"])  # [batch, relations]
+    return {name: found[:, column] for column, name in enumerate(names)}
+
+
+def _check_relations(student: Any, teacher: Any) -> None:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"the student's tapped block has {student.shape[1]} heads and the teacher's {teacher.shape[1]}: relations "
@@ -163,10 +198,11 @@ def find_target(
     feature_loss: str = "smooth_l1",
     beta: float = 2.0,
     relation_heads: int | None = None,
+    relation_form: str = "auto",
 ) -> Target:
     """The target of that name with these losses; the error for an unknown name suggests the nearest one."""
     of_features = functools.partial(features, loss=feature_loss, beta=beta)
-    of_relations = functools.partial(relations, loss=relation_loss, beta=beta, heads=relation_heads)
+    of_relations = functools.partial(relations, loss=relation_loss, beta=beta, heads=relation_heads, form=relation_form)
     for check, one in ((of_features, "output"), (of_relations, "qk")):
         check(one)  # validates the losses of both kinds, whichever is used
     if name in FEATURES:

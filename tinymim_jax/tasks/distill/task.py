@@ -202,6 +202,7 @@ def _teacher(loaded: Loaded, config: ConfigDict) -> tuple[ViT, int]:
         drop_path_schedule=config.model.drop_path_schedule,
         dtype=compute_dtype(config.model),
         scan=config.model.scan,
+        attention=config.model.attention,
     )
     if any(side % teacher.patch_size for side in teacher.image_size):
         raise ValueError(

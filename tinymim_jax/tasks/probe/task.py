@@ -134,6 +134,7 @@ def probed_network(loaded: Loaded, model: ConfigDict, pool: str, classes: int) -
         image_size=tuple(model.image_size),
         final_norm=pool == "cls",
         scan=model.scan,
+        attention=model.attention,
         dtype=compute_dtype(model),
     )
     return Classifier(encoder, classes=classes, pool=pool)
