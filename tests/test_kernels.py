@@ -1,5 +1,9 @@
 """The Pallas kernels in the interpreter against the dense forms, values and gradients."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +186,50 @@ def test_padding_for_cudnn_changes_nothing():
     q, k, v = (drawn(seed, 2, 7, 2, 16) for seed in (0, 1, 2))
     wanted = dense_attention(jnp.concatenate([x.reshape(2, 7, 32) for x in (q, k, v)], axis=-1), 2)
     np.testing.assert_allclose(cudnn_attention(q, k, v, "xla").reshape(2, 7, 32), wanted, atol=1e-5)
+
+
+COMPILED = """
+import re, sys
+import jax, jax.numpy as jnp
+from tinymim_jax.ops.kernels.attention import fused_attention
+from tinymim_jax.ops.kernels.relations import fused_relation_kl, relations_of
+from tinymim_jax.plan.devices import devices_of
+from tinymim_jax.plan.hlo import work_of
+from tinymim_jax.plan.topology import parse_topology
+from tinymim_jax.sharding import make_mesh, replicated
+
+whole = replicated(make_mesh(1, devices_of(parse_topology(sys.argv[1]))[:1]))
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=whole)
+
+def step(student, teacher):
+    student = student.at[..., :384].add(fused_attention(student, 6))
+    return fused_relation_kl(student, teacher, 6, relations_of(["qk", "vv"])).sum()
+
+for tokens in (197, 1025):
+    program = jax.jit(jax.grad(step)).lower(shape(2, tokens, 1152), shape(2, tokens, 2304)).compile()
+    text = program.as_text()
+    assert f"{tokens},{tokens}" not in text, "a map of all pairs of tokens in memory"
+    # Attention forward and backward, and two relations of student (with gradients) and teacher: multiply-adds of pairs.
+    pairs = 2 * tokens**2
+    wanted = 2 * pairs * (2 * 384 + 5 * 384 + 2 * (3 * 384 + 768))
+    assert sum(work.times * work.flops for work in work_of(text)) == wanted
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("topology", ["v5e-1", "v6e-1"])
+def test_the_compiler_for_tpus_takes_the_kernels(topology):
+    pytest.importorskip("libtpu")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    command = [sys.executable, "-c", COMPILED, topology]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("compiled\n"), done.stderr
 
 
 @pytest.mark.parametrize(("platform", "form", "wanted"), [
