@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, what it shows of itself, and how a stack of blocks is run."""
+"""The pre-norm transformer block, its intermediate values, and running a stack of blocks."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ Tokens = Float[Array, "batch tokens dim"]
 HeadFeatures = Float[Array, "batch tokens heads head_dim"]
 PathScales = Float[Array, "2 batch"]
 
-# What the backward pass may keep instead of computing it again.
+# Which intermediate values of a block the backward pass may keep; all others are recomputed.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -32,7 +32,7 @@ REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class Tap:
-    """What one block shows. Under jit, whatever is not read is never computed.
+    """Intermediate values of one block. Under jit, values that are not used are never computed.
 
     q, k, v: [batch, tokens, heads, head_dim], before any product.
     qkv: the same as the projection leaves them, [batch, tokens, 3 dim], columns ordered (q|k|v, head, channel).
@@ -130,7 +130,7 @@ class Block(nn.Module):
         self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype)
 
     def __call__(self, x: Tokens, path_scales: PathScales | None = None) -> Tap:
-        """`path_scales` multiply the two residual branches image by image (drop path); None leaves them whole."""
+        """`path_scales` are the factors of the two residual branches for each image (drop path); None: all 1."""
         x = split_batch(x)
         qkv, attended = self.attn(self.norm1(x))
         q, k, v = split_heads(qkv, self.heads)
@@ -157,10 +157,11 @@ def run_blocks(
     """The residual stream after all of `blocks`, which are bound submodules of one parent.
 
     Args:
-      blocks: they keep parameters of their own, so checkpoints and layer decay do not depend on how they are run.
-      x: tokens that enter the first block.
+      blocks: each has its own parameters, so checkpoints and layer decay do not depend on `scan`.
+      x: input of the first block.
       path_scales: drop path factors of these blocks.
-      scan: run neighbours of equal shape as one `lax.scan`, compiled once; their parameters are stacked in the step.
+      scan: run consecutive blocks of equal shape as one `lax.scan`, which compiles a single block; their parameters are
+        stacked inside the step.
       remat: a name in REMAT_POLICIES.
     """
     if not blocks:
@@ -192,11 +193,11 @@ def _block_step(block: Block, scan: bool, remat: str) -> Callable:
         raise ValueError(f"remat={remat!r} is unknown. Choices: {', '.join(map(repr, REMAT_POLICIES))}")
     if remat == "none":
         return step
-    # Inside a scan nothing can be merged across iterations, so the barriers that prevent it only cost time.
+    # prevent_cse adds barriers, which are not needed inside a scan.
     return functools.partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=not scan)(step)
 
 
 def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbours with the same head count, as [start, stop) ranges."""
+    """Ranges [start, stop) of consecutive blocks with the same number of heads."""
     bounds = [0, *(i for i in range(1, len(heads)) if heads[i] != heads[i - 1]), len(heads)]
     return list(itertools.pairwise(bounds))

@@ -1,4 +1,4 @@
-"""The masked autoencoder: an encoder of the visible patches and a small decoder of the hidden ones."""
+"""The masked autoencoder: an encoder of the visible patches and a small decoder that predicts all patches."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ Tokens = Float[Array, "batch tokens dim"]
 
 
 class MaeDecoder(nn.Module):
-    """Latent tokens of the visible patches to pixels of every patch (models_mae.py: forward_decoder)."""
+    """Predicts the pixels of every patch from the encoded visible patches (models_mae.py: forward_decoder)."""
 
     grid: tuple[int, int]
     patch_size: int

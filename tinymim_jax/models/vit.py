@@ -15,7 +15,7 @@ from tinymim_jax.ops.masking import take_tokens
 from tinymim_jax.ops.patches import patchify
 from tinymim_jax.ops.posembed import sincos_table
 
-# Width, blocks and attention heads of the published sizes, and two smaller ones of ours (pico, nano).
+# Width, depth and attention heads of the published sizes, and of two smaller sizes (pico, nano).
 PRESETS: dict[str, dict[str, int]] = {
     "pico": {"embed_dim": 96, "depth": 12, "heads": 4},
     "nano": {"embed_dim": 128, "depth": 12, "heads": 4},
@@ -31,14 +31,14 @@ Tokens = Float[Array, "batch tokens dim"]
 
 
 class ViT(nn.Module):
-    """Patches in, tokens out: CLS, DIST where there is one, patches.
+    """Encodes images as tokens in the order CLS, DIST (if `dist_token`), patches.
 
     Attributes:
-      embed_dim, depth, mlp_ratio: as usual.
-      heads: attention heads of each block (one number for all, or one for each).
-      patch_size, image_size: pixels; the image (height, width) may be oblong.
-      dist_token: a second learned token, which DeiT (arXiv 2012.12877) trains on a supervised teacher's answers.
-      pos_embed: 'sincos' is a fixed table and no parameter; 'learned' is a parameter that starts as that table.
+      embed_dim, depth, mlp_ratio: width, number of blocks, hidden width of the MLPs relative to embed_dim.
+      heads: attention heads: one number for all blocks, or one for each block.
+      patch_size, image_size: in pixels; image_size is (height, width).
+      dist_token: adds the distillation token of DeiT (arXiv 2012.12877), a second learned token after CLS.
+      pos_embed: 'sincos' is a fixed table, not a parameter; 'learned' is a parameter initialized with that table.
       drop_path, drop_path_schedule: see ops.drop_path.
       final_norm: LayerNorm over the tokens at the end; a mean-pool classifier has none.
       attention: 'auto', 'dense' or 'fused', see ops.attention.choose_form.
@@ -64,12 +64,12 @@ class ViT(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches (rows, columns)."""
+        """Number of patches (rows, columns)."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches."""
+        """Number of tokens before the patch tokens."""
         return 2 if self.dist_token else 1
 
     @property
@@ -86,9 +86,9 @@ class ViT(nn.Module):
         return heads
 
     def record(self) -> dict:
-        """The architecture as plain JSON: what travels beside parameters so that they can be used without a config.
+        """The architecture as plain JSON; it is saved with the parameters so that they can be used without a config.
 
-        A record without `dist_token` has none, as older ones.
+        `dist_token` is present only if True, so that records from before it existed remain valid.
         """
         record = {
             "embed_dim": self.embed_dim,
@@ -104,7 +104,7 @@ class ViT(nn.Module):
 
     @classmethod
     def from_record(cls, record: dict, **overrides: Any) -> "ViT":
-        """The encoder that `record` describes; `overrides` are attributes (dtype, scan, image_size, ...)."""
+        """The encoder described by `record`; `overrides` are attributes (dtype, scan, image_size, ...)."""
         fields: dict[str, Any] = dict(record, heads=tuple(record["heads"]), image_size=tuple(record["image_size"]))
         return cls(**(fields | overrides))
 
@@ -136,9 +136,9 @@ class ViT(nn.Module):
         """All tokens after the last block (and the final norm), [batch, prefix + patches, embed_dim].
 
         Args:
-          images: normalised pixels.
-          keep: positions of the visible patches; the others are never embedded.
-          drop_key: random key of drop path; None switches it off.
+          images: normalized pixels.
+          keep: positions of the visible patches; None: all are visible.
+          drop_key: random key for drop path; None disables it.
         """
         x, scales = self.embed(images, keep), self._path_scales(images, drop_key)
         x = run_blocks(self.blocks, x, scales, scan=self.scan, remat=self.remat)
@@ -152,9 +152,9 @@ class ViT(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         drop_key: jax.Array | None = None,
     ) -> Tap | tuple[Tap, ...]:
-        """What block `tap`, counted from 1, shows, or each of several blocks, in the order asked for.
+        """Intermediate values of block `tap`, counted from 1, or of several blocks in the given order.
 
-        One pass; blocks after the last of them are not run.
+        Takes one forward pass; blocks after the last tapped one are not run.
         """
         wanted = (tap,) if isinstance(tap, int) else tuple(tap)
         for block in wanted:
@@ -171,11 +171,11 @@ class ViT(nn.Module):
         return taps[tap] if isinstance(tap, int) else tuple(taps[block] for block in wanted)
 
     def finish(self, tokens: Tokens) -> Tokens:
-        """What follows the last block: the final norm, where there is one."""
+        """Applies the final norm, if there is one, to the output of the last block."""
         return self.norm(tokens) if self.final_norm else tokens
 
     def embed(self, images: Images, keep: Int[Array, "batch kept"] | None = None) -> Tokens:
-        """All tokens with their positions, as they enter the first block."""
+        """The input of the first block: all tokens with position embeddings added."""
         if images.shape[1:3] != tuple(self.image_size):
             height, width = images.shape[1:3]
             raise ValueError(

@@ -100,9 +100,9 @@ def attention(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> HeadFeatures
 
 @jax.custom_vjp
 def attention_for_cpu(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> HeadFeatures:
-    """The same with a gradient written out, and barriers that keep the exponentials from being computed again.
+    """The same with a custom gradient and with barriers that keep XLA from recomputing the exponentials.
 
-    The products have the heads in front of the tokens: across that order XLA's for CPUs take up to twice as long.
+    The products have the heads axis before the tokens: in the other order XLA's CPU products take up to twice as long.
     """
     return _forward(q, k, v)[0]
 
@@ -112,7 +112,7 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     powers = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     powers = jax.lax.optimization_barrier(powers)  # [batch, heads, queries, keys]
-    # Dividing the head_dim columns of the result is less work than dividing all the keys.
+    # The result [queries, head_dim] is divided, not the weights [queries, keys], since it is smaller.
     inverse = 1.0 / jnp.sum(powers, axis=-1, keepdims=True)  # [batch, heads, queries, 1]
     powers = powers.astype(v.dtype)
     product = jnp.einsum("bhqk,bhkd->bhqd", powers, v, preferred_element_type=jnp.float32)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Masking(NamedTuple):
-    """Which patches an encoder sees.
+    """Which patches are visible to an encoder.
 
     keep: int32 [batch, kept], positions of the visible patches in the order in which the encoder receives them.
     restore: int32 [batch, patches], `concatenate([visible, hidden])[restore]` is the original order.
@@ -21,7 +21,7 @@ class Masking(NamedTuple):
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
-    """How many of `patches` stay visible: rounded down, as published. Raises ValueError when none or too many would."""
+    """Number of visible patches, rounded down as published. Raises ValueError if it is 0 or the ratio is invalid."""
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio={mask_ratio} must lie in [0, 1)")
     kept = int(patches * (1 - mask_ratio))
@@ -31,7 +31,7 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
 
 
 def masking_from_noise(noise: Float[Array, "batch patches"], mask_ratio: float) -> Masking:
-    """Keeps the patches with the smallest noise, each image by its own."""
+    """In each image, keeps the patches with the smallest noise."""
     patches = noise.shape[1]
     kept = kept_patches(patches, mask_ratio)
     order = jnp.argsort(noise, axis=1)

@@ -1,4 +1,4 @@
-"""Images to rows of patch pixels and back (MAE release, models_mae.py: patchify, unpatchify)."""
+"""Converts images to patches and back (MAE release, models_mae.py: patchify, unpatchify)."""
 
 from jaxtyping import Array, Shaped
 
@@ -8,7 +8,7 @@ def patchify(
 ) -> Shaped[Array, "batch patches pixels"]:
     """Cuts images into patches, row by row.
 
-    Each patch is flattened as (patch row, patch column, channel). Raises ValueError when a side is not a multiple of
+    Each patch is flattened as (patch row, patch column, channel). Raises ValueError if a side is not a multiple of
     `patch_size`.
     """
     batch, height, width, channels = images.shape

@@ -1,4 +1,4 @@
-"""Position tables: fixed 2-D sin-cos, and resizing a table to another grid as torch's bicubic does."""
+"""Position tables: fixed 2-D sin-cos tables, and bicubic resizing of a table to another grid, as in torch."""
 
 import functools
 
@@ -39,7 +39,7 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
         distance = np.abs(centre - (left + offset))
         near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
         far = ((distance - 5) * distance + 8) * distance * a - 4 * a
-        # Beyond the border torch repeats the outermost value.
+        # torch pads by repeating the border value.
         column = np.clip(left + offset, 0, old - 1)
         np.add.at(weights, (np.arange(new), column), np.where(distance <= 1, near, far))
     return weights.astype(np.float32)
@@ -48,12 +48,12 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
 def resize_table(
     table: Float[Array | np.ndarray, "1 tokens dim"], old: Grid, new: Grid
 ) -> Float[Array | np.ndarray, "1 new_tokens dim"]:
-    """Resizes a learned position table; leading tokens (CLS, DIST) are kept as they are.
+    """Resizes a learned position table; the rows of leading tokens (CLS, DIST) are unchanged.
 
     Args:
       table: [1, prefix + rows * columns, dim] for the grid `old`.
       old: grid (rows, columns) of the table.
-      new: grid wanted.
+      new: grid of the result.
     """
     patches = old[0] * old[1]
     prefix = table.shape[1] - patches

@@ -1,4 +1,4 @@
-"""A compiled program read as text: what each instruction multiplies, moves through memory and sends to other chips."""
+"""Parses the text of a compiled program: FLOPs, memory traffic and communication of each instruction."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-# These move nothing: they name, group or wait.
+# Instructions without memory traffic.
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "domain", "add-dependency",
@@ -22,14 +22,14 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one instruction does each time, on one chip.
+    """The work of one instruction on one chip; all numbers are of a single execution.
 
-    times: how often the step runs it.
+    times: number of executions in a step.
     flops: of its matrix products.
     bytes: read from and written to the chip's main memory.
     collective: a name in COLLECTIVES, or empty.
-    sent: bytes that the collective works on: operands of an all-reduce, the result of an all-gather.
-    group: chips that take part; 0: all.
+    sent: size of the collective in bytes: operands of an all-reduce, result of an all-gather.
+    group: number of participating chips; 0: all.
     """
 
     times: int
@@ -41,11 +41,11 @@ class Work:
 
 
 def work_of(text: str) -> list[Work]:
-    """All that the program does, instruction by instruction. Bodies of loops count as often as they run.
+    """The work of all instructions of a program; the bodies of loops have `times` above 1.
 
-    `text` is what `compiled.as_text()` gives, after optimisation and partitioning. Of a fusion its operands and
-    results count, and nothing between: that stays in registers. Arrays that the TPU compiler keeps in its fast memory
-    do not count, and padding of the others to whole tiles does.
+    `text` is the result of `compiled.as_text()`, after optimization and partitioning. For a fusion, the traffic of its
+    operands and results is counted; intermediate values stay in registers. Arrays that the TPU compiler keeps in fast
+    memory are not counted. The padding of arrays to whole tiles is.
     """
     program = _Program(text)
     return list(program.work(program.entry, 1))
@@ -79,7 +79,7 @@ class _Program:
                 instruction = _parse(found[2], bool(found[1]), line[found.end() :])
                 current[instruction.name] = instruction
         if not self.entry:
-            raise ValueError("this is no HLO text: it has no ENTRY computation")
+            raise ValueError("this is not HLO text: it has no ENTRY computation")
 
     def work(self, computation: str, times: int) -> Iterator[Work]:
         scope = self.computations[computation]
@@ -145,7 +145,7 @@ class _Program:
         return written + sum(self._read(_moved(x.shape), index, inside) for index, x in enumerate(operands))
 
     def _kept_in_place(self, inside: dict[str, _Instruction]) -> float:
-        """Bytes of a fusion's results that it does not write: of arrays of which it updates a part."""
+        """Bytes of a fusion's results that it does not write because it updates only a slice of them in place."""
         root = next((each for each in inside.values() if each.root), None)
         if root is None:
             return 0.0
@@ -160,7 +160,7 @@ class _Program:
         return kept
 
     def _read(self, whole: float, index: int, inside: dict[str, _Instruction]) -> float:
-        """Bytes that a fusion reads of an operand of `whole` bytes: of one that it only takes slices from, those."""
+        """Bytes that a fusion reads of an operand of `whole` bytes: only the slices, if it uses nothing else of it."""
         own = [each for each in inside.values() if each.opcode == "parameter" and each.operands[0] == str(index)]
         if not whole or not own:
             return whole
@@ -176,7 +176,7 @@ class _Program:
         return min(whole, total)
 
     def _collective(self, each: _Instruction, scope: dict[str, _Instruction]) -> tuple[str, float, int]:
-        for inner in self._inside(each).values():  # the TPU compiler fuses some with what they wait for
+        for inner in self._inside(each).values():  # the TPU compiler fuses some collectives with others
             if (found := self._collective(inner, self._inside(each)))[0]:
                 return found
         kind = each.opcode.removesuffix("-start")
@@ -210,14 +210,14 @@ def _closing(text: str, start: int) -> int:
 
 
 def _fetched(shape: str, source: str) -> float:
-    """Bytes of a copy into another memory, or of a slice of it: what arrives, at each end that is main memory."""
+    """Bytes of an asynchronous copy or slice between memories: the size of the result for each end in main memory."""
     arrives = next((each for each in _SHAPE.finditer(shape) if each[0] not in source), None)
     size = _moved(arrives[0] if arrives else source, everywhere=True)
     return size * bool(_moved(source)) + size * (arrives is None or bool(_moved(arrives[0])))
 
 
 def _uses(name: str, inside: dict[str, _Instruction]) -> Iterator[tuple[str, _Instruction]]:
-    """(the name it is used by, who uses it), looking through bitcasts."""
+    """(name of the operand, instruction that uses it) for each use of `name`, looking through bitcasts."""
     for user in inside.values():
         if name in user.operands:
             if user.opcode == "bitcast":
@@ -236,7 +236,9 @@ def _dot_flops(result: str, left: list[int], contracted: list[int]) -> float:
 
 
 def _convolution_flops(each: _Instruction, left: list[int], kernel: list[int]) -> float:
-    """The TPU compiler writes products as convolutions, batches of them as dilated ones: only real taps count."""
+    """FLOPs of a convolution. The TPU compiler expresses matrix products as convolutions and batches of them as dilated
+    ones, so only kernel taps that meet an element of the input are counted.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     if not labels:
         return 0.0
@@ -263,7 +265,7 @@ def _of_window(attributes: str, name: str, axis: int) -> tuple[int, ...]:
 
 @functools.cache
 def _taps(size: int, kernel: int, result: int, stride: tuple, pad: tuple, dilated: tuple, spread: tuple) -> int:
-    """Pairs of a place in the result and one in the kernel that meet a true element of the input, along one axis."""
+    """Number of (output position, kernel position) pairs along one axis that read an element of the input."""
     places = [o * stride[0] + k * spread[0] - pad[0] for o in range(result) for k in range(kernel)]
     return sum(place % dilated[0] == 0 and 0 <= place <= (size - 1) * dilated[0] for place in places)
 
@@ -282,14 +284,14 @@ def _width(dtype: str) -> float:
 
 
 def _payload(shape: str) -> float:
-    """Bytes of an array or tuple, wherever it lies."""
+    """Bytes of an array or tuple, in any memory and without padding."""
     return sum(
         _width(dtype) * math.prod(int(n) for n in sizes.split(",") if n) for dtype, sizes, _ in _SHAPE.findall(shape)
     )
 
 
 def _moved(shape: str, *, everywhere: bool = False) -> float:
-    """Bytes with padding to tiles; only of what lies in the main memory, unless `everywhere`."""
+    """Bytes with padding to tiles; of arrays in main memory only, unless `everywhere`."""
     return sum(
         _width(dtype) * _padded([int(n) for n in sizes.split(",") if n], layout)
         for dtype, sizes, layout in _SHAPE.findall(shape)
@@ -298,7 +300,7 @@ def _moved(shape: str, *, everywhere: bool = False) -> float:
 
 
 def _padded(sizes: list[int], layout: str) -> int:
-    """Elements with padding; the layout {1,0:T(8,128)} names the axes from the innermost on, and its tile."""
+    """Number of elements with padding; a layout {1,0:T(8,128)} lists the axes from the innermost, and the tile."""
     order, _, rest = layout.partition(":")
     tile = re.match(r"T\(([\d,]+)\)", rest)
     if not tile or not sizes:
@@ -310,7 +312,7 @@ def _padded(sizes: list[int], layout: str) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Chips of one group; 0 where the text names none, which means all."""
+    """Number of chips in each group; 0 if no groups are given, which means all chips."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
