@@ -219,6 +219,7 @@ def test_convert_export_and_convert_again(weights, tmp_path, monkeypatch, capsys
     assert again["encoder"] == model["encoder"]
     assert again["preprocessing"] == model["preprocessing"] | {"origin": again["preprocessing"]["origin"]}
     assert again["preprocessing"]["origin"]["class_names"] == "read from the file's metadata"
+    assert again["preprocessing"]["origin"]["upright"] == "assumed"  # an export does not make it more certain
     assert same["head"]["kernel"].tobytes() == params["head"]["kernel"].tobytes()
 
 

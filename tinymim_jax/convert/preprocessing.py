@@ -57,9 +57,11 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
     """
     size = list(model["encoder"]["image_size"])
     read = {**sidecar.values, "resize": sidecar.resize(max(size))}
+    # An export does not make more certain what was assumed before it.
+    guessed = exported.get("origin") if isinstance(exported.get("origin"), Mapping) else {}
     sources = [
         ({**dataclasses.asdict(given)}, lambda key: "given"),
-        (exported, lambda key: "read from the file's metadata"),
+        (exported, lambda key: "assumed" if guessed.get(key) == "assumed" else "read from the file's metadata"),
         (read, lambda key: f"read from {sidecar.origin.get(key, 'a file beside the weights')}"),
         (_ASSUMED | {"resize": round(max(size) * _ASSUMED_RESIZE)}, lambda key: "assumed"),
     ]
