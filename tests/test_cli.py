@@ -58,8 +58,14 @@ def test_help_teaches(capsys):
     assert code == 0
     for word in ("train", "chain", "sweep", "evaluate", "convert", "export", "prepare", "demo", "configs/distill_b.py"):
         assert word in out
+    for status in ("0", "1", "2", "75", "86", "130", "143"):
+        assert re.search(rf"^  {status} ", out, re.MULTILINE)
+    for command in ("train", "chain", "sweep", "status", "plan"):
+        _, out, _ = run(capsys, command, "--help")
+        assert re.search(r"Exit\s+status: 0 ", out)
     _, out, _ = run(capsys, "train", "--help")
     assert "resume" in out
+    assert "--extend" in out
     assert "KEY=VALUE" in out
 
 

@@ -383,7 +383,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr("tinymim_jax.runtime.locks.fcntl.flock", unsupported)
     with locked(tmp_path):
         pass
-    assert "see to it that one run alone uses it" in caplog.text
+    assert "make sure that only one run uses this folder" in caplog.text
 
 
 def test_whose_a_folder_is_by_its_status_where_the_lock_cannot_be_seen(tmp_path):
@@ -482,7 +482,7 @@ def test_missing_processes_are_spoken_of(monkeypatch, caplog):
 
     class Listener(logging.Handler):
         def emit(self, record):
-            if "Not all 2 processes have come" in record.getMessage():
+            if "Not all 2 processes have started" in record.getMessage():
                 spoken.set()
 
     logging.getLogger("tinymim_jax.runtime.distributed").addHandler(listener := Listener())
@@ -512,21 +512,21 @@ def test_waiting_is_lost_only_while_the_device_is_idle():
     goodput = Goodput(clock=lambda: now[0])
 
     def wait(seconds):
-        with goodput.idling("input"):
+        with goodput.lost_if_idle("input"):
             now[0] += seconds
 
     wait(2.0)  # nothing is under way yet: lost
     first, second = Result(), Result()
     goodput.dispatched(first)
     wait(3.0)  # the step lasts longer
-    with goodput._noted:
+    with goodput._recorded:
         first.end()
-        assert goodput._noted.wait_for(lambda: goodput._finished == 1, timeout=60)
+        assert goodput._recorded.wait_for(lambda: goodput._finished == 1, timeout=60)
     now[0] += 1.0
     wait(4.0)  # the device has been idle for a second already: the wait is lost, what came before it is not its fault
     goodput.dispatched(second)
     second.end()
-    with goodput.losing("evaluation"):
+    with goodput.lost_to("evaluation"):
         now[0] += 5.0
         assert goodput.seconds()["evaluation"] == 5.0  # while it goes on
     seconds = goodput.seconds()

@@ -1,4 +1,4 @@
-"""What a run says of itself: in the log, in metrics.jsonl and TensorBoard, and in status.json."""
+"""What a training reports: to the log, to metrics.jsonl and TensorBoard, and to status.json."""
 
 import contextlib
 import logging
@@ -27,9 +27,10 @@ log = logging.getLogger(__name__)
 
 
 class Report:
-    """Process 0 writes; the others only watch themselves. A context manager around the run: how it ends is told too.
+    """A context manager around a run, called by the training loop. Process 0 writes; the others only watch for stalls.
 
-    stall_minutes: without a finished step, evaluation batch or checkpoint for so long it ends with 86; 0: never.
+    stall_minutes: without a finished step, evaluation batch or checkpoint for so long, the process exits with 86; 0:
+      never.
     """
 
     def __init__(self, workdir: epath.Path, *, stall_minutes: float):
@@ -53,7 +54,7 @@ class Report:
         self._stack.enter_context(self._heart)
         self._stack.callback(self._goodput.close)
         self._starting = self._stack.enter_context(contextlib.ExitStack())
-        self._starting.enter_context(self._goodput.losing("start"))  # until the first batch is asked for
+        self._starting.enter_context(self._goodput.lost_to("start"))  # until the first batch is asked for
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
@@ -66,14 +67,14 @@ class Report:
         self._stack.close()
 
     def begin(self, experiment: Experiment, state: TrainState, paths: frozenset, mesh: Mesh, workers: int) -> None:
-        """The loop is about to start, from this state."""
+        """Call it before the loop, with the state that it starts from."""
         self._experiment, self._workers, self._input_was_slow = experiment, workers, False
         start = self._step = int(state.step)
         ahead = max(0, self._before.get("step", 0) - start)
         self._goodput.charge("redone", ahead * self._before.get("seconds_per_step", 0.0))
         _announce(experiment, state, paths, mesh)
         if ahead:
-            log.info("the last %d steps of the run before are done again: they were not saved yet", ahead)
+            log.info("the last %d steps of the previous attempt are repeated: they were not saved", ahead)
         self._progress = Progress(experiment.total_steps, experiment.batch_size, start)
         self._writer = self._stack.enter_context(Writer(self._workdir, start_step=start, active=self._active))
         self._began = time.perf_counter()
@@ -82,31 +83,31 @@ class Report:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around asking for a batch."""
+        """A context around waiting for the next batch."""
         self._starting.close()
-        with self._progress.waiting_for_data(), self._goodput.idling("input"):
+        with self._progress.waiting_for_data(), self._goodput.lost_if_idle("input"):
             yield
         self._waited_until = time.perf_counter()
 
     def dispatched(self, result: jax.Array) -> None:
-        """A step is under way; `result` is of it, and not donated."""
+        """Call it when a step was dispatched, with one of its results that is not donated to the next."""
         self._goodput.dispatched(result)
 
     def finished(self, step: int) -> None:
-        """The device is through with this step."""
+        """Call it when the device has finished this step."""
         self._step = step
         self._heart.beat()
 
     def first_step(self, step: int, recorded: Averages) -> None:
         jax.block_until_ready(recorded)
         log.info("first step after %s, most of it compiling", format_seconds(time.perf_counter() - self._began))
-        self._goodput.lose("compile", time.perf_counter() - self._waited_until)
+        self._goodput.add_lost("compile", time.perf_counter() - self._waited_until)
         self._progress.restart(step)
         self._heart.note(stage="training")
         self._heart.compiled()
 
     def training(self, step: int, recorded: Averages, state: TrainState, substituted: int) -> None:
-        """The means since the last call."""
+        """Logs and records the means since the last call."""
         figures = {f"train/{name}": value for name, value in compute(recorded).items()}
         speed, text = self._progress.report(step)
         lr, skipped = float(np.asarray(self._experiment.schedule(step - 1))), int(state.skipped)
@@ -130,24 +131,24 @@ class Report:
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Around what may save a checkpoint of this step."""
-        with self._goodput.idling("checkpoint"):
+        """A context around what may save a checkpoint."""
+        with self._goodput.lost_if_idle("checkpoint"):
             yield
         self._heart.beat()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around an evaluation: its time is not training time."""
+        """A context around an evaluation; its time does not count as training."""
         self._heart.note(stage="evaluating")
-        with self._goodput.losing("evaluation"):
+        with self._goodput.lost_to("evaluation"):
             yield
 
     def evaluated_batch(self) -> None:
-        """A batch of an evaluation is done: for the stall limit this counts as progress."""
+        """Call it after each batch of an evaluation: it counts as progress for the stall limit."""
         self._heart.beat()
 
     def evaluation(self, step: int, result: dict[str, float]) -> None:
-        """The figures of an evaluation after `step`."""
+        """Logs and records the figures of an evaluation after `step`."""
         figures = {f"eval/{name}": value for name, value in result.items()}
         self._writer.write(step, figures | shares(self._goodput.seconds()))
         log.info(
@@ -160,12 +161,12 @@ class Report:
         self._progress.restart(step)
 
     def end(self) -> None:
-        """All is done and written."""
+        """Call it when the result is written."""
         self._heart.note(stage="finished", eta_seconds=0.0)
         self.account()
 
     def account(self) -> None:
-        """Says where the time went."""
+        """Logs how the time was spent."""
         log.info("%s", describe(self._goodput.seconds()))
         if restarts := self._before.get("attempts", 0):
             log.info("restarts: %d", restarts)
@@ -189,7 +190,7 @@ def _announce(experiment: Experiment, state: TrainState, paths: frozenset, mesh:
     log.info("training images: %s", class_summary(experiment.train_source))
     if (crops := experiment.config.data.crops) > 1:
         images = experiment.batch_size // crops
-        log.info("a batch of %d holds %d images, %d views of each; all are counted", images * crops, images, crops)
+        log.info("a batch of %d examples holds %d images, %d views of each", images * crops, images, crops)
     step = int(state.step)
     log.info("%s at step %d of %d", "resuming" if step else "starting", step, experiment.total_steps)
 

@@ -4,11 +4,11 @@ import argparse
 
 from tinymim_jax.cli.options import add_training, training_words
 
-HELP = "train several stages in a row; run it again to go on"
+HELP = "train several stages in a row; run the same command again to resume"
 
 _EPILOG = """\
 A chain is a list in a config file. Each stage has a name, a config file (relative to this one) and overrides, in which
-"{b}" stands for the workdir of stage b:
+"{b}" is replaced by the workdir of stage b:
 
   def get_chain():
       return [
@@ -17,18 +17,19 @@ A chain is a list in a config file. Each stage has a name, a config file (relati
           ("classifier", "finetune_s.py", {"init": "{s}"}),
       ]
 
-Each stage is trained in DIR/NAME. A word KEY=VALUE holds for every stage that has the key, except where it takes the
-value from an earlier stage; STAGE.KEY=VALUE for one stage alone:
+Each stage is trained in DIR/NAME. KEY=VALUE applies to every stage that has the key, except where it takes the value
+from an earlier stage; STAGE.KEY=VALUE applies to one stage only:
 
   tinymim chain configs/chain.py --workdir runs/chain distill.teacher.path=teachers/mae_vit_large b.optim.base_lr=1e-4
 
-All stages are checked before the first starts. Run the same command again to go on at the right stage and step. Exit
-status: 0 done, 1 a stage failed, 75 stopped with all saved. A sweep over a chain: tinymim sweep --help.
+All stages are checked before the first one starts. The same command again resumes at the right stage and step.
+Exit status: 0 done, 1 error or a stage failed, 75 stopped with everything saved. A sweep over a chain: tinymim sweep
+--help.
 """
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Of the `chain` command."""
+    """Adds the options of the `chain` command."""
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = _EPILOG
     command.add_argument(

@@ -1,4 +1,4 @@
-"""The `tinymim` command: its subcommands, and what becomes of their errors."""
+"""The `tinymim` command: its subcommands, and how their errors are shown."""
 
 import argparse
 import re
@@ -41,8 +41,20 @@ Distil a masked-image-modelling ViT into a small one by its token relations (Tin
 """
 
 
+_EPILOG = """\
+exit status of all commands:
+  0    done
+  1    error
+  2    wrong options
+  75   stopped with everything saved: the same command resumes it
+  86   stalled: nothing was finished for --stall_minutes
+  130  ended by Ctrl-C; a training saves after the first one and exits with 75
+  143  ended by SIGTERM or SIGHUP; a training saves and exits with 75
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 1 error, 75 preempted after saving, 86 stalled, 130 interrupted."""
+    """Runs one command and exits with one of the statuses that `tinymim --help` lists."""
     end_with_parent_of_environment()
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     start_logging()
@@ -51,12 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
         code = options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        code, why = exits.INTERRUPTED, "Ctrl-C, twice"
+        code, why = exits.INTERRUPTED, "ended by Ctrl-C"
     except _USER_ERRORS as error:
         code, why = exits.ERROR, f"{type(error).__name__}: {error}"
         if isinstance(error, BrokenPipeError) and exits.stdout_closed():
             pass
-        # XLA's errors are RuntimeErrors too, but there the traceback is what helps.
+        # XLA's errors are RuntimeErrors too, but only their traceback says where they come from.
         elif options.debug or type(error).__name__ == "JaxRuntimeError":
             traceback.print_exc()
             if exits.process_label():
@@ -70,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """argparse takes positional words in one run only; people write key=value between flags as well."""
+    """Parses the command line. KEY=VALUE words may stand anywhere, which argparse does not support by itself."""
     overrides = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
     parser = _parser()
     options = parser.parse_args([word for word in words if word not in overrides])
@@ -83,7 +95,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tinymim", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tinymim",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

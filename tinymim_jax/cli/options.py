@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they do with them."""
+"""Options that several commands share, and the start of jax according to them."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from tinymim_jax.runtime.startup import quiet_unless_first, use_compile_cache
 
 
 def add_training(command: argparse.ArgumentParser) -> None:
-    """How a training runs: devices, data workers, the stall limit, and KEY=VALUE."""
+    """Adds how a training runs: devices, data workers, the stall limit, --extend, and KEY=VALUE."""
     command.add_argument(
         "--fsdp", type=int, default=1, metavar="N", help="split large parameters over N devices (default 1)"
     )
@@ -21,8 +21,8 @@ def add_training(command: argparse.ArgumentParser) -> None:
         type=float,
         default=exits.STALL_MINUTES,
         metavar="N",
-        help="end with status 86 when nothing was finished for so long: no step, no batch of an evaluation "
-        f"(default {exits.STALL_MINUTES:g}; 0: wait for ever)",
+        help="exit with status 86 when nothing was finished for so long: no step, no batch of an evaluation "
+        f"(default {exits.STALL_MINUTES:g}; 0: never)",
     )
     command.add_argument(
         "--extend",
@@ -35,7 +35,7 @@ def add_training(command: argparse.ArgumentParser) -> None:
 
 
 def training_words(options: argparse.Namespace) -> list[str]:
-    """The options of `add_training` but for KEY=VALUE, as command-line words for `tinymim train`."""
+    """The options of `add_training`, except KEY=VALUE, as command-line words for `tinymim train`."""
     words = ["--workers", str(options.workers), "--fsdp", str(options.fsdp), "--compile_cache", options.compile_cache]
     words += ["--stall_minutes", str(options.stall_minutes)]
     words += ["--data_dir", options.data_dir] if options.data_dir else []
@@ -43,7 +43,7 @@ def training_words(options: argparse.Namespace) -> list[str]:
 
 
 def add_checkpoint(command: argparse.ArgumentParser) -> None:
-    """A checkpoint to evaluate, and the experiment that names its data."""
+    """Adds a checkpoint to evaluate, and the experiment that names its data."""
     command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
     command.add_argument(
         "--config",
@@ -55,33 +55,36 @@ def add_checkpoint(command: argparse.ArgumentParser) -> None:
 
 
 def add_runtime(command: argparse.ArgumentParser) -> None:
-    """Where data lie, how many processes decode, and the compile cache."""
+    """Adds where data sets are, how many processes decode images, and the compile cache."""
     command.add_argument(
         "--data_dir",
         type=os.path.expanduser,
-        help="where data sets lie (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+        help="where data sets are (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
     )
     command.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that decode images; 0: none extra"
+        "--workers", type=int, default=0, metavar="N", help="extra processes that decode images (default 0)"
     )
     add_compile_cache(command)
 
 
 def add_compile_cache(command: argparse.ArgumentParser) -> None:
-    """Where compiled programs are kept."""
+    """Adds where compiled programs are kept."""
     cache = "~/.cache/tinymim_jax"
     command.add_argument(
-        "--compile_cache", default=cache, metavar="DIR", help=f"compiled steps (default {cache}; '' for none)"
+        "--compile_cache",
+        default=cache,
+        metavar="DIR",
+        help=f"keep compiled programs here (default {cache}; '' for none)",
     )
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:
-    """KEY=VALUE behind the command."""
+    """Adds KEY=VALUE words, which change the config."""
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the config: optim.base_lr=1e-3")
 
 
 def config_of(options: argparse.Namespace) -> ConfigDict:
-    """The experiment of --config or, without it, that of the run whose checkpoint is given.
+    """The experiment of --config or, without it, the one in the config.json beside the checkpoint.
 
     Raises FileNotFoundError where neither is there.
     """
@@ -119,6 +122,6 @@ def start_jax(options: argparse.Namespace, *, resumable: bool = False) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """One line of JSON on standard output, from the first process of a job."""
+    """Prints one line of JSON, in the first process of a job."""
     if exits.is_first():
         print(json.dumps(result))

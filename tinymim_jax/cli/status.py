@@ -1,4 +1,4 @@
-"""`tinymim status`: how far a run has come, while it runs or afterwards; of a sweep or chain, a line for each."""
+"""`tinymim status`: the progress of a run, or of each run of a sweep or chain, during it or afterwards."""
 
 import argparse
 import json
@@ -15,18 +15,19 @@ EXIT_RUNNING = 3
 
 _CODES = {"finished": DONE, "failed": ERROR, "pruned": ERROR, "interrupted": PREEMPTED, "stalled": STALLED}
 
-HELP = "how far a run, or each of a sweep or chain, has come"
+HELP = "show the progress of a run, or of each run of a sweep or chain"
 
 _EPILOG = """\
-Stages: starting, compiling, training, evaluating; finished; interrupted (the same command goes on), failed, stalled.
-A process that was killed is shown as interrupted. DIR may be the folder of a sweep or chain, and gs://BUCKET/PATH.
+Stages: starting, compiling, training, evaluating; finished; interrupted (the same command resumes it), failed, stalled.
+A process that was killed is shown as interrupted. DIR may be the folder of a sweep or chain, or gs://BUCKET/PATH.
 
-Exit status: 0 finished, 3 running, 75 interrupted, 86 stalled, 1 failed; of several the worst, running before finished.
+Exit status: 0 finished, 3 running, 75 interrupted, 86 stalled, 1 failed or error. Of several runs the worst counts, in
+the order 1, 86, 75, 3, 0.
 """
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Of the `status` command."""
+    """Adds the options of the `status` command."""
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = _EPILOG
     command.add_argument("workdir", metavar="DIR", help="--workdir of a run, sweep or chain")
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def find_runs(root: Any, depth: int = 2) -> list[Any]:
-    """The folders of runs: `root` itself, or those in it: points, stages, or points and their stages."""
+    """The folders of runs: `root` itself, or folders up to `depth` levels below it (points, stages of points)."""
     if any((root / name).exists() for name in (CONFIG, FAILED, PRUNED)):
         return [root]
     if depth == 0 or not root.is_dir():
@@ -71,7 +72,7 @@ def find_runs(root: Any, depth: int = 2) -> list[Any]:
 
 
 def read_run(workdir: Any) -> dict[str, Any]:
-    """What is known of one run, as JSON values.
+    """What is known about one run, as JSON values.
 
     stage, step, total_steps; of a live one eta_seconds; images_per_second, data_wait, skipped, substituted, restarts;
     checkpoint {step, seconds_ago}; goodput and what was lost to what, as shares of the time; train and eval, the last
@@ -103,7 +104,7 @@ def read_run(workdir: Any) -> dict[str, Any]:
 
 
 def in_full(row: dict[str, Any]) -> str:
-    """Several lines."""
+    """The status of one run, on several lines."""
     lines = [("stage", _stage(row)), ("step", _step(row))]
     if "eta_seconds" in row:
         lines.append(("ETA", format_seconds(row["eta_seconds"])))
@@ -129,7 +130,7 @@ def in_full(row: dict[str, Any]) -> str:
 
 
 def in_a_line(row: dict[str, Any]) -> str:
-    """The same, shorter."""
+    """The status of one run, on one line."""
     parts = [row["stage"], _step(row)]
     if "eta_seconds" in row:
         parts.append(f"ETA {format_seconds(row['eta_seconds'])}")

@@ -6,7 +6,7 @@ import pathlib
 from tinymim_jax.cli import train
 from tinymim_jax.cli.options import add_training, training_words
 
-HELP = "train the points that a config file yields; run it again to go on"
+HELP = "train the points that a config file yields; run the same command again to resume"
 
 _EPILOG = """\
 A sweep is a generator in a config file, beside its get_config() (or get_chain(), see `tinymim chain --help`):
@@ -16,30 +16,29 @@ A sweep is a generator in a config file, beside its get_config() (or get_chain()
           for drop_path in (0.0, 0.1):
               yield {"optim.base_lr": lr, "model.drop_path": drop_path}
 
-Others are named sweep_<NAME> and chosen with --sweep NAME. One with a parameter is given FILE's ARGUMENT. A key that
-begins with "note." is no override but a column of the table: {"model.depth": 12, "note.paper": 83.0}.
-Words KEY=VALUE hold for all points. In a chain, STAGE.KEY is meant for one stage.
+More sweeps of a file are called sweep_<NAME> and chosen with --sweep NAME. A sweep with a parameter gets the ARGUMENT.
+A key that begins with "note." is a column of the table instead of an override: {"model.depth": 12, "note.paper": 83.0}.
+KEY=VALUE applies to all points; in a chain, STAGE.KEY applies to one stage.
 
   tinymim sweep configs/my.py --workdir runs/my --list
   tinymim sweep configs/my.py --workdir runs/my --run local --seeds 3 --jobs 2
   sbatch --array=0-11 launch/slurm.sbatch sweep configs/my.py --workdir runs/my --seeds 3
 
-All points are checked before anything starts. Run the same command again to go on: finished points are left alone,
-interrupted ones resume, failed ones are tried again. The table (table.md, .csv, .json and .png in --workdir) is written
-at the end of --run and by --list. Exit status: 0 all finished, 1 some failed, 75 stopped with all saved.
+All points are checked before anything starts. With the same command again, finished points are skipped, interrupted
+ones resume, and failed ones are tried again. The table (table.md, .csv, .json and .png in --workdir) is written at the
+end of --run and by --list. Exit status: 0 all finished, 1 error or some failed, 75 stopped with everything saved.
 
 With Optuna (pip install 'tinymim-jax[optuna]') the file has `def study(trial): return {"optim.base_lr":
-trial.suggest_float("lr", 1e-4, 1e-2, log=True)}`, others named study_<NAME>:
+trial.suggest_float("lr", 1e-4, 1e-2, log=True)}`, or functions called study_<NAME>:
 
   tinymim sweep configs/my.py --workdir runs/my_study --study study --trials 20
 
-Trials that fall behind the median of the others, by the evaluations that they make on the way (train.eval_every), are
-stopped.
+Trials whose evaluations along the way (train.eval_every) fall behind the median of the others are stopped.
 """
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Of the `sweep` command."""
+    """Adds the options of the `sweep` command."""
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = _EPILOG
     command.add_argument(
@@ -48,11 +47,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sweep", default="sweep", metavar="NAME", help="which sweep of the file (default: sweep)")
     command.add_argument("--workdir", required=True, metavar="DIR", help="each point has a folder here")
     mode = command.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--list", action="store_true", help="points, their states and results; writes the table too")
+    mode.add_argument("--list", action="store_true", help="print points, states and results; write the table")
     mode.add_argument("--run", dest="where", choices=("local",), help="run all points on this machine")
-    mode.add_argument("--index", type=int, metavar="N", help="run one point: for job arrays. Exit status as of train")
+    mode.add_argument("--index", type=int, metavar="N", help="run one point, for job arrays; exit status as of train")
     mode.add_argument("--study", metavar="NAME", help="let Optuna choose the points")
-    command.add_argument("--trials", type=int, default=20, metavar="N", help="of --study, in all (default 20)")
+    command.add_argument("--trials", type=int, default=20, metavar="N", help="of --study, in total (default 20)")
     command.add_argument("--seeds", type=int, metavar="N", help="run each point with seed=0 to N-1")
     command.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="points at a time, on the same CPUs or GPU (default 1)"

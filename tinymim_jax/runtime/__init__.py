@@ -1,1 +1,1 @@
-"""What surrounds a training: processes of a job, exit status, locks, heartbeat, progress."""
+"""Around a training: the processes of a job, exit statuses, locks, the heartbeat, files, output, progress."""

@@ -1,4 +1,4 @@
-"""Joins this process to its job: JAX's coordination service, for one process or many."""
+"""Joins this process to its job by starting JAX's coordination service, for one process or many."""
 
 import contextlib
 import functools
@@ -14,10 +14,10 @@ import jax
 from tinymim_jax.runtime.exits import watch_peers
 from tinymim_jax.runtime.hosts import Job, env_number, find_job, find_slice, missing_slurm_variables
 
-_JOIN_SECONDS = 1800  # hosts of a large job may queue for a while
+_JOIN_SECONDS = 1800  # the hosts of a large job may start far apart
 _REMIND_SECONDS = 60
-_HEARTBEAT_SECONDS = 30  # a dead host is noticed after this long
-# A lone process that is suspended (Ctrl-Z, a paused virtual machine) must not be ended by its own heartbeat.
+_HEARTBEAT_SECONDS = 30  # until a host that died is noticed
+# A single process that was suspended (Ctrl-Z, a paused virtual machine) must not be ended by its own heartbeat.
 _ALONE_HEARTBEAT_SECONDS = 10**7
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -25,17 +25,16 @@ _log = logging.getLogger(__name__)
 
 
 def initialize_distributed() -> None:
-    """Starts JAX's coordination service, for one process as for many; call it before anything else of JAX.
+    """Starts JAX's coordination service. Call it before anything else of JAX; a second call does nothing.
 
-    The service is what turns SIGTERM into a saved checkpoint, so a process on its own needs it too. A second
-    call does nothing. The job is described by JAX_COORDINATOR_ADDRESS (`host:port` of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX itself under Slurm, Cloud TPU, Open MPI and
-    Kubernetes; otherwise this process runs alone. Slurm and Open MPI give each of several processes on a host
-    one GPU: start one task per GPU, or set JAX_LOCAL_DEVICE_IDS. How many processes are waited for is logged first.
-    From here on an error that is not caught ends all processes of the job, not this one alone.
+    The service turns SIGTERM into a saved checkpoint, so a single process needs it too. The job is described by
+    JAX_COORDINATOR_ADDRESS (`host:port` of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX itself
+    under Slurm, Cloud TPU, Open MPI and Kubernetes; otherwise this process runs alone. Slurm and Open MPI give each of
+    several processes on a host one GPU: start one task per GPU, or set JAX_LOCAL_DEVICE_IDS. The number of processes
+    that it waits for is logged. After it, an uncaught error ends all processes of the job.
 
     Raises:
-      ValueError: the environment describes a job of several processes incompletely.
+      ValueError: the environment describes a job of several processes, but incompletely.
       RuntimeError: JAX was used before this call, and the job has several processes.
     """
     if jax.distributed.is_initialized():
@@ -74,8 +73,8 @@ def initialize_distributed() -> None:
     except Exception as error:
         if alone:
             if "must be called before" in str(error):
-                return _warn_unserviced()  # a notebook on one machine, most likely
-            error.add_note("To run as a single process, whatever the surroundings, set JAX_NUM_PROCESSES=1.")
+                return _warn_without_service()  # most likely a notebook
+            error.add_note("To run as a single process, whatever the environment says, set JAX_NUM_PROCESSES=1.")
         raise
 
 
@@ -83,8 +82,8 @@ def _warn_of_absent_hosts(job: Job) -> None:
     hosts = find_slice()
     if job.processes and hosts.processes and job.processes < hosts.processes:
         _log.warning(
-            "%s says %d processes, but this is a host of a TPU slice of %d (%s). Its chips start together or not at "
-            "all: unless they were divided by TPU_PROCESS_BOUNDS, this process now waits for ever. Start all hosts.",
+            "%s says %d processes, but this is a host of a TPU slice of %d (%s). The chips of a slice start only "
+            "together: unless TPU_PROCESS_BOUNDS divides them, this process now waits for ever. Start all hosts.",
             job.said_by,
             job.processes,
             hosts.processes,
@@ -94,7 +93,7 @@ def _warn_of_absent_hosts(job: Job) -> None:
 
 @contextlib.contextmanager
 def _remind_while_waiting(job: Job) -> Iterator[None]:
-    """Tells once a minute that others are still waited for."""
+    """Logs once a minute, while the block runs, that not all processes have started."""
     if not job.processes:
         yield
         return
@@ -113,8 +112,8 @@ def _remind_while_waiting(job: Job) -> Iterator[None]:
         while not joined.wait(_REMIND_SECONDS):
             minutes = (time.monotonic() - began) / 60
             _log.warning(
-                "Not all %d processes have come after %.0f minutes: is the same command running on each host? Process "
-                "0, whom all must reach, is where JAX_COORDINATOR_ADDRESS, Slurm or the TPU slice say.",
+                "Not all %d processes have started after %.0f minutes: is the same command running on each host? All "
+                "must reach process 0, at the address that JAX_COORDINATOR_ADDRESS, Slurm or the TPU slice gives.",
                 job.processes,
                 minutes,
             )
@@ -128,7 +127,7 @@ def _remind_while_waiting(job: Job) -> Iterator[None]:
 
 def _initialize_alone(initialize: functools.partial) -> None:
     with socket.socket() as reservation:
-        # gRPC shares ports: this keeps the number from being given away until the service has taken it.
+        # Keeps the port free until the service, which may share it, has taken it.
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reservation.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{reservation.getsockname()[1]}"
@@ -142,8 +141,8 @@ def _initialize_alone(initialize: functools.partial) -> None:
         )
 
 
-def _warn_unserviced() -> None:
+def _warn_without_service() -> None:
     _log.warning(
-        "JAX was in use before initialize_distributed(): training works, but SIGTERM ends it unsaved. "
+        "JAX was used before initialize_distributed(): training works, but SIGTERM ends it unsaved. "
         "Call initialize_distributed() first."
     )

@@ -1,4 +1,4 @@
-"""How many processes the job has, as its surroundings say, before anything waits for them."""
+"""How many processes the job has, from environment variables or the TPU slice, before anything waits for them."""
 
 import dataclasses
 import glob
@@ -13,7 +13,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # wh
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """processes: how many, None where nothing says. said_by: the variable that says so. process_id: None: unknown."""
+    """processes: their number, None if unknown. process_id: of this one, None if unknown. said_by: where it stands."""
 
     processes: int | None = None
     process_id: int | None = None
@@ -21,9 +21,9 @@ class Job:
 
 
 def find_job() -> Job:
-    """The job that this process belongs to: by JAX_NUM_PROCESSES, or else as Slurm, Open MPI or the TPU slice say.
+    """The job of this process: from JAX_NUM_PROCESSES, or else from Slurm, Open MPI or the TPU slice.
 
-    Raises ValueError where a variable that must be a number is none.
+    Raises ValueError for a variable that should be a number and is not.
     """
     if (count := env_number("JAX_NUM_PROCESSES")) is not None:
         return Job(count, env_number("JAX_PROCESS_ID"), "JAX_NUM_PROCESSES")
@@ -35,14 +35,14 @@ def find_job() -> Job:
 
 
 def missing_slurm_variables() -> list[str]:
-    """Which variables are unset that jax needs in one of several tasks of srun; [] outside such a task."""
+    """Unset variables that jax needs in one of several tasks of srun; [] outside such a task."""
     if not os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NTASKS") == "1":
         return []
     return [name for name in _SLURM if not os.environ.get(name)]
 
 
 def find_slice() -> Job:
-    """The hosts of the TPU slice, or slices, that this machine is part of; Job() where there is no TPU."""
+    """The hosts of the TPU slice (or slices) that this machine is part of; Job() without a TPU."""
     if not _has_tpu():
         return Job()
     slices, this_slice = env_number("MEGASCALE_NUM_SLICES") or 1, env_number("MEGASCALE_SLICE_ID") or 0
@@ -62,7 +62,7 @@ def find_slice() -> Job:
 
 
 def env_number(name: str) -> int | None:
-    """An environment variable that is a number; None where it is unset or empty."""
+    """An environment variable as a number; None if it is unset or empty."""
     text = os.environ.get(name)
     if not text:
         return None
@@ -77,11 +77,11 @@ def _has_tpu() -> bool:
 
 
 def _metadata(key: str) -> str | None:
-    """What Google's metadata server, beside each of its machines, knows under a key."""
+    """The value of a key on the metadata server of a Google Cloud machine; None elsewhere."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is not behind any proxy
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is never behind a proxy
     try:
         with opener.open(request, timeout=_METADATA_SECONDS) as answer:
             return answer.read().decode().strip()

@@ -1,4 +1,4 @@
-"""A lock on a folder that ends with the process that holds it, however that ends."""
+"""A lock on a folder, which the kernel releases when the process that holds it ends."""
 
 import contextlib
 import datetime
@@ -20,18 +20,21 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 class Busy(RuntimeError):
-    """Another process works in the folder. The message says which, and what to do."""
+    """Another process uses the folder. The message says which one, and what to do."""
 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
-    """Keeps every other process that asks for the same folder out of it; with `wait`, until it is free.
+    """Holds a lock on the folder inside the block, so that other processes which lock it are refused or wait.
 
-    An advisory lock of the kernel (flock): it needs no cleaning up after a kill, and holds over NFS too. Where the file
-    system has none, a warning says so.
+    An advisory lock (flock): it needs no cleaning up after a kill, and works over NFS. Where the file system has no
+    locks, a warning is logged.
+
+    Args:
+      wait: wait until the folder is free instead of raising Busy.
 
     Raises:
-      Busy: another process holds it.
+      Busy: another process holds the lock.
       OSError: the folder cannot be written to.
     """
     path = pathlib.Path(folder) / LOCK
@@ -48,11 +51,12 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         now = datetime.datetime.now().isoformat(" ", "seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         file.flush()
-        yield  # closing the file ends the lock; the file stays, or two processes could lock two of one name
+        # Closing the file ends the lock. It is not removed: two processes could then lock two files of one name.
+        yield
 
 
 def holder(folder: str | os.PathLike) -> str | None:
-    """Which process holds the folder, in words; None where none does, or that cannot be known from here."""
+    """The process that holds the lock, such as "process 12 on node3 since ..."; None if none is known."""
     path = pathlib.Path(folder) / LOCK
     try:
         with path.open(encoding="utf-8") as file:
@@ -70,11 +74,13 @@ def _lock(file: IO) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            time.sleep(0.05)  # `holder`, in another process, takes it for a moment
+            time.sleep(0.05)  # `holder`, in another process, holds it for a moment
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-            _log.warning("%s cannot be locked here (%s): see to it that one run alone uses it", file.name, error)
+            _log.warning(
+                "%s cannot be locked here (%s): make sure that only one run uses this folder", file.name, error
+            )
             return True
     return False
 

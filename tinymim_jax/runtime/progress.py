@@ -1,4 +1,4 @@
-"""Durations as people write them, and the line that says how far a run is."""
+"""Durations in epochs or steps, times as text, and the speed and remaining time of a run."""
 
 import contextlib
 import re
@@ -9,7 +9,10 @@ _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(epochs?|steps?)\s*")
 
 
 def steps(duration: str, *, examples: int, batch_size: int, name: str = "duration") -> int:
-    """Steps of a duration such as "300 epochs" or "700 steps"; epochs are rounded down to whole steps."""
+    """Converts a duration such as "300 epochs" or "700 steps" to steps; epochs are rounded down to whole steps.
+
+    `name` is the config key, for the error message.
+    """
     match = _DURATION.fullmatch(duration)
     if match is None:
         raise ValueError(f"{name}={duration!r} is not a duration: write it like '300 epochs' or '700 steps'")
@@ -30,7 +33,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """Speed and remaining time of a run, measured between calls of `report`."""
+    """Measures speed and remaining time between calls of `report`."""
 
     def __init__(self, total_steps: int, batch_size: int, start_step: int):
         self._total, self._batch_size = total_steps, batch_size
@@ -46,11 +49,11 @@ class Progress:
         self._longest_wait = max(self._longest_wait, waited)
 
     def restart(self, step: int) -> None:
-        """Measures from here on: what came before was compiling or an evaluation."""
+        """Starts measuring anew, after compiling or an evaluation."""
         self._step, self._time, self._waited, self._longest_wait = step, time.perf_counter(), 0.0, 0.0
 
     def report(self, step: int) -> tuple[dict[str, float], str]:
-        """Images/s, seconds left, the share of time spent waiting for data and its longest part; the same as text."""
+        """Speed, remaining seconds and time spent waiting for data since the last call: as figures and as text."""
         now = time.perf_counter()
         elapsed = max(now - self._time, 1e-9)
         per_step = elapsed / max(step - self._step, 1)
@@ -68,12 +71,11 @@ class Progress:
         return numbers, text
 
 
-# From this share of the time on, waiting for data is worth a word.
-DATA_WAIT_LIMIT = 0.1
+DATA_WAIT_LIMIT = 0.1  # above this share of time spent waiting for data, advice is logged
 
 
 def input_advice(data_wait: float, *, workers: int, cores: int) -> str:
-    """What to do where so large a share of the time went by waiting for data, with `workers` processes decoding."""
+    """Advice for a run that waits for data during the share `data_wait` of its time; `workers` processes decode."""
     remedies = [
         "tinymim prepare SOURCE --output DIR --short_side 256 (smaller files, decoded in less than half the time)",
         "data.crops=2 (two views of each decoded image)",

@@ -1,4 +1,4 @@
-"""What sweeps and chains run: the stages of a file, their words and folders, and how far each has come."""
+"""What sweeps and chains run: the stages of a file, the overrides and workdir of each, and its state."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ _NAME_LENGTH = 120
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training of a file: `name` is "" where the file is a single experiment.
+    """One training of a config file; `name` is "" if the file holds a single experiment.
 
     config: FILE.py[:ARGUMENT].
     overrides: by dotted key; the value "{b}" is the workdir of the earlier stage b.
@@ -31,7 +31,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One `tinymim train`: its config, the KEY=VALUE words behind it, and its workdir."""
+    """One `tinymim train`: its config, the KEY=VALUE overrides on its command line, and its workdir."""
 
     name: str
     config: str
@@ -41,7 +41,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One set of overrides, and the trainings that it takes, in order.
+    """One set of overrides, and its trainings in order.
 
     number: position in the sweep; the points of one number differ in their seed alone.
     notes: columns of the table that are no overrides, such as a published figure.
@@ -100,7 +100,7 @@ def make_runs(stages: Iterable[Stage], workdir: pathlib.Path, *changes: Mapping[
 
 
 def format_override(key: str, value: Any) -> str:
-    """KEY=VALUE, as the command line reads it back."""
+    """KEY=VALUE, such that `parse_overrides` gives the same value again."""
     value = value.item() if hasattr(value, "item") else value  # numpy's numbers
     if isinstance(value, str) and parse(value) == value:
         return f"{key}={value}"
@@ -108,7 +108,7 @@ def format_override(key: str, value: Any) -> str:
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
-    """The inverse: {key: value}."""
+    """Overrides from KEY=VALUE words. Raises ValueError for a word without "="."""
     values = {}
     for text in words:
         key, equals, value = text.partition("=")
@@ -119,7 +119,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 
 def folder_name(number: int, overrides: Mapping[str, Any], seed: int | None = None) -> str:
-    """Such as 003_base_lr=0.001_drop_path=0.1_seed=0: readable, and safe on every file system.
+    """A name such as 003_base_lr=0.001_drop_path=0.1_seed=0: readable, and safe on every file system.
 
     It depends on this point alone, so that points and seeds may be added to a sweep that has run.
     """
@@ -133,7 +133,7 @@ def folder_name(number: int, overrides: Mapping[str, Any], seed: int | None = No
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Each dotted key by its last part, or by as many as tell it from the others."""
+    """A short name for each dotted key: its last part, or as many parts as distinguish it from the other keys."""
     keys = list(keys)
     short = {}
     for key in keys:
@@ -156,7 +156,7 @@ def state_of(point: Point) -> RunState:
 
 
 def _addressed(key: str, keys: Mapping[str, list[str]]) -> list[tuple[str, str]]:
-    """(stage, its key) that an override is meant for."""
+    """The (stage, key of its config) pairs that an override applies to."""
     stage, _, rest = key.partition(".")
     if stage in keys and rest:
         if rest not in keys[stage]:

@@ -105,12 +105,12 @@ def run_index(points: Sequence[Point], index: int, settings: Settings, train: Ca
     check_overrides(points)
     point = points[index]
     log.info("point %d of %d: %s", index, len(points), point.name)
-    if len(point.runs) > 1:
+    only, *others = point.runs
+    if others:
         require_one_process("a sweep over a chain", str(settings.workdir), ONE_BY_ONE)
         check_points([point], data_dir=settings.data_dir, extend=settings.extend)
         with Children(settings.child_options) as children:
             return exit_status([children.run_point(point)])
-    only = point.runs[0]
     try:
         return train(only)
     except Busy:

@@ -48,8 +48,8 @@ def write_table(
 def summarize(
     points: Sequence[Point], states: Mapping[str, RunState], *, metric: str, direction: str
 ) -> list[dict[str, Any]]:
-    """A row for each number: overrides, notes, mean, std (n - 1 in the denominator, None for one run), the values by
-    seed, and how many of its points are in which state. Sorted; those without a value come last.
+    """A row for each point number: overrides, notes, mean, std (n - 1 in the denominator, None for one run), the values
+    by seed, and the number of its points in each state. Best first; rows without a value come last.
     """
     rows = []
     for number in dict.fromkeys(point.number for point in points):
@@ -122,7 +122,7 @@ def _text(value: Any) -> str:
 
 
 def _draw(rows: list[dict], labels: Mapping[str, str], metric: str, path: pathlib.Path) -> str:
-    """Draws means with deviations, best on top; what to add to the list of files."""
+    """Plots means with deviations, best on top. Returns the text to add to the list of files."""
     drawn = [row for row in rows if row["mean"] is not None][::-1]
     if not drawn:
         return ""
