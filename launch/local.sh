@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs one tinymim command as N processes on this machine, for example one for each GPU.
+# Runs one tinymim command as N processes on this machine, for example one per GPU.
 #   launch/local.sh [--dry_run] N train --config configs/distill_s.py --workdir runs/s
-# The GPUs are dealt out evenly. Ctrl-C or SIGTERM: all processes save the same step and stop (exit status 75); Ctrl-C
-# again: they end at once, unsaved. When one process fails, the others have $GRACE seconds (30) to end as well.
-# The exit status is that of the first process that failed. --dry_run prints what would be run.
+# Each process gets the same number of GPUs. Ctrl-C, SIGTERM or SIGHUP: all processes save the same step and stop (exit
+# status 75). A second Ctrl-C: they end at once, without saving. When one process fails, the others have $GRACE seconds
+# (30) to end too. The exit status is that of the first process that failed. --dry_run prints the commands.
 set -uo pipefail
-set -m # each process leads a group of its own: a terminal's Ctrl-C reaches this script alone
+set -m # each process has its own process group, so that a terminal's Ctrl-C reaches only this script
 
 dry_run=
 if [[ ${1:-} == --dry_run ]]; then
@@ -20,11 +20,16 @@ processes=$1
 shift
 
 platform=cpu gpus=0
-if command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi --list-gpus | wc -l) && ((gpus > 0)); then
+if command -v nvidia-smi >/dev/null; then
+  # Without a working driver it prints an error message instead.
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
+  ((gpus)) || echo "local.sh: nvidia-smi lists no GPU, so the CPU is used; run nvidia-smi to see why" >&2
+fi
+if ((gpus)); then
   platform=gpu
   if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l); fi
   if ((gpus % processes)); then
-    echo "local.sh: $gpus GPUs cannot be dealt out evenly to $processes processes; set CUDA_VISIBLE_DEVICES or another N" >&2
+    echo "local.sh: $gpus GPUs cannot be divided evenly among $processes processes; set CUDA_VISIBLE_DEVICES or another N" >&2
     exit 2
   fi
 fi
@@ -34,16 +39,16 @@ export JAX_NUM_PROCESSES=$processes
 
 pids=()
 interrupts=0
-everyone() { # signal
+signal_all() { # signal; to the groups of all processes
   for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null; done
 }
-# Only the program itself gets SIGTERM: its decoding processes end with it.
+# Not to the groups: each program ends its own decoding processes.
 stop() { kill -TERM "${pids[@]}" 2>/dev/null; }
-trap '((++interrupts == 1)) && stop || everyone KILL' INT
+trap '((++interrupts == 1)) && stop || signal_all KILL' INT
 trap stop TERM HUP
 
 for ((i = 0; i < processes; i++)); do
-  own=("JAX_PROCESS_ID=$i" "TINYMIM_PARENT=$$") # each ends by itself when this script is killed with kill -9
+  own=("JAX_PROCESS_ID=$i")
   if ((gpus)); then
     each=$((gpus / processes))
     own+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, $((i * each)) $((i * each + each - 1)))")
@@ -52,7 +57,8 @@ for ((i = 0; i < processes; i++)); do
     printf '%q ' env "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" "JAX_NUM_PROCESSES=$processes" "${own[@]}" "$TINYMIM" "$@"
     echo
   else
-    env "${own[@]}" "$TINYMIM" "$@" &
+    # TINYMIM_PARENT: it ends by itself when this script is killed with kill -9.
+    env "${own[@]}" "TINYMIM_PARENT=$$" "$TINYMIM" "$@" &
     pids+=($!)
   fi
 done
@@ -74,8 +80,8 @@ while ((${#pids[@]})); do
   done
   pids=("${left[@]}")
   if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#pids[@]})); then
-    echo "local.sh: one process ended with exit status $status, ${#pids[@]} did not end by themselves: killed" >&2
-    everyone KILL
+    echo "local.sh: one process ended with exit status $status; ${#pids[@]} others did not end by themselves and are killed" >&2
+    signal_all KILL
     deadline=
   fi
   ((${#pids[@]})) && sleep 0.2

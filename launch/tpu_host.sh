@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh calls on each host of a slice: one tinymim command in the background, which outlives the connection.
+# Called by tpu_vm.sh on each host of a slice: runs one tinymim command in the background, independent of the connection.
 #   launch/tpu_host.sh start train --config ...   launch/tpu_host.sh status | log [LINES] | stop
-# status prints `tinymim: ` and one of: running, exited CODE, stopped (it had been asked to), lost (it ended with the
-# host), none. log follows the log from its beginning, or from its last LINES lines, until the command ends. stop sends
-# SIGTERM: all hosts save the same step. Everything about the command lies in background/.
+# status prints `tinymim: ` and one of: running, exited CODE, stopped (by stop), lost (the host was restarted), none.
+# log follows the log from its beginning, or from its last LINES lines, until the command ends. stop sends SIGTERM: all
+# hosts save the same step. Log, process id and exit status are in background/.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 mkdir -p background
 
-# Held by the command and whatever it started; unlike a process number it cannot outlive a restart of the host.
+# The command and its children hold this lock. Unlike a process id it cannot survive a restart of the host.
 running() { ! flock --nonblock background/lock true; }
 
 case ${1:-} in

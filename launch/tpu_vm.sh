@@ -6,29 +6,29 @@
 #     -- train --config configs/distill_b.py --workdir /data/runs/b distill.teacher.path=/data/teachers/mae_vit_large
 #
 # Actions:
-#   up       all of it: create what is missing, install, run, follow; after a preemption create it anew and go on.
-#            Where the command is running already, follow it. Ends with the command: 0 done, 1 error.
-#   create   ask for a queued resource; --wait returns when it is ready
+#   up       create what is missing, install, run and follow the log; after a preemption create the slice again and
+#            resume. If the command is running already, follow it. Exit status of the command: 0 done, 1 error.
+#   create   request a queued resource; with --wait return when it is ready
 #   install  copy the last commit of this checkout to all hosts and install it, with the locked versions
 #   run      start the command on all hosts under nohup
 #   logs     follow the log of host 0, or of --worker N
 #   status   of the queued resource, the VM and the command on each host
-#   stop     all hosts save the same step and stop; `up` or `run` goes on from there
-#   delete   queued resource and VM
+#   stop     all hosts save the same step and stop; `up` or `run` resumes
+#   delete   delete the queued resource and the VM
 #
 # Options:
-#   --name NAME, --zone ZONE, --project ID   of the slice; an existing VM will do
+#   --name NAME, --zone ZONE, --project ID   of the slice, which may be an existing VM
 #   --type TYPE          what to create: v4-32, v5litepod-64, v5p-32, v6e-16, ...
 #   --runtime VERSION    software of the VM (default: the one for its type)
-#   --spot               may be preempted, at a fraction of the price
+#   --spot               create it preemptible, at a fraction of the price
 #   --setup COMMAND      run on every host before tinymim starts: mounts a shared file system
-#   --create_flags FLAGS, --ssh_flags FLAGS  more words for gcloud: '--network=vpc', '--internal-ip'
-#   --restarts N         after crashes and stalls (default 10); preemptions do not count
-#   --poll SECONDS       between two looks (default 30)
-#   --delete             after success, delete the slice
-#   --dry_run            print the gcloud calls, run nothing
+#   --create_flags FLAGS, --ssh_flags FLAGS  more options for gcloud: '--network=vpc', '--internal-ip'
+#   --restarts N         at most N restarts after crashes and stalls (default 10); preemptions do not count
+#   --poll SECONDS       time between two checks (default 30)
+#   --delete             delete the slice when the command has succeeded
+#   --dry_run            only print the gcloud calls
 #
-# --workdir must lie on a file system that all hosts share and that outlives them.
+# --workdir must be on a file system that all hosts share and that remains when they are deleted.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -77,7 +77,7 @@ main() {
 
 up() {
   local failures=0 installed='' verdict
-  trap 'end_log; say "no longer followed, the command goes on: the same line follows it again"; exit 130' INT TERM
+  trap 'end_log; say "no longer following the log; the command goes on, and the same line follows it again"; exit 130' INT TERM
   while true; do
     until_ready
     if [[ $(hosts) != *running* || -n $dry_run ]]; then
@@ -105,7 +105,7 @@ up() {
   done
 }
 
-# Prints host 0's log until the command has ended on all hosts; leaves `verdict`.
+# Prints host 0's log until the command has ended on all hosts, and sets `verdict`.
 follow() {
   local states unreachable=0
   verdict=''
@@ -121,7 +121,7 @@ follow() {
     ask hosts
     states=$answer
     if [[ -z $states ]]; then
-      # A host that does not answer may be restarting, or gone with the slice.
+      # A host that does not answer may be restarting, or deleted with the slice.
       ask condition
       case $answer in
         lost | missing) verdict=lost ;;
@@ -131,16 +131,16 @@ follow() {
       kill -0 "$follower" 2>/dev/null || begin_log 0
     else
       verdict=$(judge "$states")
-      # A host's error may be the end of another one: see whether they are still there.
+      # The error may come from a host that is gone: check whether the slice still exists.
       [[ $verdict == error || $verdict == crashed ]] && nap && ask condition && [[ $answer == @(lost|missing) ]] && verdict=lost
       [[ $verdict == error ]] && say "ended: ${states//$'\n'/, }"
     fi
   done
-  for _ in {1..20}; do kill -0 "$follower" 2>/dev/null && sleep 0.2; done # the end of the log
+  for _ in {1..20}; do kill -0 "$follower" 2>/dev/null && sleep 0.2; done # waits for the last lines of the log
   end_log
 }
 
-# Leaves the output in `answer`. Bash would lose a Ctrl-C that comes while it runs $(gcloud ...); `wait` heeds it.
+# Puts the output into `answer`. Bash ignores a Ctrl-C during $(gcloud ...), but not during `wait`.
 ask() {
   local file
   file=$(mktemp)
@@ -150,21 +150,21 @@ ask() {
   rm "$file"
 }
 
-begin_log() { # from its beginning, or 0 for what comes
-  set -m # a group of its own, which ends as a whole
+begin_log() { # first line to show: +1 for the whole log, 0 for new lines only
+  set -m # its own process group, which is killed as a whole
   on_hosts 0 "tinymim/launch/tpu_host.sh log${1:+ $1}" </dev/null &
   follower=$!
   set +m
 }
 
 end_log() {
-  [[ -n $follower ]] || return # a group of no number is one's own
+  [[ -n $follower ]] || return # an empty id would mean this script's own group
   kill -TERM -- "-$follower" 2>/dev/null
   wait "$follower" 2>/dev/null
   follower=''
 }
 
-# What the ends of all hosts together mean; the exit statuses are tinymim's: 0, 1, 75 preempted, 86 stalled.
+# What the exit statuses of all hosts mean together; tinymim's are 0, 1, 75 preempted, 86 stalled.
 judge() {
   local state ends='' verdict=done
   while read -r state; do
@@ -200,7 +200,7 @@ until_ready() {
   done
 }
 
-# ready, missing, lost (to be deleted and created anew), stopped, unknown, or pending.
+# Prints ready, missing, lost (must be deleted and created again), stopped, unknown, or pending.
 condition() {
   local queue node
   queue=$(look queued-resources state.state) node=$(look tpu-vm state)
@@ -219,7 +219,7 @@ condition() {
   esac
 }
 
-look() { # group, field: its value; MISSING where there is no such resource, UNKNOWN where gcloud cannot say
+look() { # group, field; prints its value, MISSING if the resource does not exist, UNKNOWN if gcloud fails
   local value errors
   errors=$(mktemp)
   if value=$(tpus "$1" describe "$name" --format "value($2)" 2>"$errors"); then
@@ -275,7 +275,7 @@ install() {
   ((copied == 0)) && on_hosts all "$unpack"
 }
 
-# The images come with Python 3.10: uv brings a newer one.
+# The images have Python 3.10; uv installs a newer one.
 unpack='set -e
 mkdir -p tinymim
 rm -rf tinymim/tinymim_jax tinymim/configs tinymim/launch
@@ -292,7 +292,7 @@ run() {
   on_hosts all "${setup:+{ $setup; \} && }tinymim/launch/tpu_host.sh start$command"
 }
 
-hosts() { # a line for each host: running, exited N, stopped, lost, none; nothing when not all of them answer
+hosts() { # prints a line per host: running, exited N, stopped, lost, none; nothing unless all of them answer
   local lines
   lines=$(on_hosts all "tinymim/launch/tpu_host.sh status 2>/dev/null || echo tinymim: none") &&
     sed -n 's/.*tinymim: \(running\|exited [0-9]*\|stopped\|lost\|none\)$/\1/p' <<<"$lines"
@@ -309,7 +309,7 @@ on_hosts() { # which, command
   tpus tpu-vm ssh "$name" --worker "$1" --command "$2" $ssh_flags
 }
 
-# Every call of gcloud goes through here.
+# Every call of gcloud.
 tpus() {
   local command=(gcloud compute tpus "$@" --zone "$zone" ${project:+--project "$project"} --quiet)
   if [[ -n $dry_run ]]; then

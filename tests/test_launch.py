@@ -120,7 +120,7 @@ def test_local_processes_know_each_other(local):
 def test_one_failing_process_ends_the_others(local, status):
     code, out = end_of(local("3", "fails", str(status), GRACE="0"))
     assert code == status
-    assert f"exit status {status}, 2 did not end by themselves: killed" in out
+    assert f"exit status {status}; 2 others did not end by themselves and are killed" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -168,7 +168,17 @@ def test_local_gpus_are_dealt_out(tmp_path):
         assert words[-3:] == ["train", "--config", "a b.py"]
     result = bash(LAUNCH / "local.sh", "--dry_run", 3, "train", PATH=path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "4 GPUs cannot be dealt out evenly to 3 processes" in result.stderr
+    assert "4 GPUs cannot be divided evenly among 3 processes" in result.stderr
+
+
+def test_a_broken_nvidia_smi_is_no_gpu(tmp_path):
+    program(tmp_path / "nvidia-smi", "#!/bin/sh\necho NVIDIA-SMI has failed.\necho\nexit 9\n")
+    for processes in (2, 3):
+        words = ["--dry_run", processes, "train", "--config", "x"]
+        result = bash(LAUNCH / "local.sh", *words, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert (result.returncode, len(result.stdout.splitlines())) == (0, processes)
+        assert "JAX_LOCAL_DEVICE_IDS" not in result.stdout
+        assert "nvidia-smi lists no GPU" in result.stderr
 
 
 def test_local_usage():
