@@ -60,7 +60,7 @@ def test_a_stuck_process_shows_its_stacks_and_exits_with_86(tmp_path):
     assert "run the same command again" in out + err
 
 
-def test_a_heart_that_beats_is_not_stopped_nor_one_that_compiles(tmp_path, monkeypatch):
+def test_progress_and_compiling_are_no_stall(tmp_path, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(heartbeat, "exit_at_once", lambda *_, **__: ended.set())
     now = [0.0]
@@ -138,7 +138,7 @@ def test_the_heartbeat_outlives_any_error_of_writing(tmp_path, monkeypatch, capl
     assert "HttpError('503')" in caplog.text
 
 
-def test_status_cannot_be_written_is_said_once(tmp_path, caplog):
+def test_a_failing_status_file_is_logged_once(tmp_path, caplog):
     heart = Heartbeat(epath.Path(tmp_path / "gone"), stall_seconds=0)
     for _ in range(3):
         heart._write()
@@ -198,7 +198,7 @@ def test_sighup_makes_a_training_save_and_stop_unless_it_is_ignored():
     assert (status, out) == (0, "PREEMPTED\n"), err
 
 
-def test_a_process_ends_although_its_last_words_block():
+def test_a_process_ends_although_its_last_message_blocks():
     code = """
         import threading
         from tinymim_jax.runtime import exits
@@ -249,7 +249,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     synced, path = [], tmp_path / "a.txt"
     monkeypatch.setattr(
         files.os, "fsync", lambda fd: synced.append((os.readlink(f"/proc/self/fd/{fd}"), path.exists()))
@@ -300,7 +300,7 @@ class Broken:
     "error",
     [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left"), UnicodeEncodeError("ascii", "é", 0, 1, "no")],
 )
-def test_all_output_of_a_child_is_read_whatever_becomes_of_it(error, tmp_path, monkeypatch):
+def test_all_output_of_a_child_is_read_even_if_it_cannot_be_copied(error, tmp_path, monkeypatch):
     lines, tail = iter([f"line {i}\n" for i in range(1000)]), collections.deque(maxlen=2)
     monkeypatch.setattr(sys, "stdout", Broken(error))
     children._copy(lines, Broken(error), "000 | ", tail)
@@ -330,7 +330,7 @@ def test_a_log_that_cannot_be_written_says_nothing_on_standard_error():
 # ----------------------------------------------------------------------------------------------------- lock
 
 
-def test_a_lock_keeps_the_others_out_and_dies_with_its_process(tmp_path):
+def test_a_lock_excludes_other_processes_until_its_process_ends(tmp_path):
     code = f"""
         import time
         from tinymim_jax.runtime.locks import locked
@@ -367,7 +367,7 @@ def test_a_lock_keeps_the_others_out_and_dies_with_its_process(tmp_path):
         assert f"process {os.getpid()}" in holder(tmp_path)
 
 
-def test_a_lock_is_tried_again_while_somebody_looks_who_holds_it(tmp_path, monkeypatch):
+def test_a_lock_is_tried_again_while_another_process_reads_its_holder(tmp_path, monkeypatch):
     """`holder` takes a shared lock for a moment, which must not prevent a run from starting in its folder."""
     with (tmp_path / locks.LOCK).open("a+") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
@@ -386,7 +386,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     assert "make sure that only one run uses this folder" in caplog.text
 
 
-def test_whose_a_folder_is_by_its_status_where_the_lock_cannot_be_seen(tmp_path):
+def test_the_owner_comes_from_the_status_file_where_locks_cannot_be_seen(tmp_path):
     def status(**facts):
         (tmp_path / "status.json").write_text(json.dumps({"host": "elsewhere", "pid": 7, "time": time.time()} | facts))
 
@@ -420,7 +420,7 @@ def environment(monkeypatch):
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Job(2, 1, "OMPI_COMM_WORLD_SIZE")),
     ],
 )
-def test_the_job_as_its_surroundings_say(environment, variables, job):
+def test_the_job_is_found_in_the_environment(environment, variables, job):
     environment(**variables)
     assert find_job() == job
 
@@ -476,7 +476,7 @@ def test_devices_of_other_processes_than_joined(monkeypatch):
         sharding.make_mesh()
 
 
-def test_missing_processes_are_spoken_of(monkeypatch, caplog):
+def test_missing_processes_are_logged(monkeypatch, caplog):
     monkeypatch.setattr(distributed, "_REMIND_SECONDS", 0.01)
     spoken = threading.Event()
 
@@ -591,7 +591,7 @@ def test_a_point_that_another_command_trains_is_left_to_it(point):
         (["chain", "configs/chain.py:digits"], "with `tinymim train`, each of them over all processes"),
     ],
 )
-def test_what_is_for_one_process_says_so_to_several(words, remedy, environment, tmp_path, capsys):
+def test_sweeps_and_chains_refuse_a_job_of_several_processes(words, remedy, environment, tmp_path, capsys):
     environment(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
     code, _, err = run(capsys, *words, "--workdir", tmp_path)
     assert code == 1

@@ -156,7 +156,7 @@ time.sleep(1e6)
     until(lambda: not any(is_running(pid) for pid in started), seconds=60)
 
 
-def test_local_gpus_are_dealt_out(tmp_path):
+def test_gpus_are_divided_among_local_processes(tmp_path):
     program(tmp_path / "nvidia-smi", "#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i; done\n")
     path = f"{tmp_path}:{os.environ['PATH']}"
     lines = bash(LAUNCH / "local.sh", "--dry_run", 2, "train", "--config", "a b.py", PATH=path).stdout.splitlines()
@@ -214,7 +214,7 @@ def test_a_slurm_array_runs_the_points_of_a_sweep(tmp_path):
     assert (options.command, options.index, options.workdir) == ("sweep", 7, "a b")
 
 
-def test_what_slurm_queues_again(tmp_path):
+def test_what_slurm_requeues(tmp_path):
     assert sbatch(tmp_path, 1, "train")[2] == []
     for _ in range(5):
         assert sbatch(tmp_path, 75, "train")[2] == ["requeue", "12"]

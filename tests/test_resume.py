@@ -84,7 +84,7 @@ def test_another_number_of_images_is_refused(run, tmp_path):
         train(on_set(moved), run)
 
 
-def test_moved_data_and_how_it_is_done_may_change(run, trained, tmp_path, caplog):
+def test_moved_data_and_technical_settings_may_change(run, trained, tmp_path, caplog):
     moved = make_set(tmp_path / "set")
     changes = ["train.log_every=2", "train.accumulate=2", "checkpoint.keep=1", "checkpoint.every_minutes=5.0"]
     with caplog.at_level(logging.INFO, logger="tinymim_jax"):

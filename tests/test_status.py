@@ -164,7 +164,7 @@ def test_metrics_in_a_bucket_go_on_resuming(bucket):
     assert sum(path.stat().length for path in (bucket / "tensorboard").iterdir()) > 0
 
 
-def test_a_bucket_is_claimed_by_who_is_alive(bucket, monkeypatch):
+def test_a_bucket_in_use_is_not_claimed(bucket, monkeypatch):
     monkeypatch.setattr(workdirs.heartbeat, "WRITE_SECONDS_REMOTE", 0.5)
     monkeypatch.setattr(workdirs, "_SETTLE_SECONDS", 0.0)
     config = load_config("configs/digits.py:finetune")
@@ -238,7 +238,7 @@ def test_metrics_that_cannot_be_copied_do_not_end_a_run(bucket, monkeypatch, cap
     assert [row["step"] for row in read(kept / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_reader_that_has_left_is_no_error_to_speak_of(tmp_path):
+def test_a_closed_output_is_no_error(tmp_path):
     make_run(tmp_path / "run", stage="finished", result={"top1": 0.75, "examples": 13})
     command = [sys.executable, "-m", "tinymim_jax", "status", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

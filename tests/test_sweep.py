@@ -275,7 +275,7 @@ def test_a_point_may_be_a_chain(data_dir, tmp_path, capsys):
         (["--sweep", "twice", "--seeds", "2"], ["points 0 and 1"]),
     ],
 )
-def test_nothing_runs_before_everything_is_sound(words, messages, file, data_dir, tmp_path, capsys):
+def test_nothing_runs_unless_all_points_can_be_built(words, messages, file, data_dir, tmp_path, capsys):
     common = ["--workdir", tmp_path / "w", "--data_dir", data_dir, "--run", "local", *SMALL[:-5]]
     status, out, err = run(capsys, "sweep", file, *common, *words)
     assert status == 1, out
@@ -313,11 +313,11 @@ def test_names_are_stable_unique_and_safe(tmp_path):
 @pytest.mark.parametrize(
     "value", [1, 1e-3, True, None, "qk_vv", "18", "None", "", "300 epochs", (1, 2), np.float64(0.1)]
 )
-def test_words_come_back_as_they_were(value):
+def test_overrides_are_parsed_back(value):
     assert parse_overrides([format_override("a.b", value)]) == {"a.b": value}
 
 
-def test_keys_find_their_stages(tmp_path):
+def test_overrides_reach_their_stages(tmp_path):
     stages = read_stages("configs/chain.py:digits")
     changes = {"seed": 3, "distill.teacher.path": "x", "small.optim.base_lr": 1.0}
     teacher, large, small, classifier = make_runs(stages, tmp_path, changes)
@@ -423,7 +423,7 @@ def test_trials_behind_the_median_are_stopped(tmp_path):
         study.tell(trial, value)
 
 
-def test_trials_of_a_stopped_study_are_taken_up(data_dir, tmp_path):
+def test_trials_of_a_stopped_study_are_queued_again(data_dir, tmp_path):
     from tinymim_jax.sweeps.optuna_study import _requeue_running
 
     study = optuna.create_study()
