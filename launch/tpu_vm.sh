@@ -99,7 +99,7 @@ up() {
         ((++failures <= restarts)) || { remind; fail "ended by crashes or stalls $failures times: given up"; }
         say "ended by a crash or a stall, restart $failures of $restarts"
         ;;
-      stopped) say "stopped: the same line goes on" && remind && return 75 ;;
+      stopped) say "stopped: the same line resumes" && remind && return 75 ;;
       *) remind && return 1 ;;
     esac
   done
@@ -190,7 +190,7 @@ until_ready() {
       missing) create || fail "the queued resource was refused" ;;
       lost)
         ((++attempts <= 3)) || fail "lost or refused 3 times before it was ready"
-        delete && create || fail "it could not be created anew"
+        delete && create || fail "it could not be created again"
         ;;
       stopped) fail "the VM is stopped: gcloud compute tpus tpu-vm start $name --zone $zone" ;;
       unknown) [[ -n $before ]] || fail "gcloud does not say what $name is" ;;
@@ -234,7 +234,7 @@ look() { # group, field; prints its value, MISSING if the resource does not exis
 }
 
 create() {
-  [[ -n $type ]] || fail "there is no $name in $zone: --type says what to create"
+  [[ -n $type ]] || fail "there is no $name in $zone: give --type to create one"
   if [[ -z $runtime ]]; then
     case $type in
       v6e-*) runtime=v2-alpha-tpuv6e ;;
@@ -264,7 +264,7 @@ install() {
   local folder changed copied
   folder=$(mktemp -d)
   if [[ -z $dry_run ]]; then
-    changed=$(git -C "$root" status --porcelain) || fail "$root is no git checkout: what is copied is its last commit"
+    changed=$(git -C "$root" status --porcelain) || fail "$root is not a git checkout, and the last commit is what is copied"
     [[ -z $changed ]] || say "not committed, so not copied:"$'\n'"$changed"
     git -C "$root" archive --format=tar.gz --output="$folder/tinymim.tar.gz" HEAD || return
   fi
@@ -324,7 +324,7 @@ check_workdir() {
   local i
   for ((i = 0; i < ${#words[@]} - 1; i++)); do
     if [[ ${words[i]} == --workdir && ${words[i + 1]} != /* ]]; then
-      say "--workdir ${words[i + 1]} lies on each host's own disk: other hosts do not see it and it goes with the VM." \
+      say "--workdir ${words[i + 1]} is on each host's own disk: other hosts do not see it, and it is deleted with the VM." \
         "Mount a shared file system with --setup and give a path on it"
     fi
   done

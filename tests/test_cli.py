@@ -1,6 +1,7 @@
 """The command as a user types it."""
 
 import pathlib
+import re
 
 import pytest
 from commands import run

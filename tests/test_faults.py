@@ -54,7 +54,7 @@ def test_an_error_on_one_process_ends_both_and_both_say_why(soak):
     assert found["codes"] == [1, 1]
     assert "KeyError: 'a mistake on one host'" in found["log"]
     assert f"process {found['process']} of the job has ended, so this one ends too" in found["log"]
-    assert "run the same command again to go on" in found["log"]
+    assert "run the same command again to resume" in found["log"]
 
 
 def test_a_stuck_process_ends_both_with_86_and_shows_where_it_was(soak):

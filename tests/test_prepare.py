@@ -453,7 +453,7 @@ def test_no_interruption_shows_in_the_result(pets, tmp_path):
         assert process.returncode == status, out
         assert "Traceback" not in out
         if status > 0:
-            assert "run the same command again to go on" in out
+            assert "run the same command again to resume" in out
             assert not list(scratch.glob("*.tmp"))
         with pytest.raises(FileNotFoundError):  # incomplete, so not there
             open_source("pets_128", split="train", data_dir=tmp_path / "disturbed")

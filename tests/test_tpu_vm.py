@@ -216,7 +216,7 @@ def test_stop_and_go_on(slice_):
     assert slice_.tpu_vm("stop").returncode == 0
     code, out = end_of(process)
     assert code == 75, out
-    assert "stopped: the same line goes on" in out
+    assert "stopped: the same line resumes" in out
     assert slice_.tpu_vm("status").stdout.count("tinymim: stopped") == 2
     assert slice_.tpu_vm("up", "--", "train", "--workdir", "/a").returncode == 0
     assert slice_.tpu_vm("delete").returncode == 0
@@ -259,7 +259,7 @@ def test_errors_before_anything_is_started(slice_):
     assert "no command" in refused("up")
     assert "--colour is unknown" in refused("status", "--colour")
     assert "fly is none of up, create" in refused("fly")
-    assert "--type says what to create" in refused("up", "--", "train", "--workdir", "/a")
+    assert "give --type to create one" in refused("up", "--", "train", "--workdir", "/a")
     assert "other hosts do not see it" in refused("up", "--", "train", "--workdir", "runs/b")
     program(slice_.folder / "bin" / "gcloud", "#!/bin/sh\necho 'ERROR: PERMISSION_DENIED' >&2; exit 1\n")
     assert "PERMISSION_DENIED" in refused("up", "--type", "v4-8", "--", "train", "--workdir", "/a")

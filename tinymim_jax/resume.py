@@ -87,7 +87,7 @@ def check_same(workdir: epath.Path, config: ConfigDict, *, extend: bool = False)
     if _DURATION in changes and not extend:
         old, new = changes[_DURATION]
         raise ValueError(
-            f"{workdir} was begun with train.duration={old!r}, and {new!r} is asked for. With --extend a run goes on "
+            f"{workdir} was begun with train.duration={old!r}, and {new!r} is asked for. With --extend a run continues "
             "for longer: the learning rate then follows the cosine of the new length from the step that was reached. "
             "Otherwise choose another --workdir, or delete it"
         )
@@ -117,7 +117,7 @@ def accept(
     inputs: Inputs,
     changes: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Records inputs and config in the workdir; call it when nothing speaks against resuming the run.
+    """Records inputs and config in the workdir; call it when all checks have passed.
 
     A finished run that is extended loses its result.json.
 

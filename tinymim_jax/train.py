@@ -180,7 +180,7 @@ def _loop(
                     checkpoints.wait()
                 report.account()
                 raise Interrupted(
-                    f"stopped after step {step}, all saved: run the same command again to go on", by_hand=stop.by_hand
+                    f"stopped after step {step}, all saved: run the same command again to resume", by_hand=stop.by_hand
                 )
         _check_finite(skipped_in_a_row, total, settings.max_skipped)
         report.finished(total)

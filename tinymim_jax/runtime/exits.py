@@ -18,7 +18,7 @@ Ctrl-C without saving; ended by SIGTERM or SIGHUP, by a command that has nothing
 STALL_MINUTES = 30.0
 """Default of --stall_minutes: after so long without progress a process ends with STALLED."""
 
-RESUME_HINT = "What was saved is intact: run the same command again to go on"
+RESUME_HINT = "What was saved is intact: run the same command again to resume"
 
 _log = logging.getLogger(__name__)
 

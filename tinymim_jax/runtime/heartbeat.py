@@ -134,7 +134,7 @@ class Heartbeat:
             with self._write_lock:
                 with self._lock:
                     facts = dict(self._facts)
-                # Advisory, and written often: not worth a wait for the disk.
+                # Without waiting for the disk: it is written often, and a lost one does no harm.
                 write_json(path, facts | self._sample() | {"time": time.time()}, sync=False)
             self._failing = False
         except Exception as error:  # a bucket's client has exceptions of its own, such as gcsfs's HttpError

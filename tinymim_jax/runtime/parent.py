@@ -25,7 +25,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def end_with_parent_of_environment() -> None:
-    """Calls `end_with_parent` if TINYMIM_PARENT is set, and removes the variable: it is not meant for grandchildren."""
+    """Calls `end_with_parent` if TINYMIM_PARENT is set, and removes the variable: its own children must not see it."""
     if parent := os.environ.pop(PARENT_VARIABLE, None):
         end_with_parent(int(parent))
 

@@ -21,7 +21,7 @@ from tinymim_jax.runtime.workdir import FAILED, RunState, read_state
 from tinymim_jax.sweeps.points import LOG, Point, Run
 
 EXTEND = "--extend"
-"""The option of `tinymim train` with which a finished run, too, may go on for longer."""
+"""The option of `tinymim train` that lets a run, finished or not, continue to a longer duration."""
 
 _TAIL_LINES = 30
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -14,7 +14,7 @@ from tinymim_jax.data.prepare.shards import Conversion, Shard, Stopped, write_sh
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.worker import settle_in
 
-GO_ON = "run the same command again to go on: finished shards are kept"
+GO_ON = "run the same command again to resume: finished shards are kept"
 _POLL_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
