@@ -58,7 +58,8 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
     size = list(model["encoder"]["image_size"])
     read = {**sidecar.values, "resize": sidecar.resize(max(size))}
     # An export does not make more certain what was assumed before it.
-    guessed = exported.get("origin") if isinstance(exported.get("origin"), Mapping) else {}
+    guessed = exported.get("origin")
+    guessed = guessed if isinstance(guessed, Mapping) else {}
     sources = [
         ({**dataclasses.asdict(given)}, lambda key: "given"),
         (exported, lambda key: "assumed" if guessed.get(key) == "assumed" else "read from the file's metadata"),
