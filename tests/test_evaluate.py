@@ -3,6 +3,7 @@
 import functools
 import logging
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +235,7 @@ def test_damaged_images_of_an_evaluation_during_training(tmp_path):
 
 
 def test_substitutions_of_all_hosts_are_added(monkeypatch):
-    batches = types.SimpleNamespace(substitutions=2)
+    batches: Any = types.SimpleNamespace(substitutions=2)
     assert count_substituted(batches, 2000) == 2
     with pytest.raises(RuntimeError, match="2 of 1999 images cannot be decoded"):
         count_substituted(batches, 1999)

@@ -49,8 +49,8 @@ def test_the_optimum_is_scikit_learns():
 
 
 def test_a_separable_problem_is_solved():
-    (x, y), (judged_x, judged_y) = clouds(1, 400, 0.1), clouds(2, 100, 0.1)
-    assert head_figures(fit(x, y, (1.0,)), judged_x, judged_y)["top1"] == 1
+    (x, y), (eval_x, eval_y) = clouds(1, 400, 0.1), clouds(2, 100, 0.1)
+    assert head_figures(fit(x, y, (1.0,)), eval_x, eval_y)["top1"] == 1
 
 
 def test_heads_side_by_side_are_those_trained_alone():
@@ -64,7 +64,7 @@ def test_heads_side_by_side_are_those_trained_alone():
         np.testing.assert_allclose(together["kernel"][i], alone["kernel"][0], rtol=1e-4, atol=1e-6)
 
 
-def test_each_example_is_judged_once(monkeypatch):
+def test_each_example_is_evaluated_once(monkeypatch):
     monkeypatch.setattr(linear_probe, "_ROWS", 64)
     x, y = clouds(3, 150, 1.0, classes=8)
     rng = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def test_the_command_leaves_a_classifier(checkpoint, data_dir, tmp_path, pool, c
     assert result["held_out_top1"][f"{result['base_lr']:g}"] == max(result["held_out_top1"].values())
     assert result["examples"] == 500
     assert result["top1"] > 0.3  # chance is 0.1
-    # The folder is judged as any classifier's: through images, and the network with the head in its place.
+    # The folder is evaluated like any classifier: from images, through the network and its head.
     config = probe_config(f"probe.pool={pool}", "data.eval_split=test", "train.batch_size=48")
     again = evaluate_checkpoint(config, tmp_path / "out", data_dir=data_dir)
     assert again["top1"] == pytest.approx(result["top1"], abs=0.0021)  # one image, whose two best classes are equal

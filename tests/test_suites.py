@@ -230,7 +230,12 @@ def test_what_stands_beside_the_figures(evaluated, checkpoint, sets):
 
 def test_the_papers_figures_are_those_of_the_width():
     figures = {"examples": 50, "top1": 0.5, "top5": 0.75, "ece": 0.125, "classes": 9, "status": "evaluated"}
-    suites = {"a": figures, "v2": figures, "c": figures | {"mce": 0.25, "sets": {}}, "r": {"status": "missing"}}
+    suites = {
+        "a": figures,
+        "v2": figures | {"substituted": 3},
+        "c": figures | {"mce": 0.25, "sets": {}},
+        "r": {"status": "missing"},
+    }
     speed = {"images_per_second": 12345.6, "dtype": "float32", "batch_size": 8, "devices": 2, "device": "H100"}
     sizes = {"depth": 12, "classes": 1000, "parameters": 86_567_656, "forward_flops": 35_127_656_448}
     tables = {
@@ -249,6 +254,8 @@ def test_the_papers_figures_are_those_of_the_width():
     assert "| a | 50 | 9 | 50.0 | 75.0 | 12.5 | - | 11.0 |" in tables[192]
     assert "| c | 50 | 9 | 50.0 | 75.0 | 12.5 | 25.0 | 35.8 |" in tables[384]
     assert "paper |" not in tables[1024]
+    assert "Of v2: 3 images could not be decoded, and others were counted in their place." in tables[192]
+    assert "Of a: " not in tables[192]
 
 
 @pytest.mark.parametrize("batch_size", [8, 16])
@@ -305,7 +312,7 @@ def test_weights_that_are_not_finite_answer_nothing(sets, checkpoint, tmp_path):
     assert (answers.confidence == 0).all()
 
 
-# ------------------------------------------------------------------------------------------- one's own sets
+# ------------------------------------------------------------------------------------------- sets of the user
 
 
 def test_a_converted_file_on_a_set_by_name(golden, tmp_path, data_dir, capsys):

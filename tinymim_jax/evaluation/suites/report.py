@@ -28,6 +28,11 @@ def markdown(results: Mapping[str, Any], data_dir: str | None = None) -> str:
         if "top1" in found and "sets" in found:
             paper = "; the paper's figure is the mCE" if "mce" in found else ""
             parts.append(f"Of {suite}: top-1, top-5 and ECE are means over its sets{paper}.")
+    parts += [
+        f"Of {suite}: {found['substituted']} images could not be decoded, and others were counted in their place."
+        for suite, found in suites.items()
+        if found.get("substituted")
+    ]
     parts += _listed("Weakest classes (top-1, images):", {suite: _weakest(found) for suite, found in suites.items()})
     parts += _listed(
         "Most confused (of a class's images):", {suite: _confused(found) for suite, found in suites.items()}
