@@ -189,6 +189,15 @@ def test_mistakes_in_a_config_name_the_remedy(converted, data_dir, experiment, o
         build_experiment(small_config(experiment, *overrides, override), data_dir=data_dir)
 
 
+def test_official_heads_and_others_are_refused(data_dir):
+    words = ("classify.heads=official", "model.embed_dim=192")
+    with pytest.raises(ValueError, match=r"model\.heads=2, but .*'official' has 3 heads in every block"):
+        build_experiment(small_config("finetune", *words), data_dir=data_dir)
+    for heads in (3, None):
+        task = build_experiment(small_config("finetune", *words, f"model.heads={heads}"), data_dir=data_dir).task
+        assert task.model["encoder"]["heads"] == [3, 3]
+
+
 def test_a_missing_teacher_says_how_to_get_it(data_dir, tmp_path):
     words = ["distill.teacher.name=mae_vit_large", f"distill.teacher.path={tmp_path / 'nothing'}"]
     with pytest.raises(CheckpointError, match=r"(?s)nothing.*mae_pretrain_vit_large\.pth.*tinymim convert --from mae"):

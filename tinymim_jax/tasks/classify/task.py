@@ -187,7 +187,13 @@ def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     if choice == "official":
         if encoder.embed_dim not in OFFICIAL_HEADS:
             raise ValueError(f"classify.heads='official' is published for widths {tuple(OFFICIAL_HEADS)} only")
-        return encoder.clone(heads=OFFICIAL_HEADS[encoder.embed_dim])
+        heads, asked = OFFICIAL_HEADS[encoder.embed_dim], config.model.heads
+        if asked not in (None, heads):
+            raise ValueError(
+                f"model.heads={asked!r}, but classify.heads='official' has {heads} heads in every block: set "
+                "model.heads=None, or classify.heads='keep'"
+            )
+        return encoder.clone(heads=heads)
     if choice not in ("keep", "uniform"):
         raise unknown("classify.heads", choice, ("keep", "official", "uniform"))
     if loaded is None:
