@@ -29,7 +29,7 @@ _UNITS = {"": 2.0**-30, "K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 
 
 class OutOfMemory(RuntimeError):
-    """The devices' memory does not suffice for the training step; the message has the remedies."""
+    """The training step does not fit into the devices' memory; the message lists what to change."""
 
 
 def abstract_step(
@@ -72,7 +72,7 @@ def bytes_needed(program: Any) -> dict[str, int]:
 
 
 def bytes_refused(message: str, held: int = 0) -> int | None:
-    """Bytes that a refused program needs; 0 where the message does not say, None where memory was not the reason.
+    """Bytes needed by a program that did not fit; 0 if the message lacks them, None if memory was not the reason.
 
     Args:
       message: of the compiler, which knows the whole, or of an allocator, which knows its last request.
@@ -88,7 +88,7 @@ def bytes_refused(message: str, held: int = 0) -> int | None:
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that a program may use on each device of `mesh`: the least of all; None where nothing says (CPUs)."""
+    """Bytes available to a program on each device of `mesh`, the minimum over devices; None if unknown (CPUs)."""
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in mesh.local_devices]
     least = min(limits)
     if jax.process_count() > 1:
@@ -105,7 +105,7 @@ def micro_batch_counts(batch_size: int, devices: int) -> list[int]:
 def smallest_accumulate(experiment: Experiment, frozen: Any, paths: frozenset, mesh: Mesh) -> int:
     """The smallest number of micro-batches with which the step fits into the devices' memory, found by compiling it.
 
-    1 where the devices do not tell their memory.
+    1 if the devices do not report their memory.
 
     Raises:
       ValueError: the batch cannot be split over the devices.
@@ -119,7 +119,7 @@ def smallest_accumulate(experiment: Experiment, frozen: Any, paths: frozenset, m
         )
     limit = device_memory(mesh)
     if limit is None:
-        log.info("train.accumulate=0: %s does not tell its memory; 1 micro-batch", mesh.devices.flat[0].device_kind)
+        log.info("train.accumulate=0: %s does not report its memory; 1 micro-batch", mesh.devices.flat[0].device_kind)
         return 1
     budget, count = _SHARE * limit, counts[0]
     while True:
@@ -139,7 +139,8 @@ def smallest_accumulate(experiment: Experiment, frozen: Any, paths: frozenset, m
         more = [n for n in counts if n > count]
         if not more:
             raise OutOfMemory(_advice(experiment, frozen, paths, mesh, count, total, limit))
-        # What lies there between steps stays, the rest shrinks with the micro-batch at best: fewer cannot fit.
+        # Arguments keep their size and temporaries shrink at best in proportion to the micro-batch, so a smaller count
+        # cannot fit.
         rest = needed["temporaries"]
         least = count * rest / max(budget - (total - rest), 1)
         count = next((n for n in more if n >= least), more[-1])
@@ -147,7 +148,7 @@ def smallest_accumulate(experiment: Experiment, frozen: Any, paths: frozenset, m
 
 @contextlib.contextmanager
 def explained(experiment: Experiment, frozen: Any, paths: frozenset, mesh: Mesh, accumulate: int) -> Iterator[None]:
-    """Raises OutOfMemory, which says what to change, where a device or compiler complains that memory is exhausted."""
+    """Turns errors about exhausted device memory into OutOfMemory, whose message says what to change."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -171,7 +172,7 @@ class Remedy:
 
 
 def remedies(config: ConfigDict, chips: int, per_host: int, fsdp: int, fitting: int) -> Iterator[Remedy]:
-    """What may be changed, the cheapest first. Nothing before the last one changes what is learned.
+    """Changes that reduce memory, the cheapest first. Only the last one, a smaller batch, changes the training result.
 
     Args:
       per_host: chips that may share one copy of the parameters.
@@ -192,7 +193,9 @@ def remedies(config: ConfigDict, chips: int, per_host: int, fsdp: int, fitting: 
     per_chip = batch // chips
     for more in range(parts + 1, per_chip + 1):
         if per_chip % more == 0 and fitting and per_chip // more <= fitting:
-            yield Remedy((f"train.accumulate={more}",), {"train.accumulate": more}, "the parts follow one another")
+            yield Remedy(
+                (f"train.accumulate={more}",), {"train.accumulate": more}, "micro-batches run one after another"
+            )
             break
     if fitting:
         smaller = fitting * chips * parts
@@ -209,7 +212,7 @@ def _compiled_bytes(experiment: Experiment, frozen: Any, paths: frozenset, mesh:
         refused = bytes_refused(str(error), held)
         if refused is None:
             raise
-        # A compiler that does not say how much it was: the next number of micro-batches is tried.
+        # If the compiler does not report the size, the next number of micro-batches is tried.
         return {"arguments": held if refused else sys.maxsize, "temporaries": max(refused - held, 0)}
 
 
@@ -225,7 +228,7 @@ def _held(arguments: Any) -> int:
 def _advice(
     experiment: Experiment, frozen: Any, paths: frozenset, mesh: Mesh, accumulate: int, needed: int, limit: int
 ) -> str:
-    """What was asked for, and the changes that help, with numbers. `needed` and `limit` may be 0: not known."""
+    """The error message: the requested settings and the changes that help. `needed` and `limit` are 0 if unknown."""
     config, batch = experiment.config, experiment.batch_size
     _, arguments = abstract_step(experiment, frozen, paths, mesh, accumulate)
     held, images = _held(arguments), batch // accumulate // mesh.size
