@@ -97,7 +97,8 @@ def test_moved_data_and_technical_settings_may_change(run, trained, tmp_path, ca
 
 
 def test_what_may_change_is_a_key_and_everything_else_is_refused(run, images):
-    assert set(MAY_CHANGE) <= set(flat_names(on_set(images)))
+    known = {*flat_names(on_set(images)), *flat_names(small_config("distill"))}
+    assert set(MAY_CHANGE) <= known
     for override in ("optim.weight_decay=0.123", "seed=7", f"data.source=tar:{images}"):
         with pytest.raises(ValueError, match=rf"another experiment:\n  {override.split('=')[0]}: .* there, .* here\n"):
             train(on_set(images, override), run)
