@@ -49,7 +49,7 @@ def test_nothing_fits(pieces, monkeypatch):
 def test_a_device_that_does_not_tell_its_memory(pieces, caplog):
     with caplog.at_level("INFO", logger="tinymim_jax"):
         assert memory.smallest_accumulate(*pieces) == 1
-    assert "does not tell its memory; 1 micro-batch" in caplog.text
+    assert "does not report its memory; 1 micro-batch" in caplog.text
 
 
 def test_counts_leave_every_device_whole_images():
