@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -221,7 +222,7 @@ def _held(arguments: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(arguments)
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)  # the random key
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # the random key
     )
 
 

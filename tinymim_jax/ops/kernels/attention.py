@@ -5,6 +5,7 @@ Beyond `SHORT` tokens the kernels take blocks of query rows, with the keys and v
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from tinymim_jax.ops.kernels.tiles import LANES, NN, NT, ROWS, SHORT, TN, Heads, compiler_params, dot, valid_rows
+from tinymim_jax.ops.kernels.tiles import LANES, NN, NT, ROWS, SHORT, TN, Heads, add, compiler_params, dot, valid_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -117,7 +118,8 @@ def _short_forward(qkv_ref, out_ref, *, heads: Heads, scale: float) -> None:
         query, key = (qkv_ref[0, :, heads.window(head, part)] for part in (0, 1))
         return dot(heads.only(query, head), key, NT) * scale  # [queries, keys]
 
-    out, current = None, logits(0)
+    current: Any = logits(0)
+    out = None
     for head in range(heads.heads):
         # The next head's product is issued before this head's softmax, so that the matrix unit has work meanwhile.
         ahead = logits(head + 1) if head + 1 < heads.heads else None
@@ -141,7 +143,7 @@ def _short_backward(qkv_ref, cotangent_ref, gradient_ref, *, heads: Heads, scale
         return dot(key, query, NT) * scale, dot(value, cotangent, NT), query, cotangent
 
     d_query = d_key = d_value = None
-    current = products(0)
+    current: Any = products(0)
     for head in range(heads.heads):
         ahead = products(head + 1) if head + 1 < heads.heads else None
         logits, d_weights, query, cotangent = current
@@ -152,8 +154,8 @@ def _short_backward(qkv_ref, cotangent_ref, gradient_ref, *, heads: Heads, scale
         weights = weights.astype(query.dtype)
         d_query = heads.merge(dot(d_logits, qkv_ref[0, :, heads.window(head, 1)], TN), d_query, head)
         # query and cotangent are zero in the lanes of other heads, so these two simply add up over a window.
-        d_key = _sum(dot(d_logits, query, NN), d_key, heads.first(head))
-        d_value = _sum(dot(weights, cotangent, NN), d_value, heads.first(head))
+        d_key = add(dot(d_logits, query, NN), d_key, heads.first(head))
+        d_value = add(dot(weights, cotangent, NN), d_value, heads.first(head))
         if heads.last(head):
             for part, gradient in enumerate((d_query, d_key, d_value)):
                 gradient_ref[0, :, heads.window(head, part)] = gradient.astype(gradient_ref.dtype)
@@ -197,8 +199,8 @@ def _long_backward(
         mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
         d_logits = (weights * (d_weights - mean) * scale).astype(query.dtype)
         d_query = heads.merge(dot(d_logits, key, NN), d_query, head)
-        d_key = _sum(dot(d_logits, query, TN), d_key, heads.first(head))
-        d_value = _sum(dot(weights.astype(query.dtype), cotangent, TN), d_value, heads.first(head))
+        d_key = add(dot(d_logits, query, TN), d_key, heads.first(head))
+        d_value = add(dot(weights.astype(query.dtype), cotangent, TN), d_value, heads.first(head))
         if heads.last(head):
             d_query_ref[0, :, window] = d_query.astype(d_query_ref.dtype)
             d_key_sum[:, window] += d_key
@@ -208,10 +210,6 @@ def _long_backward(
     def _():
         d_key_ref[0] = d_key_sum[...].astype(d_key_ref.dtype)
         d_value_ref[0] = d_value_sum[...].astype(d_value_ref.dtype)
-
-
-def _sum(new: Array, before: Array | None, first: bool) -> Array:
-    return new if first or before is None else before + new
 
 
 class _Blocks:

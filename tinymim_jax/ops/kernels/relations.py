@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from tinymim_jax.ops.kernels.tiles import LANES, NN, NT, ROWS, SHORT, TN, Heads, compiler_params, dot, valid_rows
+from tinymim_jax.ops.kernels.tiles import LANES, NN, NT, ROWS, SHORT, TN, Heads, add, compiler_params, dot, valid_rows
 
 # A relation as two parts of (q, k, v): "qk" is (0, 1).
 Relations = tuple[tuple[int, int], ...]
@@ -130,7 +131,7 @@ def _short(student_ref, teacher_ref, loss_ref, *gradient_refs, own: Heads, other
             gradient_refs[0][0, :, unused] = jnp.zeros((tokens, own.dim), gradient_refs[0].dtype)
     totals = [jnp.zeros((1, 1), jnp.float32)] * len(relations)
     d_left = d_right = None
-    current = products(*tasks[0][1:])
+    current: Any = products(*tasks[0][1:])
     for index, (column, left, right, head) in enumerate(tasks):
         # The next head's products are issued before this head's softmax, so that the matrix unit has work meanwhile.
         ahead = products(*tasks[index + 1][1:]) if index + 1 < len(tasks) else None
@@ -141,8 +142,7 @@ def _short(student_ref, teacher_ref, loss_ref, *gradient_refs, own: Heads, other
             d_logits = (difference * (own.head_dim**-0.5 * scale)).astype(query.dtype)
             key = student_ref[0, :, own.window(head, right)]
             d_left = own.merge(dot(d_logits, key, TN), d_left, head)
-            new = dot(d_logits, query, NN)  # zero in the lanes of other heads
-            d_right = new if own.first(head) else d_right + new
+            d_right = add(dot(d_logits, query, NN), d_right, own.first(head))  # zero in the lanes of other heads
             if own.last(head):
                 for part, value in _by_part(left, right, d_left, d_right):
                     gradient_refs[0][0, :, own.window(head, part)] = value.astype(gradient_refs[0].dtype)
@@ -297,8 +297,7 @@ def _long(
                 continue
             d_logits = (difference * (own.head_dim**-0.5 * scale)).astype(query.dtype)
             d_left = own.merge(dot(d_logits, key, NN), d_left, head)
-            new = dot(d_logits, query, TN)
-            d_right = new if own.first(head) else d_right + new
+            d_right = add(dot(d_logits, query, TN), d_right, own.first(head))
             if own.last(head):
                 sums[column][:tokens, window] += d_right
                 if d_left_ref is None:

@@ -27,9 +27,14 @@ def dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def compiler_params(*semantics: str) -> Any:
+def compiler_params(*semantics: Any) -> Any:
     """For `pallas_call`: the kind of each grid dimension ("parallel" or "arbitrary"), and the VMEM that is allowed."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_VMEM_BYTES)
+
+
+def add(new: jax.Array, before: jax.Array | None, first: bool) -> jax.Array:
+    """`new`, added to what earlier heads of a window left, unless there are none."""
+    return new if first or before is None else before + new
 
 
 def valid_rows(x: jax.Array, tokens: int) -> jax.Array:
