@@ -459,6 +459,64 @@ def test_damaged_tars_are_refused(tmp_path):
             open_source(f"tar:{tmp_path}", split="train")
 
 
+def test_a_member_that_claims_more_than_the_tar_holds(tmp_path):
+    """Its header is read and nothing else: neither the memory nor the data that it claims."""
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in (("1.jpg", b"one"), ("1.cls", b"0")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    whole = (tmp_path / "0.tar").read_bytes()
+    at = whole.index(b"1.cls")
+    for claimed in (1 << 60, -512):
+        info = tarfile.TarInfo("1.cls")
+        info.size = claimed
+        (tmp_path / "0.tar").write_bytes(whole[:at] + info.tobuf(tarfile.GNU_FORMAT) + whole[at + 512 :])
+        with pytest.raises(ValueError, match=r"0.tar is cut short or not a tar file"):
+            open_source(f"tar:{tmp_path}", split="all")
+
+
+def test_links_in_a_tar_stand_for_their_files(tmp_path):
+    put(tmp_path / "x" / "1.jpg", b"one")
+    put(tmp_path / "x" / "1.cls", b"2")
+    os.link(tmp_path / "x" / "1.jpg", tmp_path / "x" / "2.jpg")
+    os.link(tmp_path / "x" / "1.cls", tmp_path / "x" / "2.cls")
+    (tmp_path / "x" / "3.jpg").symlink_to("2.jpg")
+    put(tmp_path / "x" / "3.cls", b"0")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("1.jpg", "1.cls", "2.jpg", "2.cls", "3.jpg", "3.cls"):
+            tar.add(tmp_path / "x" / name, arcname=f"./x/{name}")
+        assert [member.islnk() for member in tar.getmembers()] == [False, False, True, True, False, False]
+        assert tar.getmembers()[4].issym()
+    source = open_source(f"tar:{tmp_path}", split="all")
+    assert read_all(source) == [(b"one", 2), (b"one", 2), (b"one", 0)]
+    assert source.describe(1).startswith("./x/2.jpg of ")
+    (tmp_path / "x" / "4.jpg").symlink_to("/nowhere/4.jpg")
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        tar.add(tmp_path / "x" / "4.jpg", arcname="x/4.jpg")
+    with pytest.raises(ValueError, match=r"x/4.jpg of .*0.tar is a link to /nowhere/4.jpg.*--dereference"):
+        open_source(f"tar:{tmp_path}", split="all")
+
+
+def test_a_read_that_stops_short_is_continued(tmp_path, monkeypatch):
+    write_tar(tmp_path, "train", LABELLED)
+    pread, sizes = os.pread, []
+
+    def short(descriptor, size, offset):  # as network file systems may
+        sizes.append(size)
+        return pread(descriptor, min(size, 50), offset)
+
+    monkeypatch.setattr(os, "pread", short)
+    assert read_all(open_source(f"tar:{tmp_path}", split="train")) == LABELLED
+    assert len(sizes) > len(LABELLED)
+
+
+def test_home_in_a_location(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    WRITERS[kind](tmp_path / "set", "train", LABELLED)
+    assert read_all(open_source(f"{kind}:~/set", split="train")) == expected(kind, LABELLED)
+
+
 def test_compressed_tars_are_refused(tmp_path):
     for name in ("train-0.tar.gz", "train-1.tgz"):
         put(tmp_path / name, b"")

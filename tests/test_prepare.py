@@ -335,6 +335,32 @@ def test_a_full_disk_is_told_and_nothing_looks_whole(tmp_path, monkeypatch):
     assert os.listdir(scratch / "sidecars") == []
 
 
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Each file is synced before it is renamed, its folder after, and the sidecar that vouches for it comes last."""
+    order = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        order.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        order.append(("rename", os.path.basename(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_set({"train": Photographs(4)}, tmp_path, "photos", workers=0)
+    shard = next(name for what, name in order if what == "rename" and name.startswith("photos-train.array_record"))
+    if ".json" in shard:  # the sidecar was renamed first
+        pytest.fail("the sidecar came before its shard")
+    renamed = order.index(("rename", shard))
+    assert ("sync", shard) in order[:renamed]
+    assert order[renamed + 1] == ("sync", "1.0.0.incomplete")
+    sidecar = next(name for what, name in order[renamed:] if what == "rename" and ".json" in name)
+    assert order.index(("sync", sidecar)) < order.index(("rename", sidecar))
+
+
 @pytest.mark.parametrize("finish", [False, True])
 def test_other_options_are_refused(tmp_path, finish):
     source = Photographs(8, files={} if finish else {0: b"text"})

@@ -62,6 +62,43 @@ def test_pixels_are_timms(key):
         np.testing.assert_array_equal(got, wanted[sampler, sign, m], f"{used}, sign {sign}, magnitude {m}")
 
 
+@pytest.mark.parametrize("bits", [0, 1, 3, 4, 7, 8])
+def test_posterizing_keeps_the_high_bits(bits):
+    pixels = np.random.default_rng(bits).integers(0, 256, (9, 7, 3), np.uint8)
+    got = OPERATIONS["Posterize"].apply(Image.fromarray(pixels), bits, Image.Resampling.BICUBIC, (0, 0, 0))
+    np.testing.assert_array_equal(np.asarray(got), pixels & (0xFF00 >> bits & 0xFF))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tables_of_levels_written_out(seed):
+    """Narrow, flat and full histograms: what autocontrast and equalize compute, with whole numbers in numpy."""
+    rng = np.random.default_rng(seed)
+    low, high = ((0, 256), (40, 90), (7, 8), (250, 256))[seed]
+    pixels = rng.integers(low, high, (40, 30, 3), np.uint8)
+    levels = np.arange(256)
+
+    def applied(name, argument=0.0):
+        operation = OPERATIONS[name]
+        return np.asarray(operation.apply(Image.fromarray(pixels), argument, Image.Resampling.BICUBIC, (0, 0, 0)))
+
+    for channel in range(3):
+        seen = pixels[..., channel]
+        first, last = int(seen.min()), int(seen.max())
+        scale = 255.0 / max(last - first, 1)
+        stretched = np.clip((levels * scale + -first * scale).astype(np.int64), 0, 255)
+        table = stretched if last > first else levels
+        np.testing.assert_array_equal(applied("AutoContrast")[..., channel], table[seen])
+        counts = np.bincount(seen.ravel(), minlength=256)
+        used = counts[counts > 0]
+        step = (used.sum() - used[-1]) // 255
+        table = (step // 2 + np.cumsum(counts) - counts) // step if step else levels
+        np.testing.assert_array_equal(applied("Equalize")[..., channel], np.minimum(table, 255)[seen])
+    np.testing.assert_array_equal(applied("Invert"), 255 - pixels)
+    np.testing.assert_array_equal(applied("Solarize", 100), np.where(pixels < 100, pixels, 255 - pixels))
+    want = np.where(pixels < 128, np.minimum(pixels.astype(int) + 30, 255), pixels)
+    np.testing.assert_array_equal(applied("SolarizeAdd", 30), want)
+
+
 def test_the_file_covers_every_operation():
     names = {key.split("/")[2] for key in TIMM if key.startswith("pixels/inc/")}
     assert names == set(OPERATIONS)

@@ -1,7 +1,7 @@
 """RandAugment (arXiv 1909.13719) as timm 1.0 defines it: a few random operations on every image; numpy in, numpy out.
 
-The operations are Pillow's, or tables of 256 levels, and give timm's pixels bit for bit. What differs is where the
-random numbers come from: from the generator that is passed in and nothing else.
+The operations are Pillow's and give timm's pixels bit for bit. The random numbers come from the generator that is
+passed in and nothing else.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import string
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from tinymim_jax.errors import unknown
 
@@ -23,7 +23,6 @@ _INTERPOLATIONS = {
     "bicubic": (Image.Resampling.BICUBIC,),
     "random": (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC),
 }
-_LEVELS = np.arange(256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,50 +163,28 @@ def _addend(magnitude: float, sign: int, increasing: bool) -> float:
 # --------------------------------------------------------------------------------------------- operations
 
 
-def _auto_contrast(picture: Image.Image, *_) -> Image.Image:
-    """Each channel stretched to 0..255."""
-    tables = []
-    for low, high in picture.getextrema():  # pyright: ignore[reportGeneralTypeIssues]  one pair for each channel
-        scale = 255.0 / max(high - low, 1)
-        # Rounded towards zero after adding the offset: (level - low) * scale may differ in the last bit.
-        stretched = np.clip((_LEVELS * scale + -low * scale).astype(np.int64), 0, 255)
-        tables.append(stretched if high > low else _LEVELS)
-    return _look_up(picture, np.concatenate(tables))
-
-
-def _equalize(picture: Image.Image, *_) -> Image.Image:
-    """Each channel to an even histogram, with Pillow's whole-number arithmetic."""
-    tables = []
-    for counts in np.reshape(picture.histogram(), (3, 256)):
-        used = counts[counts > 0]
-        step = (used.sum() - used[-1]) // 255
-        before = np.cumsum(counts) - counts
-        tables.append((step // 2 + before) // step if step else _LEVELS)
-    return _look_up(picture, np.concatenate(tables))
-
-
-def _invert(picture: Image.Image, *_) -> Image.Image:
-    return _look_up(picture, 255 - _LEVELS)
-
-
 def _posterize(picture: Image.Image, bits: float, *_) -> Image.Image:
     if bits >= 8:
         return picture
-    # 0 bits are black. Pillow 13 refuses them, and timm with it, once in some 600 images at the published setting.
-    return _look_up(picture, _LEVELS & -(2 ** (8 - int(bits))))
+    if (
+        bits < 1
+    ):  # black. Pillow 13 refuses 0 bits, which timm asks for once in some 600 images at the published setting
+        return picture.point([0] * 768)
+    return ImageOps.posterize(picture, int(bits))
+
+
+def _of_pillow(function: Callable[..., Image.Image]) -> Callable[..., Image.Image]:
+    """An operation of PIL.ImageOps that takes the picture alone."""
+    return lambda picture, *_: function(picture)
 
 
 def _solarize(picture: Image.Image, threshold: float, *_) -> Image.Image:
-    return _look_up(picture, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
+    return ImageOps.solarize(picture, int(threshold))
 
 
 def _solarize_add(picture: Image.Image, addend: float, *_) -> Image.Image:
-    return _look_up(picture, np.where(_LEVELS < 128, np.minimum(_LEVELS + int(addend), 255), _LEVELS))
-
-
-def _look_up(picture: Image.Image, table: np.ndarray) -> Image.Image:
-    """Levels replaced by `table`: 256 values, or 256 for each channel."""
-    return picture.point(np.tile(table, 768 // len(table)).tolist())
+    """Levels below 128 raised by `addend`; Pillow has no such operation."""
+    return picture.point([min(level + int(addend), 255) if level < 128 else level for level in range(256)] * 3)
 
 
 def _enhance(enhancement: type) -> Callable[..., Image.Image]:
@@ -231,9 +208,9 @@ def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[
 
 
 OPERATIONS = {
-    "AutoContrast": Operation(_none, _auto_contrast),
-    "Equalize": Operation(_none, _equalize),
-    "Invert": Operation(_none, _invert),
+    "AutoContrast": Operation(_none, _of_pillow(ImageOps.autocontrast)),
+    "Equalize": Operation(_none, _of_pillow(ImageOps.equalize)),
+    "Invert": Operation(_none, _of_pillow(ImageOps.invert)),
     "Rotate": Operation(_up_to(30.0), _rotate),  # degrees
     "Posterize": Operation(_kept_bits, _posterize),
     "Solarize": Operation(_threshold, _solarize),
