@@ -12,12 +12,8 @@ from tinymim_jax.cli import main as cli
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = (
     "README.md",
-    "docs/export.md",
-    "docs/launch.md",
-    "docs/plan.md",
-    "docs/replication.md",
-    "docs/design.md",
     "benchmarks/README.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 _PROGRAMS = ("tinymim", "sbatch", "python", "launch/", "sky")
 
