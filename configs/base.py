@@ -153,7 +153,7 @@ def mae() -> ml_collections.ConfigDict:
 def probe() -> ml_collections.ConfigDict:
     """A linear classifier on a frozen encoder, named by init: MAE's protocol (main_linprobe.py)."""
     config = common("probe")
-    for name in set(config.model) - {"image_size", "dtype", "scan"}:
+    for name in set(config.model) - {"image_size", "dtype", "scan", "attention"}:
         del config.model[name]  # the architecture is that of the checkpoint
     config.data.crop_scale = (0.08, 1.0)
     config.optim.name = "lars"
