@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 from commands import run
@@ -78,3 +80,13 @@ def test_overrides_may_stand_between_flags(capsys):
     with pytest.raises(SystemExit):
         cli._parse(["export", "runs/b", "--to", "vit", "--output", "x", "seed=1"])
     assert "takes no KEY=VALUE: seed=1" in capsys.readouterr().err
+
+
+def test_an_error_is_status_1_even_if_the_interpreter_cannot_shut_down(tmp_path):
+    """As with a /dev/shm that is too small for the workers, where threads may abort it: exit status 134."""
+    code = "import atexit, os, sys; atexit.register(os.abort); sys.argv = ['tinymim', 'status', sys.argv[1]]"
+    code += "; from tinymim_jax.cli.main import main; main()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1
+    assert "no run has begun in" in done.stderr

@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
                 )
         else:
             print(f"tinymim {options.command}{exits.process_label()}: {error}", file=sys.stderr)
+    if code == exits.ERROR and arguments is None:
+        # Threads and worker processes of the input pipeline can abort the interpreter's shutdown, with status 134.
+        exits.exit_at_once(code, why)
     exits.exit_process(code, why)
 
 
