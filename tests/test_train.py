@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from runs import SMALL, run_steps, same_bits, small_config
 
+from tinymim_jax.checkpoints.manager import Checkpoints
 from tinymim_jax.checkpoints.params import load_params
 from tinymim_jax.experiment import training_batches
 from tinymim_jax.metrics import read
+from tinymim_jax.runtime.exits import Interrupted
 from tinymim_jax.runtime.progress import input_advice
 from tinymim_jax.sharding import make_mesh
 from tinymim_jax.train import train
@@ -161,6 +163,25 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, data_dir):
         stopped = int(seen[-1].split("stopped after step ")[1].split(",")[0])
         assert str(stopped) in os.listdir(tmp_path / "run" / "checkpoints")
     assert "resuming at step" in "".join(seen)
+
+
+def test_ctrl_c_right_after_a_save_stops_at_the_next_step(tmp_path, data_dir, monkeypatch):
+    """The step at which a run says that everything is saved is one that was saved, whenever the signal comes."""
+    save, asked = Checkpoints.save, []
+
+    def interrupted(self, step, *args, **kwargs):
+        saved = save(self, step, *args, **kwargs)
+        if not asked:
+            asked.append(step)
+            signal.raise_signal(signal.SIGINT)
+        return saved
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    config = small_config("mae_student", "checkpoint.every_minutes=60.0")
+    with pytest.raises(Interrupted, match="stopped after step 2, all saved"):
+        train(config, tmp_path / "run", data_dir=data_dir)
+    assert asked == [1]
+    assert "2" in os.listdir(tmp_path / "run" / "checkpoints")
 
 
 @pytest.mark.slow

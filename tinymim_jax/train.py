@@ -172,9 +172,10 @@ def _loop(
                 recorded = _nothing_recorded(names, mesh)
             if experiment.eval_every and step % experiment.eval_every == 0 and step < total:
                 _evaluate(experiment, mesh, state, frozen, eval_step, report, workers, step)
+            stopping = stop.requested  # read once: a signal after the save is for the next step
             with report.saving(step):
-                checkpoints.save(step, state, force=stop.requested or step == total, extra=extra)
-            if (stop.requested or checkpoints.preempted) and step < total:
+                checkpoints.save(step, state, force=stopping or step == total, extra=extra)
+            if (stopping or checkpoints.preempted) and step < total:
                 report.finished(step)
                 with report.saving(step):
                     checkpoints.wait()
