@@ -1,10 +1,12 @@
 """Batches: independent of the numbers of processes, workers and restarts; exact counts; damaged images."""
 
+import collections
 import io
 import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,6 +372,21 @@ def test_any_other_error_reaches_the_caller(workers):
 
 
 # ---------------------------------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize(("parts", "refused"), [(1.9, True), (3.9, False), (4.1, None)])
+def test_shared_memory_that_is_too_small_is_refused_before_a_worker_is_killed(parts, refused, monkeypatch, caplog):
+    part = 8 * (8 * 8 * 3 + 4 + 1)  # 8 rows of image, label, valid
+    usage = collections.namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, int(parts * part)))
+    options = {"augment": AUGMENT, "batch_size": 8, "seed": 0, "workers": 2}
+    if refused:
+        with pytest.raises(RuntimeError, match=r"/dev/shm has 0 MiB free, and 2 workers .*--shm-size=16g.*--workers"):
+            train_batches(Numbered(9), **options)
+    else:
+        train_batches(Numbered(9), **options).close()
+        assert ("if a worker dies" in caplog.text) == (refused is False)
+    assert multiprocessing.active_children() == []
 
 
 def test_closing_twice_is_harmless_and_final():

@@ -17,6 +17,7 @@ repeated source. The step number alone is the position; no iterator state is eve
 """
 
 import logging
+import shutil
 import sys
 import weakref
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from tinymim_jax.data.worker import settle_in
 
 log = logging.getLogger(__name__)
 
+_SHARED_MEMORY = "/dev/shm"
 _QUIET = "ignore:resource_tracker:UserWarning"
 Batch = dict[str, np.ndarray]
 TOLERATED = 3  # damaged records that do not stop a training, however small its set is
@@ -222,9 +224,28 @@ def _read_ahead(rows: Rows, first_part: int, workers: int, threads: int, prefetc
             sys.warnoptions.append(_QUIET)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's app.run would parse
-        options = grain.MultiprocessingOptions(num_workers=min(workers, len(parts)))
+        workers = min(workers, len(parts))
+        _check_shared_memory(workers, rows.part_bytes)
+        options = grain.MultiprocessingOptions(num_workers=workers)
         ahead = ahead.mp_prefetch(options, worker_init_fn=_start_worker)
     return iter(ahead)
+
+
+def _check_shared_memory(workers: int, part_bytes: int) -> None:
+    """Raises RuntimeError where /dev/shm cannot hold one part of each worker: writing to it would kill the worker."""
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:  # no Linux: shared memory lies elsewhere
+        return
+    if free < 2 * workers * part_bytes:
+        numbers = (
+            f"{_SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and {workers} workers put parts of batches of "
+            f"{part_bytes / 2**20:,.1f} MiB there, two each"
+        )
+        remedy = "start the container with more (docker run --shm-size=16g), or take fewer --workers (0 needs none)"
+        if free < workers * part_bytes:
+            raise RuntimeError(f"{numbers}: {remedy}")
+        log.warning("%s: if a worker dies, %s", numbers, remedy)
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:

@@ -81,6 +81,14 @@ class Rows:
     def __len__(self) -> int:
         return self.steps * self.parts_per_batch
 
+    @property
+    def part_bytes(self) -> int:
+        """Size of the largest part."""
+        rows = math.ceil(self._local_size / self.parts_per_batch)
+        return rows * sum(
+            math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in row_arrays(self._view).values()
+        )
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         step, part = divmod(index, self.parts_per_batch)
         first = step * self._batch_size + self._first_row
