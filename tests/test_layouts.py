@@ -93,6 +93,11 @@ def test_splits_some_levels_down_are_pointed_at(tmp_path):
             "all",
             r"hold the same folders \(test, train\)",
         ),
+        (
+            ("seg_train/seg_train/sea/1.png", "seg_test/seg_test/sea/1.png", "seg_test/seg_test/ice/1.png"),
+            "all",
+            "holds one folder of the same name with folders in it .seg_test/seg_test/ice",
+        ),
         (("cat/train/1.png", "dog/train/1.png"), "all", r"hold the same folders \(train\)"),
     ],
 )

@@ -85,6 +85,13 @@ def class_problem(root: str, images: dict[str, list[str]]) -> str:
             f"{files.join(root, next(iter(filled)))} instead, with {{split}} wherever the split's name stands in the "
             f"path\n{tree(root, images)}"
         )
+    doubled = [folder for folder, names in images.items() if names and _is_doubled(folder)]
+    if doubled and len(doubled) == sum(bool(names) for names in images.values()):
+        return (
+            f"each folder of {root} holds one folder of the same name with folders in it ({doubled[0]}), so these may "
+            f"be splits and not classes: choose one of them as the location, or put the images of each split into a "
+            f"folder LOCATION/SPLIT/CLASS\n{tree(root, images)}"
+        )
     alike = set(map(frozenset, inner.values()))
     if len(inner) > 1 and not direct and len(alike) == 1:
         names = sorted(next(iter(alike)))
@@ -129,6 +136,12 @@ def left_out_images(counts: dict[str, tuple[int, str]]) -> str:
         for extension, (count, first) in counts.items()
         if extension in _OTHER_IMAGES
     )
+
+
+def _is_doubled(folder: str) -> bool:
+    """Whether a path is `a/a/more`. With images in `a/a`, `a` may well be a class."""
+    first, second, *more = [*folder.split("/"), ""]
+    return first == second and bool(more) and more != [""]
 
 
 def _plain(name: str) -> str:
