@@ -74,7 +74,7 @@ def test_splits_some_levels_down_are_pointed_at(tmp_path):
     inner = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
     for split in ("train", "val"):
         classes(inner / split, "n01", "n02")
-    with pytest.raises(ValueError, match=f"Did you mean folder:{inner}, which has folders of splits"):
+    with pytest.raises(ValueError, match=f"Did you mean folder:{inner}, which has split folders"):
         open_source(f"folder:{tmp_path}", split="train")
     assert splits(f"folder:{tmp_path}/ILSVRC/Data/CLS-LOC") == {"train": 4, "val": 4}
 
@@ -85,20 +85,20 @@ def test_splits_some_levels_down_are_pointed_at(tmp_path):
         (
             ("train/images/cat/1.png", "train/images/dog/1.png"),
             "train",
-            r"one class alone, 'images'.*name .*train/images",
+            r"only one class, 'images'.*use .*train/images",
         ),
-        (("seg_train/seg_train/sea/1.png", "seg_train/seg_train/street/1.png"), "seg_train", "one class alone, 'seg_"),
+        (("seg_train/seg_train/sea/1.png", "seg_train/seg_train/street/1.png"), "seg_train", "only one class, 'seg_"),
         (
             ("bottle/train/good/1.png", "bottle/test/broken/1.png", "cable/train/good/1.png", "cable/test/bent/1.png"),
             "all",
-            r"hold the same folders \(test, train\)",
+            r"contain the same folders \(test, train\)",
         ),
         (
             ("seg_train/seg_train/sea/1.png", "seg_test/seg_test/sea/1.png", "seg_test/seg_test/ice/1.png"),
             "all",
             "holds one folder of the same name with folders in it .seg_test/seg_test/ice",
         ),
-        (("cat/train/1.png", "dog/train/1.png"), "all", r"hold the same folders \(train\)"),
+        (("cat/train/1.png", "dog/train/1.png"), "all", r"contain the same folders \(train\)"),
     ],
 )
 def test_layouts_without_classes_show_the_tree(names, split, message, tmp_path, caplog):

@@ -274,7 +274,7 @@ def test_a_set_without_images_is_refused(copied_digits):
     features = stored["featuresDict"]["features"]
     features["scan"] = features.pop("image")
     (copied_digits / "features.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=re.escape("it has ['label', 'scan']; needed is 'image'")):
+    with pytest.raises(ValueError, match=re.escape("it has ['label', 'scan']; expected 'image'")):
         open_source("digits", split="train", data_dir=copied_digits.parent.parent)
 
 
@@ -283,7 +283,9 @@ def test_a_lost_shard_is_missed_when_the_set_is_opened(copied_digits):
     lost = next(copied_digits.glob("digits-train*"))
     lost.unlink()
     assert len(open_source("digits", split="test", data_dir=root)) == 500
-    with pytest.raises(FileNotFoundError, match=f"lacks 1 of the 1 files of split 'train\\[:10\\]'.*{lost.name}"):
+    with pytest.raises(
+        FileNotFoundError, match=f"1 of the 1 files of split 'train\\[:10\\]' of 'digits' are missing.*{lost.name}"
+    ):
         open_source("digits", split="train[:10]", data_dir=root)
 
 
@@ -370,9 +372,9 @@ def test_subset_reads_no_more_than_it_needs():
 @pytest.mark.parametrize(
     ("labels", "examples", "message"),
     [
-        ([0, 1, 0, 1], 5, "can give 1 to 4"),
-        ([0, 1, 0, 1], 0, "can give 1 to 4"),
-        ([0] * 9 + [1], 6, "only 1 of class 'class1'; ask for at most 2"),
+        ([0, 1, 0, 1], 5, "must be 1 to 4"),
+        ([0, 1, 0, 1], 0, "must be 1 to 4"),
+        ([0] * 9 + [1], 6, "only 1 of class 'class1'; use at most 2"),
         ([0, -1], 2, r"record 1 of labels/train has no class \(label -1\)"),
     ],
 )

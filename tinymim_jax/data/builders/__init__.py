@@ -1,1 +1,1 @@
-"""TFDS builders of sets that TFDS itself does not carry."""
+"""TFDS builders for data sets that are not part of TFDS."""

@@ -1,4 +1,4 @@
-"""`digits`: 1,797 handwritten digits of 8 x 8 pixels, small enough to prepare anywhere without a download."""
+"""`digits`: 1,797 handwritten digits of 8 x 8 pixels, prepared locally without a download."""
 
 import io
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ TEST_EXAMPLES = 500
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """The test set of the UCI "Optical Recognition of Handwritten Digits" data, as scikit-learn ships it.
+    """The test set of the UCI "Optical Recognition of Handwritten Digits" data, as included in scikit-learn.
 
-    Splits `train` (1,297) and `test` (500). `image`: 8 x 8 grey PNG; `label`: 0 to 9.
+    Splits `train` (1,297) and `test` (500). `image`: 8 x 8 grayscale PNG; `label`: 0 to 9.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    url_infos = None  # nothing is downloaded, so TFDS need not search this package for a file of checksums
+    url_infos = None  # no downloads, so TFDS does not look for a checksum file in this package
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -43,20 +43,20 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, images, labels, chosen) -> Iterator[tuple[int, dict]]:
         for index in chosen:
-            # Encoded bytes: given an array, TFDS would import TensorFlow to write the PNG.
+            # Encoded bytes, because TFDS would import TensorFlow to encode an array as PNG.
             yield int(index), {"image": png(images[index]), "label": int(labels[index])}
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 `[1797, 8, 8]`, the 17 grey levels spread over 0 to 255, and labels int64 `[1797]`.
+    """Images uint8 `[1797, 8, 8]`, the 17 gray levels scaled to 0 to 255, and labels int64 `[1797]`.
 
-    Raises ImportError, with the remedy, where scikit-learn is not installed.
+    Raises ImportError, with the remedy, if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the 'digits' set is made from scikit-learn's copy, and scikit-learn is not installed; "
+            "the 'digits' data set is created from scikit-learn's copy, but scikit-learn is not installed; "
             "run: pip install 'tinymim-jax[demo]'"
         ) from error
     levels, labels = load_digits(return_X_y=True)  # 0.0 to 16.0, [1797, 64]
@@ -64,10 +64,10 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out(labels: np.ndarray, count: int) -> np.ndarray:
-    """Which examples form the test split: bool `[examples]`, exactly `count` of them True.
+    """The mask of the test split: bool `[examples]`, exactly `count` of them True.
 
-    Evenly spaced among the examples sorted by class, so every class gives its share to within one example,
-    and nothing depends on a random generator that may change.
+    The test examples are evenly spaced among the examples sorted by class, so each class is represented proportionally
+    to within one example, without depending on a random generator that may change.
     """
     by_class = np.argsort(labels, kind="stable")
     share = np.arange(len(labels) + 1) * count // len(labels)
@@ -77,7 +77,7 @@ def held_out(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def png(image: np.ndarray) -> io.BytesIO:
-    """A grey uint8 `[height, width]` array as a PNG file, to be read from its start."""
+    """A grayscale uint8 `[height, width]` array encoded as PNG, in a buffer positioned at its start."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     buffer.seek(0)

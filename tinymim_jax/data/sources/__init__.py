@@ -1,1 +1,1 @@
-"""Where images lie: TFDS, folders, tar, Parquet, ArrayRecord."""
+"""Image data sources: TFDS, folders, tar, Parquet, ArrayRecord."""

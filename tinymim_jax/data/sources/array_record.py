@@ -1,4 +1,4 @@
-"""`array_record:LOCATION`: ArrayRecord files of images, or of tf.train.Examples that hold one."""
+"""`array_record:LOCATION`: ArrayRecord files whose records are image files or tf.train.Examples with an image."""
 
 import logging
 import re
@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 FORMAT = shards.Format("array_record", re.compile(r"\.array_?record(-\d+-of-\d+)?$"))
 IMAGE_KEYS = ("image", "image/encoded")
 LABEL_KEYS = ("label", "image/class/label")
-# JPEG, PNG, GIF, BMP, TIFF in both orders, binary PNM; a tf.train.Example begins with the byte 0x0A.
+# JPEG, PNG, GIF, BMP, TIFF (both byte orders), PNM, WebP, AVIF. A serialized tf.train.Example starts with byte 0x0A.
 _MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|II\*\0|MM\0\*|P[1-6]\s|RIFF....WEBP|....ftypavi[fs]", re.DOTALL)
 
 
 def open_split(name: str, location: str, split: str) -> Source:
-    """A whole split of the files at `location`; for the rules and the errors see `sources.open_source`."""
+    """Opens a whole split of the files at `location`; see `sources.open_source` for the file layout and errors."""
     if files.is_remote(files.absolute(location)):
         raise ValueError(
-            f"{name!r}: ArrayRecord files are read from local paths alone; mount the bucket (gcsfuse) and give "
-            "that path, or copy the files"
+            f"{name!r}: ArrayRecord files can only be read from local paths; mount the bucket (gcsfuse) and "
+            "use that path, or copy the files"
         )
     found = shards.find(FORMAT, name, location, split)
     return ArrayRecordSource(
@@ -42,16 +42,16 @@ def split_names(location: str) -> list[str]:
 
 
 class ArrayRecordSource(Source):
-    """Records of ArrayRecord files, in their order."""
+    """The records of ArrayRecord files, in file order."""
 
     def __init__(self, name: str, split: str, index: Index):
         self.name = name
         self.split = split
         self.class_names = tuple(index.meta["class_names"])
         self.label_problem = index.meta["label_problem"]
-        self._index = index  # its records are the files: where each begins
+        self._index = index  # one entry per file: its first record and record count
         self._paths: list[str] = index.meta["paths"]
-        # With their lengths, known since they were indexed, files are opened when first read.
+        # With record counts given (from the index), a file is opened only when it is first read.
         self._records = ArrayRecordDataSource(
             [f"{path}[0:{int(size)}]" for path, size in zip(self._paths, index.sizes)],
         )
@@ -79,25 +79,25 @@ class ArrayRecordSource(Source):
 
 
 def _parse(record: bytes) -> tuple[bytes, int | None]:
-    """The image file in a record, and its label if it has one. Raises ValueError where there is no image."""
+    """The encoded image of a record and its label, or None without one. Raises ValueError if there is no image."""
     if _MAGIC.match(record):
         return record, None
-    example: Any = tf_example_pb2.Example()  # type: ignore  # made when imported
+    example: Any = tf_example_pb2.Example()  # type: ignore  # protobuf creates the class at import
     try:
         example.ParseFromString(record)
-    except Exception as error:  # protobuf's own class moves between its versions
-        raise ValueError(f"neither an image file nor a tf.train.Example: it begins {record[:12]!r}") from error
+    except Exception as error:  # the module of protobuf's DecodeError depends on its version
+        raise ValueError(f"neither an image file nor a tf.train.Example: it starts with {record[:12]!r}") from error
     features: Any = example.features.feature
-    # Asking a protobuf map for a key adds it: hence the search.
+    # `in` first: indexing a protobuf map with a missing key adds the key.
     image = next((features[key].bytes_list.value for key in IMAGE_KEYS if key in features), ())
     if len(image) != 1:
-        raise ValueError(f"no image among {sorted(features)}; needed is {' or '.join(IMAGE_KEYS)}, one string")
+        raise ValueError(f"no image among {sorted(features)}; expected one byte string in {' or '.join(IMAGE_KEYS)}")
     label = next((features[key].int64_list.value for key in LABEL_KEYS if key in features), ())
     return image[0], int(label[0]) if len(label) == 1 else None
 
 
 def _records(found: list[File]) -> Records:
-    """One record for each file: its first record and its length."""
+    """The index: one entry per non-empty file, with its first record (offset) and record count (size)."""
     records = Records()
     first = 0
     for number, count in enumerate(files.in_threads(lambda file: _length(file.path), found)):
@@ -117,12 +117,15 @@ def _length(path: str) -> int:
         count = reader.num_records()
         reader.close()
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is cut short or not an ArrayRecord file; fetch it again ({error})") from error
+        raise ValueError(f"{path} is truncated or not an ArrayRecord file; download it again ({error})") from error
     return count
 
 
 def _find_classes(records: Records, paths: list[str], total: int) -> None:
-    """Adds the classes: from `classes.txt`; without, every record is read for its label, which is kept in the index."""
+    """Adds the class names to the index, from `classes.txt`.
+
+    Without that file all labels are read once and stored in the index.
+    """
     opened = ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in zip(paths, records.sizes)])
     try:
         _, label = _parse(opened[0])
@@ -132,7 +135,7 @@ def _find_classes(records: Records, paths: list[str], total: int) -> None:
         return
     names, problem = shards.named_classes(paths[0]), ""
     if not names:
-        log.info("reading the labels of %d records of %s, ... once; a classes.txt saves it", total, paths[0])
+        log.info("reading the labels of %d records of %s, ... (once; a classes.txt file avoids this)", total, paths[0])
         with opened:
             known = [_label(record) for record in opened]
         labels = np.array([-1 if label is None else label for label in known], np.int32)
@@ -143,7 +146,7 @@ def _find_classes(records: Records, paths: list[str], total: int) -> None:
 
 
 def _label(record: bytes) -> int | None:
-    """As `_parse`, within int32 and -1 where there is none; None for a damaged record."""
+    """The label of a record, clipped to int32; -1 if it has none, None if the record is damaged."""
     try:
         _, label = _parse(record)
     except ValueError:

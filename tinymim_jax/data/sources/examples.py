@@ -1,4 +1,4 @@
-"""What every data set looks like to the pipeline: encoded images and labels, by index; and subsets of one."""
+"""The interface of data sources: random access to encoded images and labels; and subsets of a source."""
 
 import abc
 import collections
@@ -10,12 +10,12 @@ from tinymim_jax.data.draws import permutation, philox
 
 
 class Example(TypedDict):
-    """One record: `image`, the bytes of an image file as stored, and `label`, as stored, or -1 where there is none.
+    """One record: `image`, the encoded image file as stored, and `label` as stored, or -1 if there is none.
 
-    A label may be outside 0 to `classes - 1` (a mistake in the files); see `labels.labelled`.
+    `label` is not validated and may lie outside 0 to `classes - 1`; see `labels.labelled`.
 
-    Segmentation sets add `mask`, the bytes of an image file whose pixels are classes; ImageNet ReaL adds `labels`, all
-    that are right, which may be none.
+    Segmentation sets add `mask`, an encoded image whose pixel values are class labels. ImageNet ReaL adds `labels`,
+    all correct labels of the image (possibly empty).
     """
 
     image: bytes
@@ -25,10 +25,10 @@ class Example(TypedDict):
 
 
 class Source(abc.ABC):
-    """A random-access sequence of Examples; it can be pickled, and read from several threads at once.
+    """A random-access sequence of Examples; picklable and thread-safe.
 
-    `name` and `split` are those it was opened by; `class_names[label]` is what a label means, and is empty where no
-    record has a label. `label_problem` says why labels that are there cannot be used.
+    `name` and `split` are the arguments it was opened with. `class_names[label]` is the name of a class; `class_names`
+    is empty if no record has a usable label. `label_problem` says why labels that are stored cannot be used.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Example:
-        """Record `index`, from 0 up to but without `len(self)`; IndexError beyond."""
+        """Record `index`, 0 <= index < len(self). Raises IndexError outside that range."""
 
     def known_labels(self) -> np.ndarray | None:
-        """The labels of all records, int `[len]`, where they are known without reading the records; otherwise None."""
+        """All labels, int `[len]`, if they are known without reading the records; otherwise None."""
         return None
 
     def describe(self, index: int) -> str:
-        """What to call record `index` in a message; never fails, even where the record cannot be read."""
+        """A description of record `index` for messages; does not fail if the record cannot be read."""
         return f"record {index} of {self.name}/{self.split}"
 
 
@@ -84,15 +84,14 @@ class Subset(Source):
 
 
 def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
-    """`examples` records of `source`: `examples // classes` of each class or one more, a function of `seed`.
+    """A class-balanced random subset: `examples // classes` records of each class, or one more.
 
-    Of a source without classes, any.
-
-    Records are read in a seeded order, and only until every class has its share: 1 % of ImageNet costs
-    a few per cent of it. Records without a label are never chosen. Raises ValueError where a class has too few.
+    The choice depends only on `source` and `seed`. Without classes the records are drawn uniformly. Records are read in
+    a seeded random order until every class is complete, so choosing 1 % of ImageNet reads only a few per cent of it.
+    Records without a label are never chosen. Raises ValueError if a class has too few records.
     """
     if not 0 < examples <= len(source):
-        raise ValueError(f"examples={examples}: {source.name}/{source.split} can give 1 to {len(source)}")
+        raise ValueError(f"examples={examples}: must be 1 to {len(source)}, the size of {source.name}/{source.split}")
     order = permutation(len(source), philox(seed, "subset"))
     if source.classes == 0:
         return Subset(source, np.sort(order[:examples]))
@@ -113,12 +112,12 @@ def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
             return Subset(source, np.sort(chosen))
     fewest = min(range(source.classes), key=lambda label: counts[label])
     raise ValueError(
-        f"examples={examples} asks for {share} or {share + 1} of each of {source.classes} classes, but "
+        f"examples={examples} needs {share} or {share + 1} of each of {source.classes} classes, but "
         f"{source.name}/{source.split} has only {counts[fewest]} of class {source.class_names[fewest]!r}; "
         + (
-            f"ask for at most {counts[fewest] * source.classes}, or for all by leaving `examples` out"
+            f"use at most {counts[fewest] * source.classes}, or omit `examples` to use all"
             if counts[fewest]
-            else "is it a part of a split that is stored class by class? Take the whole of it, or leave `examples` out"
+            else "if this is part of a split that is sorted by class, use the whole split, or omit `examples`"
         )
         + unlabelled
     )

@@ -1,4 +1,4 @@
-"""Reading files wherever they are: local paths directly, URLs (gs://, s3://, memory://) through fsspec."""
+"""File access: local paths directly, URLs (gs://, s3://, memory://) through fsspec."""
 
 import contextlib
 import glob
@@ -11,14 +11,14 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
 
-# Listing, and reading headers, is waiting: for a disk, a file server, a bucket.
+# Threads for listing folders and reading file headers, which are bound by storage latency.
 _THREADS = 16
-# Of shards kept open for reading, in each process; of more than these, each is opened for each read.
+# Shards kept open per process. A set with more shards opens a file for each read.
 _MAX_OPEN = 4096
-# A cheap way to tell a file from its successor, under the names that file systems give it.
+# Metadata that changes when a file is replaced; the keys differ between fsspec file systems.
 _VERSION_KEYS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
-# Folders and files that macOS, Synology, Linux, Windows and Python leave beside others.
-_OF_SYSTEMS = frozenset(
+# Folders and files that macOS, Synology, Linux, Windows and Python create; never part of a data set.
+_SYSTEM_NAMES = frozenset(
     (
         *("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__pycache__"),
         *("Thumbs.db", "desktop.ini", "Icon\r"),
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 class File(NamedTuple):
-    """A file as it was when listed; `version` (a local one's modification time) changes when it is replaced."""
+    """A file when it was listed. `version` changes when it is replaced (for local files, the modification time)."""
 
     path: str
     size: int
@@ -38,13 +38,13 @@ class File(NamedTuple):
 
 
 def raise_open_file_limit() -> None:
-    """Lifts the soft limit on open files to the hard one, for this process and its children.
+    """Raises the soft limit on open files to the hard limit, for this process and its children.
 
-    Every shard takes one, and ImageNet has 1,024.
+    Each shard is kept open, and ImageNet has 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(ValueError, OSError):  # a system may refuse "unlimited": the old limit stays
+        with contextlib.suppress(ValueError, OSError):  # the system may refuse "unlimited"; keep the old limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -53,13 +53,13 @@ def is_remote(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute, so that it means the same in every process; a URL as it is."""
+    """The absolute form of a local path (`file://` and `~` are resolved); a URL unchanged."""
     path = path.removeprefix("file://")
     return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def bare(path: str) -> str:
-    """For comparing: a URL without its scheme, which may be written in several ways; a local path as it is."""
+    """A URL without its scheme (schemes have aliases), for comparing paths; a local path unchanged."""
     return path.split("://")[-1].lstrip("/") if is_remote(path) else path
 
 
@@ -71,16 +71,16 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(path: str) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder, each sorted; without hidden ones and those of systems.
+    """The sorted names of the folders, and of the files, in a folder; hidden and system files are skipped.
 
-    Raises OSError, which names the folder, where it cannot be listed.
+    Raises OSError, which names the folder, if it cannot be listed.
     """
     folders, files = [], []
     if is_remote(path):
         filesystem, inner = _filesystem(path)
         for entry in filesystem.ls(inner, detail=True):
             name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-            # Object stores list a folder's own placeholder in it.
+            # Object stores list the placeholder object of the folder itself.
             if name and entry["name"].rstrip("/") != inner.rstrip("/"):
                 (folders if entry["type"] == "directory" else files).append(name)
     else:
@@ -88,20 +88,20 @@ def list_folder(path: str) -> tuple[list[str], list[str]]:
             for entry in entries:
                 is_folder = entry.is_dir()
                 if is_folder and entry.is_symlink():
-                    _check_leads_down(entry.path)
+                    _check_link_cycle(entry.path)
                 (folders if is_folder else files).append(entry.name)
     return tuple(sorted(name for name in names if not is_hidden(name)) for names in (folders, files))  # type: ignore[return-value]
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is no part of a data set: its name begins with a dot, or a system has made it."""
-    return name.startswith(".") or name in _OF_SYSTEMS
+    """Whether a file or folder is skipped: its name starts with a dot or is one that operating systems create."""
+    return name.startswith(".") or name in _SYSTEM_NAMES
 
 
 def walk(path: str) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under `path`, itself first, as a path relative to it, with the sorted names of its files.
+    """Yields `path` and every folder under it, as (path relative to `path`, sorted file names).
 
-    Hidden files and folders are left out; links are followed. Raises OSError where a folder cannot be listed.
+    Hidden files and folders are skipped; links are followed. Raises OSError if a folder cannot be listed.
     """
     if is_remote(path):
         yield from _walk_remote(path)
@@ -116,17 +116,17 @@ def walk(path: str) -> Iterator[tuple[str, list[str]]]:
             level = below
 
 
-def _check_leads_down(link: str) -> None:
+def _check_link_cycle(link: str) -> None:
     target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
     if os.path.commonpath([target, here]) == target:
-        raise OSError(f"{link} is a link to a folder that it lies in ({target}); remove it")
+        raise OSError(f"{link} is a link to a folder that contains it ({target}); remove the link")
 
 
 def _walk_remote(path: str) -> Iterator[tuple[str, list[str]]]:
     filesystem, inner = _filesystem(path)
     found: dict[str, list[str]] = {"": []}
     root = inner.rstrip("/") + "/"
-    for name in filesystem.find(inner):  # sorted; one request for a thousand of them, not one for each folder
+    for name in filesystem.find(inner):  # sorted; one request per thousand files instead of one per folder
         parts = name.removeprefix(root).split("/")
         if not any(map(is_hidden, parts)):
             found.setdefault("/".join(parts[:-1]), []).append(parts[-1])
@@ -140,9 +140,9 @@ def join(folder: str, name: str) -> str:
 
 
 def matches(pattern: str) -> list[str]:
-    """The paths, sorted, that a glob pattern or a plain path stands for."""
+    """The sorted existing paths that match a glob pattern or a plain path."""
     if not is_remote(pattern):
-        if os.path.exists(pattern):  # also one whose name holds a bracket
+        if os.path.exists(pattern):  # also a path with brackets in its name
             return [pattern]
         return sorted(glob.glob(pattern, recursive=True))
     filesystem, inner = _filesystem(pattern)
@@ -152,12 +152,12 @@ def matches(pattern: str) -> list[str]:
 
 
 def as_pattern(path: str) -> str:
-    """A pattern that stands for what `path` does, and goes on: brackets in a path that exists are no pattern."""
+    """A glob pattern that matches the same as `path` and can be extended; an existing path is escaped."""
     return glob.escape(path) if matches(path) == [path] else path
 
 
 def status(path: str) -> File:
-    """Size and version of a file. Raises OSError where there is none, or it cannot be read."""
+    """The size and version of a file. Raises OSError if it does not exist or cannot be read."""
     if not is_remote(path):
         found = os.stat(path)
         return File(path, found.st_size, str(found.st_mtime_ns))
@@ -167,7 +167,7 @@ def status(path: str) -> File:
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """`[function(item) for item in items]` by several threads; the first error, in their order, is raised."""
+    """`[function(item) for item in items]` in threads; raises the first error in the order of `items`."""
     with ThreadPoolExecutor(_THREADS) as pool:
         pending = [pool.submit(function, item) for item in items]
         try:
@@ -178,7 +178,7 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
 
 
 def open_file(path: str, *, ahead: bool = True) -> BinaryIO:
-    """A seekable file. `ahead`: of a remote one more is read than is asked for, as it is read from start to end."""
+    """Opens a seekable file for reading. `ahead`: read ahead in remote files, for sequential reading."""
     if not is_remote(path):
         return open(path, "rb")
     filesystem, inner = _filesystem(path)
@@ -186,7 +186,7 @@ def open_file(path: str, *, ahead: bool = True) -> BinaryIO:
 
 
 def read(path: str) -> bytes:
-    """The whole of a file."""
+    """The contents of a file."""
     if not is_remote(path):
         with open(path, "rb") as file:
             return file.read()
@@ -195,7 +195,7 @@ def read(path: str) -> bytes:
 
 
 class Shards:
-    """Files of which ranges are read, by several threads at once; it can be pickled."""
+    """Reads byte ranges of files; thread-safe and picklable."""
 
     def __init__(self, paths: Sequence[str]):
         self.paths = list(paths)
@@ -203,7 +203,7 @@ class Shards:
         self._lock = threading.Lock()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes `[offset, offset + size)` of file `shard`. Raises OSError, EOFError where it is shorter."""
+        """Bytes `[offset, offset + size)` of file `shard`. Raises OSError, or EOFError if the file is shorter."""
         path = self.paths[shard]
         if is_remote(path):
             filesystem, inner = _filesystem(path)
@@ -214,7 +214,7 @@ class Shards:
         else:
             data = _read_at(self._descriptor(shard), offset, size)
         if len(data) != size:
-            raise EOFError(f"{path} ends before byte {offset + size}: it was cut short after it was opened")
+            raise EOFError(f"{path} ends before byte {offset + size}: the file was truncated after it was indexed")
         return data
 
     def _descriptor(self, shard: int) -> int:
@@ -233,7 +233,7 @@ class Shards:
 
 def _read_at(descriptor: int, offset: int, size: int) -> bytes:
     data = os.pread(descriptor, size, offset)
-    while 0 < len(data) < size:  # a read may stop short, of a file on the network above all
+    while 0 < len(data) < size:  # pread may return less than requested, e.g. on network file systems
         more = os.pread(descriptor, size - len(data), offset + len(data))
         if not more:
             break
@@ -242,7 +242,7 @@ def _read_at(descriptor: int, offset: int, size: int) -> bytes:
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
-    """fsspec keeps one instance for each kind of storage, and its connections."""
+    """The fsspec file system of a URL, cached by fsspec with its connections, and the path inside it."""
     try:
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
@@ -250,4 +250,4 @@ def _filesystem(path: str) -> tuple[Any, str]:
             f"{path}: {error}; for gs:// run pip install 'tinymim-jax[gcs]', for s3:// pip install s3fs"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; known are gs://, s3:// and the others of fsspec") from error
+        raise ValueError(f"{path}: {error}; supported are gs://, s3:// and the other protocols of fsspec") from error

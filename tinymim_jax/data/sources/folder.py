@@ -1,4 +1,4 @@
-"""`folder:LOCATION`: image files, in a folder for each class or without classes."""
+"""`folder:LOCATION`: image files, in one folder per class or without classes."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from tinymim_jax.data.sources.splits import ALL, Parts
 
 log = logging.getLogger(__name__)
 
-# A folder may change once more within the tick of its clock, unseen: what is younger is not trusted.
+# A change within the resolution of modification times may go unseen, so newer folders are not cached.
 _SETTLED_SECONDS = 2.0
 
 
 def open_split(name: str, location: str, split: str) -> Source:
-    """A whole split of the images at `location`, in mixed order; rules and errors as `sources.open_source`."""
+    """Opens a whole split of the images at `location`, in shuffled order; see `sources.open_source`."""
     names = split_names(location)
     if split == ALL and names != [ALL]:
         wholes = [open_split(name, location, each) for each in names]
@@ -37,7 +37,7 @@ def open_split(name: str, location: str, split: str) -> Source:
     source = FolderSource(name, split, root, index)
     if skipped := layout.left_out_images(index.meta["left_out"]):
         log.warning(
-            "%s: files left out, by kind: %s. Read are %s: convert the others, or give them the ending of their format",
+            "%s: skipped files by extension: %s. Supported extensions are %s: convert or rename the others",
             root,
             skipped,
             " ".join(layout.IMAGE_EXTENSIONS),
@@ -46,10 +46,10 @@ def open_split(name: str, location: str, split: str) -> Source:
 
 
 def split_names(location: str) -> list[str]:
-    """The whole splits at `location`: its folders where they are called as splits are, otherwise `all`."""
+    """The whole splits at `location`: its folders if they are named like splits, otherwise `all`."""
     before, marker, after = files.absolute(location).partition("{split}")
     if marker:
-        pattern = re.compile(re.escape(files.bare(before)) + r"([\w-]+)" + _marked(re.escape(after)))
+        pattern = re.compile(re.escape(files.bare(before)) + r"([\w-]+)" + _repeated_split(re.escape(after)))
         found = files.matches(f"{before}*{after.replace('{split}', '*')}")
         names = [match[1] for path in found if (match := pattern.fullmatch(files.bare(path)))]
         if not names:
@@ -62,7 +62,7 @@ def split_names(location: str) -> list[str]:
 
 
 class FolderSource(Source):
-    """The image files under `root`, read when they are asked for."""
+    """The image files under `root`, read on access."""
 
     def __init__(self, name: str, split: str, root: str, index: Index):
         self.name = name
@@ -93,13 +93,13 @@ class FolderSource(Source):
         return FolderSource, (self.name, self.split, self._root, self._index)
 
 
-def _marked(after: str) -> str:
-    """The escaped rest of a location, in which each further {split} is the split named before."""
+def _repeated_split(after: str) -> str:
+    """Replaces further `{split}` markers in an escaped location by a reference to the first match."""
     return after.replace(re.escape("{split}"), r"\1")
 
 
 def _root(location: str, split: str) -> str | None:
-    """The folder of a split; None where none is called so."""
+    """The folder of a split, or None if there is none of that name."""
     location = files.absolute(location)
     if "{split}" in location:
         return location.replace("{split}", split)
@@ -107,36 +107,36 @@ def _root(location: str, split: str) -> str | None:
         return location
     if files.is_folder(files.join(location, split)):
         return files.join(location, split)
-    folder = layout.called(split, files.list_folder(location)[0])
+    folder = layout.matching_folder(split, files.list_folder(location)[0])
     return None if folder is None else files.join(location, folder)
 
 
 def _choices(location: str, names: list[str]) -> str:
-    if names == [ALL]:  # any folder may be asked for
+    if names == [ALL]:  # any folder can be opened as a split
         names = names + files.list_folder(files.absolute(location))[0]
     return ", ".join(names[:20]) + ", ..." * (len(names) > 20)
 
 
 def _elsewhere(location: str) -> str:
     location = files.absolute(location)
-    found = layout.below(location) if "{split}" not in location else None
-    return f". Did you mean folder:{found}, which has folders of splits?" if found not in (None, location) else ""
+    found = layout.find_split_root(location) if "{split}" not in location else None
+    return f". Did you mean folder:{found}, which has split folders?" if found not in (None, location) else ""
 
 
 def _index(root: str) -> Index:
-    """Listed once: found again as long as no folder under `root` has been changed."""
+    """The index of the images under `root`; reused until a folder under `root` changes."""
     note = cache_folder() / f"folders-{hashlib.sha256(os.fsencode(root)).hexdigest()}.json"
     if not files.is_remote(root) and note.is_file():
         known: dict[str, str] = json.loads(note.read_text())
         if known == _versions(root, list(known)):
             return _cached(root, known)
-    return _listed_anew(root, note)
+    return _list_again(root, note)
 
 
-def _listed_anew(root: str, note) -> Index:
+def _list_again(root: str, note) -> Index:
     started = time.time()
     found = dict(files.walk(root))
-    if files.is_remote(root):  # a bucket's folders have no date: the listing itself is what to know it by
+    if files.is_remote(root):  # buckets have no folder modification times: fingerprint the listing
         listing = hashlib.sha256()
         for folder in sorted(found):
             listing.update("\0".join([folder, *found[folder], ""]).encode())
@@ -155,7 +155,7 @@ def _versions(root: str, folders: list[str]) -> dict[str, str]:
     try:
         statuses = files.in_threads(files.status, [files.join(root, folder) for folder in folders])
     except OSError:
-        return {}  # one is gone
+        return {}  # a folder was removed
     return {folder: status.version for folder, status in zip(folders, statuses)}
 
 
@@ -173,14 +173,14 @@ def _records(root: str, found: dict[str, list[str]]) -> Records:
     records = Records()
     if images[""] and in_folders:
         raise ValueError(
-            f"{root} holds images itself ({images[''][0]}, ...) and in folders ({in_folders[0]}, ...): "
-            "either give each class its folder, or keep all images in one"
+            f"{root} contains images directly ({images[''][0]}, ...) and in folders ({in_folders[0]}, ...): "
+            "either put each class into its own folder, or put all images into one folder"
         )
     left_out = layout.left_out(found)
     if not images[""] and not in_folders:
         others = layout.left_out_images(left_out)
         raise ValueError(
-            f"{root} holds no image; looked for {', '.join(layout.IMAGE_EXTENSIONS)}, in all folders under it"
+            f"{root} holds no image; looked for {', '.join(layout.IMAGE_EXTENSIONS)} in all folders under it"
             + (f"; there are {others}" if others else "")
         )
     problem = layout.class_problem(root, images) if in_folders else ""

@@ -8,5 +8,5 @@ WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """The 1,000 WordNet ids, sorted; the list that TFDS ships and labels ImageNet and all its test sets by."""
+    """The 1,000 WordNet ids in label order (sorted), from the list that TFDS uses for ImageNet and its variants."""
     return tuple(tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split())

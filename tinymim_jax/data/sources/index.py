@@ -1,7 +1,7 @@
-"""Where each record of a set of files lies: columns of numbers in a cache folder, mapped into memory.
+"""On-disk index of the records of a data set: memory-mapped arrays in a cache folder.
 
-Mapped, so that tens of millions of records cost the worker processes of a host one copy between them, and a
-source that is sent to one is only the name of a folder.
+Memory mapping lets the worker processes of a host share one copy of tens of millions of records, and pickling a
+source only sends the name of a folder.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 4  # part of every fingerprint: an index written by other code is not found
+_FORMAT = 4  # part of every fingerprint, so indexes of older formats are ignored
 
 
 class Records:
-    """An index being made: what `build` of `cached` returns.
+    """An index under construction, returned by the `build` argument of `cached`.
 
-    A record has a name, and a label, a place (shard, offset, size) where the kind of set has such a thing.
+    Each record has a name, a label and a position (shard, offset, size); formats leave unused fields at their defaults.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class Records:
         self.shards = array("i")
         self.offsets = array("q")
         self.sizes = array("q")
-        self.row_labels = array("i")  # of every row, where records are row groups or files of many rows
+        self.row_labels = array("i")  # one label per row, if a record is a row group or a file of many rows
         self.meta: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class Records:
         self.sizes.append(size)
 
     def extend(self, other: "Records") -> None:
-        """Adds the records of `other`, in their order; its `meta` is not looked at."""
+        """Appends the records of `other`; its `meta` and `row_labels` are ignored."""
         before = len(self.names)
         self.names += other.names
         self.ends.extend(array("q", (np.frombuffer(other.ends, np.int64) + before).tobytes()))
@@ -58,10 +58,10 @@ class Records:
             mine.extend(more)
 
     def mixed(self) -> "Records":
-        """The same records in an order that their names alone decide, as good as random.
+        """The same records in a pseudo-random order, sorted by a hash of their names.
 
-        Slices of a set that is listed class by class would hold some classes and lack others. Records that are
-        added later leave the order of the rest as it was.
+        In listing order a slice of the set would contain only some of the classes. Adding records does not change
+        the relative order of the others.
         """
         ends = np.frombuffer(self.ends, np.int64).tolist()
         spans = list(zip([0, *ends], ends))
@@ -91,10 +91,10 @@ class Records:
 
 
 class Index:
-    """The records of a set of files, as `Records` laid them down, read-only; it can be pickled.
+    """The stored, read-only form of `Records`; picklable.
 
-    `labels`, `shards`, `offsets`, `sizes` are arrays over the records, `row_labels` one over their rows, where records
-    have rows with labels; `meta` is what else the kind of set keeps.
+    `labels`, `shards`, `offsets` and `sizes` have one entry per record; `row_labels` has one per row, if records have
+    labelled rows. `meta` holds format-specific data.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -120,17 +120,16 @@ class Index:
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept: `$TINYMIM_CACHE/index`, by default `~/.cache/tinymim_jax/index`."""
+    """The folder of the indexes: `$TINYMIM_CACHE/index`, by default `~/.cache/tinymim_jax/index`."""
     root = os.environ.get("TINYMIM_CACHE") or "~/.cache/tinymim_jax"
     return Path(root).expanduser().absolute() / "index"
 
 
 def cached(what: str, fingerprint: Any, build: Callable[[], Records]) -> Index:
-    """The index made before under the same fingerprint (anything that JSON can hold), or a new one.
+    """The stored index with this fingerprint (any JSON-serializable value), built now if there is none.
 
-    `what` is what an error calls the set.
-
-    Raises ValueError where there is no record, OSError where the cache folder cannot be written.
+    `what` names the data set in errors. Raises ValueError if there are no records, OSError if the cache folder cannot
+    be written.
     """
     text = json.dumps([_FORMAT, fingerprint], sort_keys=True)
     folder = cache_folder() / hashlib.sha256(text.encode()).hexdigest()
@@ -143,12 +142,12 @@ def cached(what: str, fingerprint: Any, build: Callable[[], Records]) -> Index:
 
 
 def _write(folder: Path, records: Records) -> None:
-    """Aside, then renamed in one go: several processes may write the same, and none ever sees half of it."""
+    """Writes to a temporary folder and renames it, so concurrent processes never see a partial index."""
     with writable(folder.parent), tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as scratch:
         made = Path(scratch) / "index"
         made.mkdir()
         for name, column in records.columns().items():
-            # What is empty cannot be mapped; a name of no bytes has one that is never read.
+            # An empty array cannot be memory-mapped: store one element that is never read.
             np.save(made / f"{name}.npy", column if len(column) else np.zeros(1, column.dtype))
         (made / "meta.json").write_text(json.dumps(records.meta))
         try:
@@ -161,12 +160,12 @@ def _write(folder: Path, records: Records) -> None:
 
 @contextlib.contextmanager
 def writable(folder: Path):
-    """Makes `folder`; an OSError inside says what the folder is for and how to choose another."""
+    """Creates `folder`; an OSError in the block is raised again with the purpose of the folder and a remedy."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise OSError(
-            f"the index of the images cannot be kept in {folder} ({error}); "
-            "set TINYMIM_CACHE to a folder that can be written and has room"
+            f"the image index cannot be written to {folder} ({error}); "
+            "set TINYMIM_CACHE to a folder that is writable and has free space"
         ) from error

@@ -1,4 +1,4 @@
-"""The labels of a source: checked where a task learns or evaluates by them, and its classes in a sentence."""
+"""Validation of the labels of a source for tasks that need them, and a one-line summary of its classes."""
 
 import logging
 
@@ -8,24 +8,24 @@ from tinymim_jax.data.sources.examples import Example, Source
 
 log = logging.getLogger(__name__)
 
-# Records of a source with unknown labels that are read at once, so that most mistakes show before a run starts.
+# If labels are not indexed, this many records are checked on opening, to find most errors before a run starts.
 _SAMPLED = 16
 _NAMES_SHOWN = 10
-_REMEDY = "label them, leave them out, or choose another split; pre-training (mae, distill) needs no labels"
+_REMEDY = "label them, remove them, or choose another split; pre-training (mae, distill) needs no labels"
 
 
 class LabelError(ValueError):
-    """A label that a task needs is missing, or is no class of the source."""
+    """A label that a task needs is missing, or is not a class of the source."""
 
 
-def labelled(source: Source, purpose: str = "this task learns and evaluates by them") -> Source:
-    """The same records, each of them with a label from 0 to `source.classes - 1`.
+def labelled(source: Source, purpose: str = "this task needs them for training and evaluation") -> Source:
+    """`source`, checked so that every record has a label from 0 to `source.classes - 1`.
 
-    Where the labels are known without reading the records (`Source.known_labels`), all are checked now, and classes
-    without an image are logged. Otherwise a few records are read now, and reading any other whose label is not usable
-    raises LabelError later; `data.pipeline` passes it on.
+    If all labels are known without reading the records (`Source.known_labels`), all are checked now, and classes
+    without images are logged. Otherwise a sample of records is checked now, and reading any other record with an
+    invalid label raises LabelError; `data.pipeline` passes it on. `purpose`, for errors: why labels are needed.
 
-    Raises LabelError, which says how many records lack a label, the first of them, and the remedy.
+    Raises LabelError with the number of invalid records, the first of them, and the remedy.
     """
     where = f"split {source.split!r} of {source.name!r}"
     because = f" ({source.label_problem})" if source.label_problem else ""
@@ -39,7 +39,7 @@ def labelled(source: Source, purpose: str = "this task learns and evaluates by t
                 checked[index]
             except LabelError:
                 raise
-            except Exception:  # a damaged record: the pipeline replaces it, or stops
+            except Exception:  # a damaged record is handled by the pipeline
                 continue
         return checked
     counts = []
@@ -54,7 +54,9 @@ def labelled(source: Source, purpose: str = "this task learns and evaluates by t
     if counts:
         raise LabelError(f"{'; '.join(counts)}{because}; {_REMEDY}")
     if source.classes == 1:
-        raise LabelError(f"{where} has one class alone, {source.class_names[0]!r}{because}: there is nothing to learn")
+        raise LabelError(
+            f"{where} has only one class, {source.class_names[0]!r}{because}: classification needs at least two"
+        )
     if empty := np.flatnonzero(np.bincount(labels, minlength=source.classes) == 0).tolist():
         names = shown([source.class_names[label] for label in empty])
         log.warning("%d of the %d classes of %s have no image: %s", len(empty), source.classes, where, names)
@@ -62,14 +64,14 @@ def labelled(source: Source, purpose: str = "this task learns and evaluates by t
 
 
 def class_summary(source: Source) -> str:
-    """'3 classes: cat, dog, fox', or 'no labels'; of many classes the first ones and the last."""
+    """A summary such as '3 classes: cat, dog, fox' or 'no labels'; long lists are shortened as in `shown`."""
     if source.classes == 0:
         return "no labels"
     return f"{source.classes:,} class{'es' * (source.classes > 1)}: {shown(source.class_names)}"
 
 
 def shown(names: list[str] | tuple[str, ...]) -> str:
-    """Names separated by commas; of more than ten the first nine and the last."""
+    """Names separated by commas; if there are more than ten, only the first nine and the last."""
     if len(names) <= _NAMES_SHOWN:
         return ", ".join(names)
     return ", ".join([*names[: _NAMES_SHOWN - 1], "...", names[-1]])
@@ -80,7 +82,7 @@ def _none_of(source: Source) -> str:
 
 
 class _Checked(Source):
-    """A source that raises LabelError where a record is read whose label is no class."""
+    """A source that raises LabelError on reading a record with an invalid label."""
 
     def __init__(self, source: Source):
         self.name, self.split, self.class_names = source.name, source.split, source.class_names

@@ -1,11 +1,11 @@
-"""What folders of images mean by their names: splits, classes, neither; and trees that cannot be class folders."""
+"""Interpretation of image folder trees: which folders are splits or classes, and trees that are ambiguous."""
 
 import re
 from collections import Counter, defaultdict
 
 from tinymim_jax.data.sources import files
 
-# torchvision.datasets.folder.IMG_EXTENSIONS, and AVIF and JPEG's other names.
+# torchvision.datasets.folder.IMG_EXTENSIONS, plus AVIF and alternative JPEG extensions.
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif"),
 )
@@ -13,10 +13,10 @@ _SPLIT = re.compile(
     r"(?P<base>train|trn|val|valid|validation|dev|test|tst|eval|extra|mini|unlabel+ed)(ing)?(?P<rest>[-_.\d].*)?", re.I
 )
 _BASES = {"trn": "train", "valid": "val", "validation": "val", "tst": "test"}
-# Files that are images although they are not read, so that leaving them out is worth a warning.
+# Unsupported files that are, or may be, images: skipping them is reported. "" is a name without extension.
 _OTHER_IMAGES = (".gif", ".jp2", ".j2k", ".heic", ".heif", ".jxl", ".ico", ".dng", ".cr2", ".nef", ".svg", ".psd", "")
 _TREE_LINES = 12
-_SEARCHED = 40  # folders listed to find those of splits
+_SEARCHED = 40  # maximum number of folders listed to find split folders
 
 
 def is_image(name: str) -> bool:
@@ -24,10 +24,10 @@ def is_image(name: str) -> bool:
 
 
 def split_folders(location: str, folders: list[str]) -> list[str]:
-    """Those of a folder's `folders` that are splits: none where they are classes.
+    """Those of the `folders` in `location` that are splits; empty if the folders are classes.
 
-    They are splits where two or more are called so (in small letters or capitals), or one is and the others hold no
-    image. A class may be called `train` beside others, as in COCO.
+    Folders are splits if at least two have split names (in any case), or one has and the others contain no images.
+    A single split name among classes is a class: COCO has a class `train`.
     """
     found = [name for name in folders if _SPLIT.fullmatch(name)]
     others = [name for name in folders if name not in found]
@@ -36,10 +36,10 @@ def split_folders(location: str, folders: list[str]) -> list[str]:
     return []
 
 
-def called(split: str, folders: list[str]) -> str | None:
-    """The folder that `split` means: itself, or the only one that differs in capitals or in form (`train`, `Training`).
+def matching_folder(split: str, folders: list[str]) -> str | None:
+    """The folder for `split`: the exact name, or the only variant in case or spelling (`train`, `Training`).
 
-    None where there is no such folder, or several.
+    None if there is no such folder, or several variants.
     """
     if split in folders:
         return split
@@ -50,8 +50,8 @@ def called(split: str, folders: list[str]) -> str | None:
     return None
 
 
-def below(location: str) -> str | None:
-    """The first folder under `location` whose folders are splits, where that is found quickly."""
+def find_split_root(location: str) -> str | None:
+    """The first folder at or under `location` that has split folders; None if a bounded search finds none."""
     level, listed = [location], 0
     while level and listed < _SEARCHED:
         following = []
@@ -66,9 +66,9 @@ def below(location: str) -> str | None:
 
 
 def class_problem(root: str, images: dict[str, list[str]]) -> str:
-    """Why the folders directly under `root` are hardly classes; empty where they may be.
+    """Why the folders directly under `root` are probably not classes; empty if they may be.
 
-    `images`: names of the images in each folder, by its path relative to `root`.
+    `images`: the image names of each folder, by folder path relative to `root`.
     """
     inner: dict[str, set[str]] = defaultdict(set)
     direct = set()
@@ -81,8 +81,8 @@ def class_problem(root: str, images: dict[str, list[str]]) -> str:
     filled = direct | set(inner)
     if len(filled) == 1 and len([folder for folder in images if folder and "/" not in folder]) == 1:
         return (
-            f"{root} has one class folder alone; if its folders are the classes, name "
-            f"{files.join(root, next(iter(filled)))} instead, with {{split}} wherever the split's name stands in the "
+            f"{root} has only one class folder; if the classes are the folders inside it, use "
+            f"{files.join(root, next(iter(filled)))} instead, with {{split}} in place of the split's name in the "
             f"path\n{tree(root, images)}"
         )
     doubled = [folder for folder, names in images.items() if names and _is_doubled(folder)]
@@ -97,15 +97,15 @@ def class_problem(root: str, images: dict[str, list[str]]) -> str:
         names = sorted(next(iter(alike)))
         if len(names) > 1 or _SPLIT.fullmatch(names[0]):
             return (
-                f"the folders of {root} hold the same folders ({', '.join(names[:5])}{', ...' * (len(names) > 5)}), so "
-                "either may be the classes: put the images of each class into one folder, and those of each split into "
-                f"a folder LOCATION/SPLIT/CLASS\n{tree(root, images)}"
+                f"the folders of {root} contain the same folders ({', '.join(names[:5])}{', ...' * (len(names) > 5)}), "
+                "so it is unclear which level is the classes: arrange the images as "
+                f"LOCATION/SPLIT/CLASS, with all images of a class in one folder\n{tree(root, images)}"
             )
     return ""
 
 
 def tree(root: str, images: dict[str, list[str]]) -> str:
-    """The first folders under `root`, one a line, with the number of images directly in each."""
+    """The first folders under `root`, one per line, with the number of images directly in each."""
     lines = [root]
     for folder in sorted(images, key=lambda folder: folder.split("/")):
         if folder and folder.count("/") < 3:
@@ -117,7 +117,7 @@ def tree(root: str, images: dict[str, list[str]]) -> str:
 
 
 def left_out(found: dict[str, list[str]]) -> dict[str, tuple[int, str]]:
-    """Files that are not read: their number and the first of them, by extension, the most frequent first."""
+    """Skipped files: (count, first path) by extension, most frequent first."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for folder in sorted(found):
@@ -130,7 +130,7 @@ def left_out(found: dict[str, list[str]]) -> dict[str, tuple[int, str]]:
 
 
 def left_out_images(counts: dict[str, tuple[int, str]]) -> str:
-    """Of what `left_out` returns the files that are, or may be, images, in words; empty where there is none."""
+    """A description of those skipped files (from `left_out`) that may be images; empty if there are none."""
     return ", ".join(
         f"{count:,} {extension or 'without an extension'} (such as {first})"
         for extension, (count, first) in counts.items()

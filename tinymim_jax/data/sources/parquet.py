@@ -1,4 +1,4 @@
-"""`parquet:LOCATION`: Parquet files as Hugging Face keeps image sets, read by row groups."""
+"""`parquet:LOCATION`: Parquet files in the layout of Hugging Face image data sets, read by row group."""
 
 import json
 import logging
@@ -22,21 +22,21 @@ log = logging.getLogger(__name__)
 FORMAT = shards.Format("parquet", re.compile(r"\.(parquet|parq|pq)$"))
 IMAGE_COLUMNS = ("image", "img", "jpg")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-# To read one row is to read its row group. Those last read are kept, in each process, up to so many bytes.
+# Reading one row reads its row group. Recently read groups are cached per process, up to this many bytes.
 CACHE_BYTES = 256 * 2**20
 _LARGE_GROUP = 32 * 2**20
 _INT32 = -(2**31), 2**31 - 1
 
 
 def open_split(name: str, location: str, split: str) -> Source:
-    """A whole split of the files at `location`; for the rules and the errors see `sources.open_source`."""
+    """Opens a whole split of the files at `location`; see `sources.open_source` for the file layout and errors."""
     found = shards.find(FORMAT, name, location, split)
     index = cached(f"{name}/{split}", shards.fingerprint(FORMAT, found), lambda: _records(found))
     largest = int(index.sizes.max())
     if largest > _LARGE_GROUP:
         log.warning(
-            "%s keeps its images in row groups of up to %d MB, and each image that is asked for takes one: slow when "
-            "shuffled. Writing the set anew by `tinymim prepare %s --output DIR` makes it fast",
+            "%s has row groups of up to %d MB, and reading one image reads a whole row group, which is slow with "
+            "shuffling. `tinymim prepare %s --output DIR` rewrites the set for fast random access",
             name,
             largest // 2**20,
             name,
@@ -49,7 +49,7 @@ def split_names(location: str) -> list[str]:
 
 
 class ParquetSource(Source):
-    """Rows of Parquet files, in their order."""
+    """The rows of Parquet files, in file order."""
 
     def __init__(self, name: str, split: str, index: Index):
         self.name = name
@@ -58,7 +58,7 @@ class ParquetSource(Source):
         self.label_problem = index.meta["label_problem"]
         self._columns = Columns(**index.meta["columns"])
         self._paths: list[str] = index.meta["paths"]
-        self._index = index  # its records are row groups: a file, a number in it, where the rows begin
+        self._index = index  # one entry per row group, see `_records`
         self._groups: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
         self._kept_bytes = 0
         self._loading: dict[int, threading.Lock] = {}
@@ -72,7 +72,7 @@ class ParquetSource(Source):
         images, labels = self._group(group)
         image = images[row].as_py()
         if image is None:
-            raise ValueError(f"{self.describe(index)} holds no image, or only the name of a file elsewhere")
+            raise ValueError(f"{self.describe(index)} holds no image, or only a path to an external file")
         label = labels[row].as_py() if labels is not None else None
         return {"image": image, "label": -1 if label is None else int(label)}
 
@@ -93,10 +93,10 @@ class ParquetSource(Source):
         return group, index - int(self._index.offsets[group])
 
     def _group(self, group: int) -> tuple[Any, Any]:
-        """The images and the labels (None where there are none) of a row group, from those kept or read now."""
+        """The image and label columns of a row group (labels None if there are none), from the cache or the file."""
         with self._lock:
             loading = self._loading.setdefault(group, threading.Lock())
-        with loading:  # two threads that want the same one read it once
+        with loading:  # concurrent requests for the same group read it once
             with self._lock:
                 if group in self._groups:
                     self._groups.move_to_end(group)
@@ -114,7 +114,7 @@ class ParquetSource(Source):
     def _read(self, group: int) -> tuple[Any, Any]:
         number = int(self._index.labels[group])
         with files.open_file(self._paths[self._index.shards[group]]) as opened, pq.ParquetFile(opened) as file:
-            # Of a struct {bytes, path} only the bytes.
+            # Of a struct {bytes, path}, only the bytes are read.
             table = file.read_row_group(number, columns=self._columns.leaves(), use_threads=False)
         images = table.column(self._columns.image).combine_chunks()
         if pa.types.is_struct(images.type):
@@ -127,7 +127,7 @@ class ParquetSource(Source):
 
 
 class Columns(NamedTuple):
-    """Which columns hold the images and, if any does, the labels."""
+    """The names of the image column and of the label column, if there is one."""
 
     image: str
     is_struct: bool
@@ -139,14 +139,17 @@ class Columns(NamedTuple):
 
 
 def _records(found: list[File]) -> Records:
-    """One record for each row group: file, number (as its label), first row, and bytes."""
+    """The index: one entry per non-empty row group.
+
+    `shards`: its file; `labels`: its number in the file; `offsets`: its first row in the set; `sizes`: its bytes.
+    """
     described = files.in_threads(_describe, found)
     schema = described[0][1]
     columns, names, problem = _columns(found[0].path, schema)
     for file, (_, other) in zip(found, described):
         if _columns(file.path, other)[:2] != (columns, names):
             raise ValueError(
-                f"{file.path} has other columns or classes than {found[0].path}; give each kind its folder"
+                f"{file.path} has other columns or classes than {found[0].path}; put each kind into its own folder"
             )
     records = Records()
     first = 0
@@ -161,7 +164,7 @@ def _records(found: list[File]) -> Records:
         if names is None:
             names, problem = shards.class_names(found[0].path, labels)
         elif not (labels >= 0).any():
-            names = []  # as the Hugging Face hub's test splits: classes, and -1 for every image
+            names = []  # unlabelled test splits on the Hugging Face hub name classes but label every image -1
         records.row_labels = array("i", labels.tobytes())
     records.meta = {
         "paths": [file.path for file in found],
@@ -178,11 +181,11 @@ def _describe(file: File) -> tuple[Any, Any]:
         with files.open_file(file.path) as opened, pq.ParquetFile(opened) as parquet:
             return parquet.metadata, parquet.schema_arrow
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file.path} is cut short or not a Parquet file; fetch it again ({error})") from error
+        raise ValueError(f"{file.path} is truncated or not a Parquet file; download it again ({error})") from error
 
 
 def _columns(path: str, schema: Any) -> tuple[Columns, list[str] | None, str]:
-    """The columns to read, the classes where the file names them, and why a column of labels cannot be read."""
+    """The columns to read, the class names if the file has them, and why its label column cannot be used."""
     noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = {
         name: feature
@@ -190,46 +193,49 @@ def _columns(path: str, schema: Any) -> tuple[Columns, list[str] | None, str]:
         if isinstance(feature, dict) and name in schema.names
     }
 
-    def kept_as(kind: str) -> list[str]:
+    def of_type(kind: str) -> list[str]:
         return [name for name, feature in features.items() if feature.get("_type") == kind]
 
-    image = _chosen(path, "image", kept_as("Image"), IMAGE_COLUMNS, schema)
+    image = _chosen(path, "image", of_type("Image"), IMAGE_COLUMNS, schema)
     if image is None:
         raise ValueError(
-            f"{path} has no column of images: it has {', '.join(schema.names)}; needed is one of "
-            f"{', '.join(IMAGE_COLUMNS)}, or one that Hugging Face's metadata calls an Image"
+            f"{path} has no image column: it has {', '.join(schema.names)}; expected one of "
+            f"{', '.join(IMAGE_COLUMNS)}, or one that has type Image in Hugging Face's metadata"
         )
     kind = schema.field(image).type
     is_struct = pa.types.is_struct(kind)
     stored = kind.field("bytes").type if is_struct and kind.get_field_index("bytes") >= 0 else kind
     if not any(is_kind(stored) for is_kind in (pa.types.is_binary, pa.types.is_large_binary)):
         raise ValueError(
-            f"column {image!r} of {path} holds {kind}; needed are image files as binary, or as its 'bytes'"
+            f"column {image!r} of {path} holds {kind}; expected encoded image files as "
+            "binary, or as a struct with 'bytes'"
         )
-    label = _chosen(path, "label", kept_as("ClassLabel"), LABEL_COLUMNS, schema)
+    label = _chosen(path, "label", of_type("ClassLabel"), LABEL_COLUMNS, schema)
     if label is not None and not pa.types.is_integer(schema.field(label).type):
-        problem = f"column {label!r} of {path} holds {schema.field(label).type}; needed are integers from 0"
+        problem = f"column {label!r} of {path} holds {schema.field(label).type}; expected integers from 0"
         return Columns(image, is_struct, None), None, problem
     names = features.get(label or "", {}).get("names")
-    if isinstance(names, dict):  # {"0": "cat"}, as older versions wrote it
+    if isinstance(names, dict):  # {"0": "cat"}, written by older versions of datasets
         names = [names[key] for key in sorted(names, key=int)]
     return Columns(image, is_struct, label), names, ""
 
 
 def _chosen(path: str, what: str, noted: list[str], usual: tuple[str, ...], schema: Any) -> str | None:
-    """The metadata's only column of a kind, or else the one with the usual name."""
+    """The only column that the metadata marks as this kind (`noted`), or else the one with a usual name."""
     if len(noted) == 1:
         return noted[0]
     for name in usual:
         if name in (noted or schema.names):
             return name
     if noted:
-        raise ValueError(f"{path} has several columns of {what}s: {', '.join(noted)}; call the one to use {usual[0]!r}")
+        raise ValueError(
+            f"{path} has several {what} columns: {', '.join(noted)}; rename the one to use to {usual[0]!r}"
+        )
     return None
 
 
 def _labels(file: File, column: str | None) -> np.ndarray:
-    """The labels of a file, int32; -1 where there is none."""
+    """The labels of a file, int32 `[rows]`; -1 for missing labels."""
     with files.open_file(file.path, ahead=False) as opened:
         labels = pq.read_table(opened, columns=[column]).column(0)
     return np.clip(labels.fill_null(-1).to_numpy(), *_INT32).astype(np.int32)

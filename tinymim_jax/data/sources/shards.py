@@ -1,4 +1,4 @@
-"""Which files a LOCATION and a split stand for, where sets are kept as tar, Parquet or ArrayRecord files."""
+"""Finds the tar, Parquet or ArrayRecord files of a LOCATION and a split."""
 
 import dataclasses
 import fnmatch
@@ -12,19 +12,20 @@ from tinymim_jax.data.sources import files
 from tinymim_jax.data.sources.files import File
 from tinymim_jax.data.sources.splits import ALL
 
-# Labels above this are taken for something else, such as a row's id.
+# Labels this large are probably not classes, but for example row ids.
 _MAX_CLASSES = 1_000_000
-# "train-00003-of-00008-1a2b.parquet": what goes before, the number, the count.
+# "train-00003-of-00008-1a2b.parquet": prefix, shard number, shard count.
 _NUMBERED = re.compile(r"(.*?)-(\d+)-of-(\d+)(?!\d)")
 _SPLIT_OF_STEM = re.compile(r"([\w-]*?)(?:[-_.]?\d+-of-\d+.*|[-_]\d+|)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A kind of file: its prefix in a source's name and what such files are called.
+    """A file format.
 
-    suffix: matches from where the name's stem ends.
-    refused, remedy: names of such files as cannot be read, and what to do about it.
+    kind: its prefix in source names, such as `tar`.
+    suffix: matches the end of a file name, after the stem.
+    refused, remedy: matches names of files that cannot be read (such as compressed ones), and what to do about them.
     """
 
     kind: str
@@ -33,7 +34,7 @@ class Format:
     remedy: str = ""
 
     def stem(self, path: str) -> str | None:
-        """The file's name without its suffix; None for other files."""
+        """The file name without its suffix; None for files of other formats."""
         name = path.rsplit("/", 1)[-1]
         found = self.suffix.search(name)
         return name[: found.start()] if found and found.start() and not name.startswith(".") else None
@@ -43,11 +44,11 @@ class Format:
 
 
 def find(form: Format, name: str, location: str, split: str) -> list[File]:
-    """The files of a whole split, in the order of their paths. For the rules see `sources.open_source`.
+    """The files of a whole split, sorted by path. See `sources.open_source` for the file layout.
 
     Raises:
-        FileNotFoundError: there is nothing at `location`, or a shard of a numbered set is missing.
-        ValueError: there is no such split, or no file of this kind.
+        FileNotFoundError: `location` does not exist, or a shard of a numbered set is missing.
+        ValueError: there is no such split, or no file of this format.
     """
     location = files.absolute(location)
     if "{split}" in location:
@@ -57,23 +58,25 @@ def find(form: Format, name: str, location: str, split: str) -> list[File]:
     else:
         inside = files.join(files.as_pattern(location), split)
         found = [path for place in files.matches(inside) if files.is_folder(place) for path in _under(form, place)]
-        found = found or _called(form, inside, split)
+        found = found or _files_of_split(form, inside, split)
     if not found:
-        raise _nothing(form, name, location, split)
+        raise _not_found(form, name, location, split)
     if refused := [path for path in found if form.refuses(path)]:
-        raise ValueError(f"{refused[0]} (one of {len(refused)} such) cannot be read by index; {form.remedy}")
+        raise ValueError(
+            f"{refused[0]} (one of {len(refused)} such files) does not support random access; {form.remedy}"
+        )
     _check_complete(found)
     return files.in_threads(files.status, found)
 
 
 def split_names(form: Format, location: str) -> list[str]:
-    """The whole splits that `find` would find, but for `all` where there are others."""
+    """The names of the whole splits at `location`; `['all']` if it is not divided into splits."""
     location = files.absolute(location)
     if "{split}" in location:
-        return _marked_splits(location)
+        return _splits_in_pattern(location)
     places = files.matches(location)
     if not places:
-        raise FileNotFoundError(f"there is nothing at {location}")
+        raise FileNotFoundError(f"no such file or folder: {location}")
     names = set()
     for place in places:
         for path in _under(form, place) if files.is_folder(place) else []:
@@ -85,7 +88,7 @@ def split_names(form: Format, location: str) -> list[str]:
 
 
 def fingerprint(form: Format, found: list[File]) -> list:
-    """What an index of these files depends on."""
+    """The fingerprint of the index of these files: their paths, sizes, versions, and `classes.txt`."""
     try:
         named = [files.status(_names_file(found[0].path))]
     except FileNotFoundError:
@@ -94,10 +97,10 @@ def fingerprint(form: Format, found: list[File]) -> list:
 
 
 def class_names(first: str, labels: np.ndarray) -> tuple[list[str], str]:
-    """The classes of integer labels and, where these cannot be used, the reason.
+    """The class names for integer `labels`, and the reason if the labels cannot be used (otherwise empty).
 
-    The lines of `classes.txt` beside the file `first`, or else the numbers 0 to the highest label; none where all
-    labels are -1.
+    Names are the lines of `classes.txt` in the folder of the file `first`, or else the numbers 0 to the highest label;
+    there are none if all labels are -1.
     """
     highest = int(labels.max(initial=-1))
     if highest < 0:
@@ -105,12 +108,12 @@ def class_names(first: str, labels: np.ndarray) -> tuple[list[str], str]:
     if names := named_classes(first):
         return names, ""
     if highest >= _MAX_CLASSES:
-        return [], f"the highest label is {highest:,}: not the number of a class"
+        return [], f"the highest label is {highest:,}, too large for a class number"
     return [str(label) for label in range(highest + 1)], ""
 
 
 def named_classes(first: str) -> list[str]:
-    """The lines of `classes.txt` beside the file `first`; none where there is no such file."""
+    """The lines of `classes.txt` in the folder of the file `first`; empty if there is no such file."""
     try:
         names = files.read(_names_file(first)).decode().split("\n")
     except FileNotFoundError:
@@ -128,7 +131,7 @@ def _names_file(first: str) -> str:
 def _expand(form: Format, pattern: str) -> list[str]:
     places = files.matches(pattern)
     if places == [pattern] and not files.is_folder(pattern):
-        return places  # one file, whatever it is called
+        return places  # a single file, with any name
     found = [path for place in places for path in (_under(form, place) if files.is_folder(place) else [place])]
     return sorted({path for path in found if form.stem(path) is not None or form.refuses(path)})
 
@@ -142,8 +145,8 @@ def _under(form: Format, folder: str) -> list[str]:
     )
 
 
-def _called(form: Format, inside: str, split: str) -> list[str]:
-    """Files LOCATION/SPLIT-* and LOCATION/SPLIT.*; not those of `train-extra` for `train`, if there are of `train`."""
+def _files_of_split(form: Format, inside: str, split: str) -> list[str]:
+    """Files LOCATION/SPLIT-* and LOCATION/SPLIT.*. Files of `train` are preferred to those of e.g. `train-extra`."""
     found = {path for pattern in ("-*", "_*", ".*") for path in files.matches(inside + pattern)}
     found = sorted(path for path in found if form.stem(path) is not None or form.refuses(path))
     exact = [path for path in found if _split_of(form, path) == split or form.refuses(path)]
@@ -151,29 +154,29 @@ def _called(form: Format, inside: str, split: str) -> list[str]:
 
 
 def _split_of(form: Format, path: str) -> str:
-    """The split that a file is of by its name alone; empty where it does not say."""
+    """The split that a file name contains; empty if it contains none."""
     stem = form.stem(path) or ""
     found = _SPLIT_OF_STEM.fullmatch(stem)
     return found[1] if found and not stem.isdigit() else ""
 
 
-def _marked_splits(location: str) -> list[str]:
+def _splits_in_pattern(location: str) -> list[str]:
     pattern = fnmatch.translate(files.bare(location).replace("{split}", "SPLITMARK"))
     pattern = pattern.replace("SPLITMARK", r"(?P<split>[\w-]+?)", 1).replace("SPLITMARK", r"(?P=split)")
     found = (re.match(pattern, files.bare(path)) for path in files.matches(location.replace("{split}", "*")))
     names = sorted({match["split"] for match in found if match})
     if not names:
-        raise FileNotFoundError(f"there is nothing at {location}, whatever the split")
+        raise FileNotFoundError(f"no file or folder matches {location} for any split")
     return names
 
 
-def _nothing(form: Format, name: str, location: str, split: str) -> Exception:
+def _not_found(form: Format, name: str, location: str, split: str) -> Exception:
     if "{split}" not in location and not files.matches(location):
-        return FileNotFoundError(f"{name!r}: there is nothing at {location}")
+        return FileNotFoundError(f"{name!r}: no such file or folder: {location}")
     choices = split_names(form, location)
     if split == ALL or (choices == [ALL] and not _expand(form, location)):
-        return ValueError(f"{name!r}: there is no file of kind {form.kind} at {location}")
-    hint = ", or write {split} into the location where the split's name goes" if choices == [ALL] else ""
+        return ValueError(f"{name!r}: there is no {form.kind} file at {location}")
+    hint = ", or write {split} in the location in place of the split's name" if choices == [ALL] else ""
     return ValueError(
         f"split={split!r} of {name!r} is unknown; choices: {', '.join(choices[:20])}{', ...' * (len(choices) > 20)}, "
         f"or a part such as '{choices[0]}[:90%]'{hint}"
@@ -188,8 +191,8 @@ def _check_complete(paths: list[str]) -> None:
     for (before, count), present in numbers.items():
         for number in sorted(set(range(int(count))) - present):
             shard = f"{before}-{number:0{len(count)}d}-of-{count}"
-            if not files.matches(f"{glob.escape(shard)}*"):  # else a pattern of the user's has left it out
+            if not files.matches(f"{glob.escape(shard)}*"):  # otherwise it exists, but the user's pattern excludes it
                 raise FileNotFoundError(
-                    f"{shard} is missing, {len(present)} of {int(count)} such files are there; "
-                    "fetch it again, or name the files to read by a pattern in another folder"
+                    f"{shard} is missing, {len(present)} of {int(count)} such files exist; "
+                    "download it again, or move the files to use to another folder and match them with a pattern"
                 )

@@ -1,6 +1,6 @@
-"""Opening image sets by one string: the name of a TFDS set, or where files of your own lie.
+"""Opens image data sets by name: a TFDS data set, or the format and location of your own files.
 
-TensorFlow is never imported for reading.
+Reading never imports TensorFlow.
 """
 
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["is_place", "open_source", "prepare", "splits"]
 
-# Each has open_split(name, location, split) -> Source and split_names(location) -> list of str.
+# Each module has open_split(name, location, split) -> Source and split_names(location) -> list of str.
 _KINDS = {
     "folder": folder_source,
     "tar": tar_source,
@@ -36,34 +36,34 @@ def open_source(
     examples: int | None = None,
     seed: int = 0,
 ) -> Source:
-    """Opens a set of images for reading.
+    """Opens an image data set for reading.
 
     Args:
         name: one of
-            `digits`, which is prepared on first use, or a TFDS set that `tinymim prepare` has prepared, with config
-                and version if wanted: `imagenet2012`, `imagenet_a:0.1.0`. It needs images; labels are of use;
-            `folder:LOCATION`, image files: the first folder is the class, as in torchvision's ImageFolder, or
-                there are no folders and no classes. Hidden files are left out;
-            `tar:LOCATION`, WebDataset's shards: `key.jpg` with `key.cls` or `key.json` (`{"label": 3}`), or without;
-            `parquet:LOCATION`, as Hugging Face keeps images: columns are found by its metadata, or by name
-                (`image`, `img` or `jpg`; `label`, `labels` or `fine_label`);
-            `array_record:LOCATION`, of image files, or of tf.train.Examples with `image` or `image/encoded`, and
-                `label` or `image/class/label`.
-            In LOCATION `{split}` stands for the split's name. Otherwise the split is the folder LOCATION/SPLIT, or
-            the files LOCATION/SPLIT-* and LOCATION/SPLIT.*; `all` is everything there. Patterns (`*`) and URLs that
-            fsspec knows (`gs://`) are allowed, but URLs not for ArrayRecord. Class names of tar and ArrayRecord
-            files are the lines of `classes.txt` beside them, or numbers.
-        split: a split or parts of some, in TFDS's syntax: `train`, `train[:90%]`, `train[1000:]+test`.
-        data_dir: where TFDS keeps its sets; by default `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
-        examples: keep only so many, the same number of each class (see `balanced_subset`).
-        seed: decides which examples those are.
+            `digits`, which is prepared on first use, or a TFDS data set prepared by `tinymim prepare`, optionally with
+                config and version: `imagenet2012`, `imagenet_a:0.1.0`. It must have images; labels are optional;
+            `folder:LOCATION`, image files: the first folder level is the class, as in torchvision's ImageFolder, or
+                there are no folders and no classes. Hidden files are skipped;
+            `tar:LOCATION`, WebDataset shards: `key.jpg`, optionally with `key.cls` or `key.json` (`{"label": 3}`);
+            `parquet:LOCATION`, in the layout of Hugging Face image data sets: columns are found by its metadata, or
+                by name (`image`, `img` or `jpg`; `label`, `labels` or `fine_label`);
+            `array_record:LOCATION`, records that are image files, or tf.train.Examples with `image` or
+                `image/encoded`, and optionally `label` or `image/class/label`.
+            `{split}` in LOCATION is replaced by the split's name. Without it the split is the folder LOCATION/SPLIT,
+            or the files LOCATION/SPLIT-* and LOCATION/SPLIT.*; `all` is everything in LOCATION. Glob patterns (`*`)
+            and fsspec URLs (`gs://`) are allowed; ArrayRecord files must be local. The class names of tar and
+            ArrayRecord files are the lines of `classes.txt` in the same folder, or numbers.
+        split: a split, slices of splits or sums of them, in TFDS syntax: `train`, `train[:90%]`, `train[1000:]+test`.
+        data_dir: the TFDS data directory; by default `$TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
+        examples: use only this many examples, the same number of each class (see `balanced_subset`).
+        seed: selects the examples of that subset.
 
     Raises:
-        FileNotFoundError: nothing at LOCATION, or a shard of a numbered set is missing; or the TFDS set is known but
-            not prepared under `data_dir`.
+        FileNotFoundError: LOCATION does not exist, a shard of a numbered set is missing, or a TFDS data set is not
+            prepared under `data_dir`.
         OSError: a folder or file cannot be read.
-        ValueError: unknown set or split, no images, a format without random access, or more `examples` than the
-            split can give.
+        ValueError: unknown data set or split, no images, a format without random access, or too few images for
+            `examples`.
     """
     raise_open_file_limit()
     kind, location = _kind(name)
@@ -77,9 +77,9 @@ def open_source(
 
 
 def splits(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, int]:
-    """The whole splits that a set offers, and how many images each has. Arguments and errors as `open_source`.
+    """The whole splits of a data set and the number of images in each. Arguments and errors as `open_source`.
 
-    A set of files that is not divided into splits has one, `all`.
+    Files that are not divided into splits have one split, `all`.
     """
     raise_open_file_limit()
     kind, location = _kind(name)
@@ -89,7 +89,7 @@ def splits(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, in
 
 
 def is_place(name: str) -> bool:
-    """Whether `name` says where files lie (`folder:/data/pets`), rather than being a TFDS set's."""
+    """Whether `name` gives a location of files (`folder:/data/pets`) and not a TFDS data set."""
     return _kind(name)[0] is not None
 
 
@@ -98,5 +98,5 @@ def _kind(name: str):
     if not colon or prefix not in _KINDS:
         return None, ""
     if not location:
-        raise ValueError(f"{name!r} names no place; write {prefix}:LOCATION, such as {prefix}:/data/images")
+        raise ValueError(f"{name!r} has no location; write {prefix}:LOCATION, such as {prefix}:/data/images")
     return _KINDS[prefix], location

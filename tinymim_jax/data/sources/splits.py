@@ -1,4 +1,4 @@
-"""Splits and parts of them, `train[:90%]+test`, in TFDS's syntax and with its meaning, for any whole splits."""
+"""Slices and sums of splits, such as `train[:90%]+test`, with the syntax and meaning of TFDS, for any source."""
 
 import re
 from collections.abc import Callable
@@ -8,15 +8,15 @@ import tensorflow_datasets as tfds
 
 from tinymim_jax.data.sources.examples import Example, Source
 
-ALL = "all"  # the split that is everything there is
-# TFDS gives "all" a meaning of its own, the sum of all splits, and will not slice it: it sees another name.
+ALL = "all"  # the split that contains all files of a location
+# In TFDS "all" is the sum of all splits and cannot be sliced, so another name is passed to TFDS.
 _TFDS_ALL = "everything"
 
 
 def open_parts(name: str, split: str, open_whole: Callable[[str], Source]) -> Source:
-    """The source of `split`, put together from the whole splits it mentions; see `sources.open_source`.
+    """Opens `split`, composed of the whole splits it names; see `sources.open_source`.
 
-    `open_whole` opens one whole split by its name. Raises ValueError for bad syntax, and what it raises.
+    `open_whole` opens a whole split by name; its errors are passed on. Raises ValueError for invalid syntax.
     """
     mentioned = [re.split(r"\[", term.strip())[0] for term in split.split("+")]
     wholes = {each: open_whole(each) for each in dict.fromkeys(mentioned)}
@@ -35,8 +35,8 @@ def open_parts(name: str, split: str, open_whole: Callable[[str], Source]) -> So
     except (ValueError, AssertionError) as error:
         sizes = ", ".join(f"{each} ({len(whole):,})" for each, whole in wholes.items())
         raise ValueError(
-            f"split={split!r} of {name!r} cannot be understood, as parts of {sizes}; "
-            "choices: a part such as 'train[:90%]', 'train[1000:]', and sums of parts, 'train+test[:50%]'"
+            f"split={split!r} of {name!r} is invalid for the splits {sizes}; "
+            "choices: a part such as 'train[:90%]' or 'train[1000:]', or a sum of parts, 'train+test[:50%]'"
         ) from error
     ranges = []
     for part in parts:
@@ -50,9 +50,9 @@ def open_parts(name: str, split: str, open_whole: Callable[[str], Source]) -> So
 
 
 class Parts(Source):
-    """Ranges `[begin, end)` of sources, one after another.
+    """The concatenation of ranges `[begin, end)` of sources.
 
-    Where some of them have no classes, labels are left out of all. Raises ValueError where their classes differ.
+    If some of the sources have no classes, the labels of all are dropped. Raises ValueError if their classes differ.
     """
 
     def __init__(self, name: str, split: str, ranges: list[tuple[Source, int, int]]):
@@ -63,9 +63,9 @@ class Parts(Source):
         self.class_names = ranges[0][0].class_names
         self.label_problem = next((source.label_problem for source, _, _ in ranges if source.label_problem), "")
         for source, _, _ in ranges[1:]:
-            self._agree(ranges[0][0], source)
+            self._check_classes(ranges[0][0], source)
 
-    def _agree(self, first: Source, other: Source) -> None:
+    def _check_classes(self, first: Source, other: Source) -> None:
         if not (self.class_names and other.class_names):
             if first.class_names or other.class_names:
                 without = other if first.class_names else first
@@ -75,7 +75,8 @@ class Parts(Source):
             only = sorted(set(first.class_names) ^ set(other.class_names))[:5]
             raise ValueError(
                 f"{self.name!r}: the classes of split {first.split!r} ({first.classes}) and {other.split!r} "
-                f"({other.classes}) differ, in {only}; name the same ones in each, or open them one by one"
+                f"({other.classes}) differ, in {only}; use the same class names in each "
+                "split, or open the splits separately"
             )
 
     def __len__(self) -> int:

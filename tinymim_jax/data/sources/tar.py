@@ -1,4 +1,4 @@
-"""`tar:LOCATION`: WebDataset shards, `key.jpg` with `key.cls` or `key.json`, read by index."""
+"""`tar:LOCATION`: random access to WebDataset shards, `key.jpg` with `key.cls` or `key.json`."""
 
 import contextlib
 import itertools
@@ -22,14 +22,14 @@ FORMAT = shards.Format(
     "tar",
     re.compile(r"\.tar$"),
     refused=re.compile(r"\.(tgz|tar\.\w+)$"),
-    remedy="decompress the shards once (gunzip *.tar.gz): JPEGs hardly grow by that",
+    remedy="decompress the shards (gunzip *.tar.gz); for JPEG images the size hardly changes",
 )
 _LABELS = ("cls", "json")
-_MAX_LINKS = 8  # from one to the next, before a file is met
+_MAX_LINKS = 8  # maximum length of a chain of links
 
 
 def open_split(name: str, location: str, split: str) -> Source:
-    """A whole split of the shards at `location`; for the rules and the errors see `sources.open_source`."""
+    """Opens a whole split of the shards at `location`; see `sources.open_source` for the file layout and errors."""
     found = shards.find(FORMAT, name, location, split)
     what = f"{name}/{split}"
     return TarSource(name, split, cached(what, shards.fingerprint(FORMAT, found), lambda: _records(what, found)))
@@ -40,7 +40,7 @@ def split_names(location: str) -> list[str]:
 
 
 class TarSource(Source):
-    """Samples of tar files, in the order they lie there, each read by its offset."""
+    """The samples of tar files, in file order, read by byte offset."""
 
     def __init__(self, name: str, split: str, index: Index):
         self.name = name
@@ -74,15 +74,15 @@ class TarSource(Source):
 
 class _Member(NamedTuple):
     name: str
-    key: str  # WebDataset's rule: the path up to the first dot of the file's name
-    extension: str  # what is behind that dot
+    key: str  # as in WebDataset: the path up to the first dot of the file name; empty for ignored files
+    extension: str  # the rest of the name after that dot, in lower case
     offset: int
     size: int
-    text: bytes  # of a label; an image stays where it is
+    text: bytes  # the contents of a label file; empty for images
 
 
 class _Problems:
-    """Mistakes in labels, counted by kind, with the first of each: they stop no task that needs no labels."""
+    """Label errors, counted by kind, with the first of each. Only tasks that need labels fail on them."""
 
     def __init__(self):
         self._kinds: dict[str, tuple[int, str]] = {}
@@ -96,7 +96,7 @@ class _Problems:
             self.add(kind, first, count)
 
     def __str__(self) -> str:
-        return "; ".join(f"{kind}: {count:,}, the first {first}" for kind, (count, first) in self._kinds.items())
+        return "; ".join(f"{kind}: {count:,}, first: {first}" for kind, (count, first) in self._kinds.items())
 
 
 def _records(what: str, found: list[File]) -> Records:
@@ -137,10 +137,10 @@ def _index_shard(number: int, file: File) -> tuple[Records, _Problems]:
 
 
 def _samples(members: Iterable[_Member]) -> list[list[_Member]]:
-    """Members grouped by their keys, in the order of each sample's first member.
+    """Members grouped into samples by key, in the order of each sample's first member.
 
-    Members of one sample need not lie side by side, as where all images come before all labels. A member that a sample
-    has already, such as another `1.jpg` further on, begins another sample of the same key.
+    The members of a sample need not be adjacent: all images may precede all labels. A repeated extension, such as a
+    second `1.jpg`, starts a new sample with the same key.
     """
     samples: list[list[_Member]] = []
     latest: dict[str, list[_Member]] = {}
@@ -156,26 +156,27 @@ def _samples(members: Iterable[_Member]) -> list[list[_Member]]:
 
 
 def _members(file: File, opened) -> list[_Member]:
-    """The files in a tar that have a key; of images only the headers are read.
+    """The members of a tar that have a key, without reading image contents.
 
-    A link stands for the file that it names. Raises ValueError where the tar is damaged or holds such a link alone.
+    Links are resolved to the members they refer to. Raises ValueError if the tar is damaged or the target of a link
+    is missing.
     """
-    damaged = f"{file.path} is cut short or not a tar file; fetch it again"
+    damaged = f"{file.path} is truncated or not a tar file; download it again"
     members: list[_Member] = []
-    links: list[tuple[int, str, str]] = []  # place among `members`, name, name of the file that it stands for
+    links: list[tuple[int, str, str]] = []  # position in `members`, name, target
     try:
         with tarfile.open(fileobj=opened, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore  # or it keeps them all
+                tar.members = []  # type: ignore  # else tarfile keeps every header in memory
                 if info.islnk() or info.issym():
                     links.append((len(members), info.name, _target(info)))
                 elif info.issparse():
-                    raise ValueError(f"{info.name} of {file.path} is a sparse file; write the tar without --sparse")
+                    raise ValueError(f"{info.name} of {file.path} is a sparse file; create the tar without --sparse")
                 elif info.isreg():
                     if not 0 <= info.size <= file.size - info.offset_data:
                         raise ValueError(damaged)
                     members.append(_member(info.name, info.offset_data, info.size, opened))
-            # tarfile takes a damaged header for the end: a real one is of zeros, or of the file.
+            # tarfile stops silently at a damaged header; a valid archive ends with zeros or at the end of the file.
             opened.seek(tar.offset)
             if any(opened.read(512)):
                 raise ValueError(damaged)
@@ -189,17 +190,17 @@ def _members(file: File, opened) -> list[_Member]:
 def _member(name: str, offset: int, size: int, opened) -> _Member:
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, dot, extension = base.partition(".")
-    # Hidden files have no key, __such__ are WebDataset's own.
+    # Hidden files and WebDataset's internal files (__name__) get no key.
     key = files.join(folder, stem) if dot and stem and not re.fullmatch("__.*__", base) else ""
     extension, text = extension.lower(), b""
-    if key and extension in _LABELS:  # read in passing: going back costs a bucket's reader much
+    if key and extension in _LABELS:  # read now: seeking back later is slow in remote files
         opened.seek(offset)
         text = opened.read(size)
     return _Member(name, key, extension, offset, size, text)
 
 
 def _target(info: tarfile.TarInfo) -> str:
-    """The member that a link stands for; a symbolic link's is named relative to the folder of the link."""
+    """The target of a link; for symbolic links, resolved relative to the folder of the link."""
     if info.islnk():
         return posixpath.normpath(info.linkname)
     return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
@@ -208,7 +209,7 @@ def _target(info: tarfile.TarInfo) -> str:
 def _resolved(
     file: File, opened, members: list[_Member], links: list[tuple[int, str, str]]
 ) -> list[tuple[int, _Member]]:
-    """The links as members, each with its place among `members`."""
+    """The links resolved to members, each with its position in `members`."""
     places = {posixpath.normpath(member.name): (member.offset, member.size) for member in members} if links else {}
     targets = {posixpath.normpath(name): target for _, name, target in links}
     resolved = []
@@ -219,7 +220,7 @@ def _resolved(
             resolved.append((place, _member(name, *places[target], opened)))
         elif is_image(name) or name.lower().endswith(tuple(f".{extension}" for extension in _LABELS)):
             raise ValueError(
-                f"{name} of {file.path} is a link to {target}, which the tar does not hold; write the tar with "
+                f"{name} of {file.path} is a link to {target}, which is not in the tar; create the tar with "
                 "--dereference"
             )
     return resolved
@@ -227,18 +228,18 @@ def _resolved(
 
 def _image_of(file: File, key: str, sample: list[_Member]) -> _Member | None:
     images = [member for member in sample if is_image(f".{member.extension}")]
-    # "key.seg.png" goes with "key.jpg"; where it is alone it is the image.
+    # "key.seg.png" accompanies "key.jpg"; without "key.jpg" it is the image.
     images = [member for member in images if "." not in member.extension] or images
     if len(images) > 1:
         raise ValueError(
             f"sample {key!r} of {file.path} has {len(images)} images: {shown([image.name for image in images])}; "
-            "needed is one. A name up to its first dot is the sample's key: write other dots as another sign"
+            "expected one. The key of a sample is the file name up to its first dot: replace any other dots in it"
         )
     return images[0] if images else None
 
 
 def _label_of(file: File, sample: list[_Member], problems: _Problems) -> int:
-    """The label of a sample; -1 where it has none, or one that is noted among the problems."""
+    """The label of a sample; -1 if it has none or an invalid one, which is added to `problems`."""
     for member in sample:
         if member.extension not in _LABELS:
             continue
@@ -252,9 +253,9 @@ def _label_of(file: File, sample: list[_Member], problems: _Problems) -> int:
         if isinstance(value, int) and -1 <= value < 2**31:
             return value
         first = (
-            f"{member.name} of {file.path} holds {member.text[:50]!r}; needed is a class number from 0, or -1 for "
-            'none; in a .json file as {"label": 3}'
+            f"{member.name} of {file.path} holds {member.text[:50]!r}; expected a class number from 0, or -1 for "
+            'no label; in a .json file as {"label": 3}'
         )
-        problems.add("labels that are no number", first)
+        problems.add("labels that are not integers", first)
         return -1
     return -1

@@ -1,6 +1,6 @@
-"""Data sets of TFDS, kept as ArrayRecord: opening and preparing them; `digits` is made on first use.
+"""Opens and prepares TFDS data sets, stored as ArrayRecord; `digits` is prepared on first use.
 
-TensorFlow is never imported for reading; some sets need it once, to be prepared.
+Reading never imports TensorFlow; preparing needs it for some data sets.
 """
 
 import contextlib
@@ -23,30 +23,32 @@ from tinymim_jax.data.sources.files import raise_open_file_limit
 
 log = logging.getLogger(__name__)
 
-_INFO_FILE = "dataset_info.json"  # lies in every directory that TFDS has finished
-_MASK = "segmentation_mask"  # what TFDS calls it
-_LABELS = ("label", "original_label")  # the latter in ImageNet ReaL, which has `real_label`, several, beside it
-_SEVERAL = "real_label"
-_SAMPLED = 16  # records read to see whether a split has labels; one is enough where it has
+_INFO_FILE = "dataset_info.json"  # TFDS writes it when a directory is complete
+_MASK = "segmentation_mask"  # the key in TFDS
+_LABELS = ("label", "original_label")  # the latter in ImageNet ReaL, beside the multi-label `real_label`
+_MULTI_LABEL = "real_label"
+_SAMPLED = 16  # at most this many records are read to find out whether a split is labelled
 
 
 def open_tfds(name: str, split: str, data_dir: str | os.PathLike | None = None) -> Source:
-    """Opens a prepared set; `digits` is prepared first if it has to be. Errors as `sources.open_source`."""
+    """Opens a prepared data set; `digits` is prepared if necessary. Errors as `sources.open_source`."""
     return TfdsSource(name, _prepared(name, data_dir), split)
 
 
 def tfds_splits(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, int]:
-    """The splits of a prepared set and their sizes, by name; `digits` is prepared first if it has to be."""
+    """The splits of a prepared data set and their sizes, by name; `digits` is prepared if necessary."""
     builder: Any = tfds.builder_from_directory(_prepared(name, data_dir))
     return {key: builder.info.splits[key].num_examples for key in sorted(builder.info.splits)}
 
 
 def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> Path:
-    """Downloads a set where TFDS can, writes it as ArrayRecord and returns its directory; once is enough.
+    """Downloads a data set (if TFDS can), writes it as ArrayRecord and returns its directory.
+
+    Does nothing if it is already prepared.
 
     Raises:
-        ValueError: unknown set, one without images, or already there in a format without random access.
-        ImportError: a package is missing that only preparing needs; the message says which.
+        ValueError: unknown data set, one without images, or already stored in a format without random access.
+        ImportError: a package needed for preparing is missing; the message names it.
     """
     root = _data_root(data_dir)
     raise_open_file_limit()
@@ -62,7 +64,7 @@ def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> Path:
         if "tensorflow" not in str(error).lower():
             raise
         raise ImportError(
-            f"TFDS needs TensorFlow to prepare {name!r} (reading it will not); "
+            f"TFDS needs TensorFlow to prepare {name!r} (but not to read it); "
             "run: pip install tensorflow-cpu, then the same command again"
         ) from error
     directory = Path(builder.data_dir)
@@ -71,10 +73,10 @@ def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> Path:
 
 
 class TfdsSource(Source):
-    """One split of a set that TFDS has prepared in `directory`, read without the code that prepared it.
+    """One split of a data set prepared by TFDS in `directory`, read without its builder code.
 
-    Records of a segmentation set have their `mask`, those of ImageNet ReaL their `labels`; labels are served where they
-    are TFDS's ClassLabels.
+    Records of segmentation sets have `mask`, those of ImageNet ReaL have `labels`. Only labels of type ClassLabel are
+    used.
     """
 
     def __init__(self, name: str, directory: str | os.PathLike, split: str):
@@ -90,16 +92,16 @@ class TfdsSource(Source):
         self._directory = Path(directory)
         self._has_file_names = "file_name" in features
         self._has_masks = _has(features, _MASK, tfds.features.Image)
-        self._has_several = _has(features, _SEVERAL, tfds.features.Sequence)
-        # Nothing else is decoded: other features may need TensorFlow for that.
+        self._has_multi_label = _has(features, _MULTI_LABEL, tfds.features.Sequence)
+        # Other features are not decoded, because that may need TensorFlow.
         served = ["image"] + [self._label] * (self._label is not None) + [_MASK] * self._has_masks
-        served += ["file_name"] * self._has_file_names + [_SEVERAL] * self._has_several
+        served += ["file_name"] * self._has_file_names + [_MULTI_LABEL] * self._has_multi_label
         self._features = tfds.features.FeaturesDict({key: features[key] for key in served})
         self._decoders = {key: tfds.decode.SkipDecoding() for key in ("image", _MASK) if key in served}
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         self._records = builder.as_data_source(split, deserialize_method=raw)
         if self._label and self._is_unlabelled():
-            self.label_problem = f"all of {min(_SAMPLED, len(self))} records that were looked at have label -1"
+            self.label_problem = f"all of {min(_SAMPLED, len(self))} records checked have label -1"
             self._label = None
         self.class_names = tuple(features[self._label].names) if self._label else ()
 
@@ -113,22 +115,22 @@ class TfdsSource(Source):
         example: Example = {"image": record["image"], "label": int(record[self._label]) if self._label else -1}
         if self._has_masks:
             example["mask"] = record[_MASK]
-        if self._has_several:
-            example["labels"] = tuple(map(int, record[_SEVERAL]))
+        if self._has_multi_label:
+            example["labels"] = tuple(map(int, record[_MULTI_LABEL]))
         return example
 
     def describe(self, index: int) -> str:
         described = super().describe(index)
         if self._has_file_names:
-            with contextlib.suppress(Exception):  # asked for damaged records above all
+            with contextlib.suppress(Exception):  # the record itself may be damaged
                 described += f" ({self._record(index)['file_name'].decode()})"
         return described
 
     def _is_unlabelled(self) -> bool:
-        """Whether the split's labels are all -1, as TFDS writes them for test sets, judged by a few records."""
+        """Whether all labels are -1 (as in unlabelled TFDS test splits), judged by a sample of records."""
         read = 0
         for index in np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int).tolist():
-            with contextlib.suppress(Exception):  # a damaged record says nothing about the others
+            with contextlib.suppress(Exception):  # skip damaged records
                 if self._record(index)[self._label] != -1:
                     return False
                 read += 1
@@ -138,7 +140,7 @@ class TfdsSource(Source):
         return self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
 
     def __reduce__(self):
-        # Opened anew in each worker process, which is cheaper than sending TFDS's builder there.
+        # Worker processes reopen the data set, which is cheaper than pickling the TFDS builder.
         return TfdsSource, (self.name, self._directory, self.split)
 
 
@@ -155,16 +157,19 @@ def _prepared(name: str, data_dir: str | os.PathLike | None) -> Path:
 def _data_root(data_dir: str | os.PathLike | None) -> Path:
     chosen = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     if "://" in chosen:
-        raise ValueError(f"data_dir={chosen!r} is not a local path; mount the bucket and give that path")
+        raise ValueError(f"data_dir={chosen!r} is not a local path; mount the bucket and use that path")
     return Path(chosen).expanduser().absolute()
 
 
 def _find(name: str, root: Path) -> Path | None:
-    """The newest version prepared. TFDS's own search consults the set's code, which some sets need TensorFlow for."""
+    """The directory of the newest prepared version, or None.
+
+    Not found through TFDS, which would import the builder code and, for some data sets, TensorFlow.
+    """
     path, _, version = name.partition(":")
     directory = root / path
     default = directory / ".config" / "metadata.json"
-    if default.is_file():  # TFDS notes there which of a set's configs is meant where none is named
+    if default.is_file():  # written by TFDS: the config to use if none is given
         directory /= json.loads(default.read_text())["default_config_name"]
     prepared = [file.parent for file in directory.glob(f"{version or '*'}/{_INFO_FILE}")]
     numbered = [found for found in prepared if re.fullmatch(r"\d+\.\d+\.\d+", found.name)]
@@ -178,12 +183,12 @@ def _prepare_digits(root: Path) -> Path:
 
     log.info("preparing 'digits' under %s", root)
     root.mkdir(parents=True, exist_ok=True)
-    # Written aside, then renamed in one go: of several processes that start at once one places the set, the
-    # others drop theirs, and none ever sees half of it.
+    # Written to a temporary folder, then renamed: if several processes start at once, the first rename wins and
+    # none of them sees a partial data set.
     with tempfile.TemporaryDirectory(prefix=".digits-", dir=root) as scratch:
         builder = Digits(data_dir=scratch, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare()  # a second's work: its progress bars would only be noise
+            builder.download_and_prepare()  # takes a second: no progress bars needed
         directory = root / "digits" / str(builder.version)
         directory.parent.mkdir(exist_ok=True)
         try:
@@ -198,7 +203,7 @@ def _check_images(name: str, builder: tfds.core.DatasetBuilder) -> None:
     features: Any = builder.info.features
     if not (isinstance(features, dict | tfds.features.FeaturesDict) and _has(features, "image", tfds.features.Image)):
         raise ValueError(
-            f"{name!r} cannot be used: it has {sorted(features)}; needed is 'image' (Image), of use are 'label' "
+            f"{name!r} cannot be used: it has {sorted(features)}; expected 'image' (Image) and optionally 'label' "
             "(ClassLabel) and 'segmentation_mask' (Image)"
         )
 
@@ -212,7 +217,7 @@ def _check_random_access(name: str, builder: tfds.core.DatasetBuilder, directory
     if not formats & tfds.core.FileFormat.with_random_access():
         found = ", ".join(sorted(stored.value for stored in formats))
         raise ValueError(
-            f"{name!r} in {directory} is stored as {found}, which cannot be read by index; "
+            f"{name!r} in {directory} is stored as {found}, which has no random access; "
             f"remove it or choose another DIR, then run: tinymim prepare {name} --data_dir DIR"
         )
 
@@ -224,39 +229,40 @@ def _check_split(name: str, builder: tfds.core.DatasetBuilder, split: str) -> No
         count = splits[split].num_examples
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"split={split!r} is not one of {name!r}; choices: {choices}, or a part such as 'train[:90%]'"
+            f"split={split!r} is not a split of {name!r}; choices: {choices}, or a part such as 'train[:90%]'"
         ) from error
     if count == 0:
-        raise ValueError(f"split={split!r} of {name!r} holds no example; choices: {choices}")
+        raise ValueError(f"split={split!r} of {name!r} holds no examples; choices: {choices}")
 
 
 def _check_shards(name: str, builder: tfds.core.DatasetBuilder, split: str) -> None:
-    """Files are opened when a record is first read: of one that is missing we want to hear before the run starts."""
+    """Raises FileNotFoundError if a shard is missing or unreadable; TFDS would only notice on first reading it."""
     paths = [Path(part.filename) for part in builder.info.splits[split].file_instructions]
     lost = [path for path in paths if not path.is_file() or not os.access(path, os.R_OK)]
     if lost:
         raise FileNotFoundError(
-            f"{name!r} lacks {len(lost)} of the {len(paths)} files of split {split!r}, or they cannot be read: "
-            f"{lost[0]}{' and others' if len(lost) > 1 else ''}; copy them again, or remove the set and prepare it anew"
+            f"{len(lost)} of the {len(paths)} files of split {split!r} of {name!r} are missing or unreadable: "
+            f"{lost[0]}{' and others' if len(lost) > 1 else ''}; copy them again, or remove the data set "
+            "and prepare it again"
         )
 
 
 def _missing(name: str, root: Path) -> Exception:
-    if _base(name) not in _known_sets() and not (root / _base(name)).is_dir():
+    if _base_name(name) not in _known_sets() and not (root / _base_name(name)).is_dir():
         return _unknown(name, root)
     return FileNotFoundError(f"{name!r} is not prepared under {root}; run: tinymim prepare {name} --data_dir {root}")
 
 
 def _unknown(name: str, root: Path) -> ValueError:
-    near = difflib.get_close_matches(_base(name), sorted(_known_sets()))
+    near = difflib.get_close_matches(_base_name(name), sorted(_known_sets()))
     guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return ValueError(
-        f"{name!r} is unknown: {guess}choices: 'digits', a set of TFDS, one prepared under {root}, "
-        "or files of your own: 'folder:', 'tar:', 'parquet:' or 'array_record:' and their place"
+        f"{name!r} is unknown: {guess}choices: 'digits', a TFDS data set, one prepared under {root}, "
+        "or your own files: 'folder:', 'tar:', 'parquet:' or 'array_record:' followed by their location"
     )
 
 
-def _base(name: str) -> str:
+def _base_name(name: str) -> str:
     return name.split(":")[0].split("/")[0]
 
 
