@@ -71,7 +71,7 @@ def test_a_decompression_bomb_is_refused_before_memory_is_taken():
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # height and width 65500
     # Our own message and not Pillow's, which comes after the fast decoder has asked for 12 GB.
-    with pytest.raises(Undecodable, match="taken for a decompression bomb, the limit is 178,956,970"):
+    with pytest.raises(Undecodable, match="refused as a decompression bomb, the limit is 178,956,970"):
         Picture(bytes(data))
 
 
@@ -98,7 +98,7 @@ def test_postscript_is_not_run(monkeypatch):
     programs = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: programs.append(args))
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
-    with pytest.raises(Undecodable, match=r"in none of the formats that are read: JPEG, .*PNG"):
+    with pytest.raises(Undecodable, match=r"not an image in one of the supported formats: JPEG, .*PNG"):
         decode(eps)
     assert not programs
 
@@ -108,17 +108,17 @@ def test_postscript_is_not_run(monkeypatch):
     [
         (
             np.linspace(0, 4095, 64).astype(np.uint16),
-            "16 bits and grey levels of 4,095 at most, so it would look black",
+            "16 bits but gray levels of at most 4,095, so it would look black",
         ),
-        (np.linspace(0, 255, 64).astype(np.int32), "grey levels of 255 at most"),
-        (np.linspace(0, 70000, 64).astype(np.int32), "from 0 to 70,000, beyond 16 bits"),
+        (np.linspace(0, 255, 64).astype(np.int32), "gray levels of at most 255"),
+        (np.linspace(0, 70000, 64).astype(np.int32), "from 0 to 70,000, outside 16 bits"),
         (np.linspace(-5, 65535, 64).astype(np.int32), "from -5 to 65,535"),
         (np.linspace(0, 1, 64).astype(np.float32), "floating-point numbers"),
     ],
 )
 def test_greys_without_a_known_white_are_refused(levels, message):
     data = encoded(Image.fromarray(levels.reshape(8, 8)), "TIFF")
-    with pytest.raises(Undecodable, match=f"{message}.*convert it to 8 bits, or to the whole range of 16"):
+    with pytest.raises(Undecodable, match=f"{message}.*convert it to 8 bits, or scale it to the full 16-bit range"):
         decode(data)
 
 

@@ -319,7 +319,7 @@ def test_a_damaged_record_is_replaced_by_the_next_good_one(kind, caplog):
     np.testing.assert_array_equal(taken[0]["image"][4], pixels(5))
     assert all(batch["valid"].all() for batch in taken)
     assert batches.substitutions == 3
-    logged = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
+    logged = [record.getMessage() for record in caplog.records if "used in its place" in record.getMessage()]
     assert len(logged) == 3
     reason = "UnidentifiedImageError" if kind is Numbered else "OSError: no shard holds 3"
     assert re.match(f"cannot decode record 3 of numbered/train: {reason}", logged[0])
@@ -333,7 +333,7 @@ def test_each_damaged_record_is_logged_once_and_every_use_is_counted(caplog):
         for epoch in range(1, 6):
             next(batches)
             assert batches.substitutions == epoch
-    assert sum("stands in" in record.getMessage() for record in caplog.records) == 1
+    assert sum("used in its place" in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize(("length", "allowed"), [(40, 3), (6000, 6)])

@@ -373,9 +373,10 @@ def test_other_options_are_refused(tmp_path, finish):
     else:
         with pytest.raises(RuntimeError, match="rejected"):
             write()
-    with pytest.raises(ValueError, match=r"choose another --name or remove it:\n  shard_images: 4 there, 5 now$"):
+    message = r"choose another --name or remove it:\n  shard_images: 4 in the folder, 5 now$"
+    with pytest.raises(ValueError, match=message):
         write(shard_images=5)
-    with pytest.raises(ValueError, match="short_side: None there, 16 now"):
+    with pytest.raises(ValueError, match="short_side: None in the folder, 16 now"):
         write(conversion=Conversion(short_side=16))
     with pytest.raises(ValueError, match="source_digest"):
         write(Photographs(8, files={3: encoded(photograph(9, 9))}))
@@ -402,12 +403,12 @@ def test_a_second_process_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("sources", "options", "message"),
     [
-        ({"train": Photographs(3)}, {"name": "My Photos"}, "TFDS wants small letters.*'my_photos'"),
+        ({"train": Photographs(3)}, {"name": "My Photos"}, "TFDS allows lower-case letters.*'my_photos'"),
         ({"train": Photographs(3)}, {"shard_images": 0}, "shard_images=0"),
         ({"train": Photographs(3)}, {"workers": -1}, "workers=-1"),
         ({"train": Photographs(3)}, {"max_rejected": 2}, "max_rejected=2"),
-        ({"train[:50%]": Photographs(3)}, {}, "whole splits only"),
-        ({"train": Photographs(0)}, {}, "holds no image"),
+        ({"train[:50%]": Photographs(3)}, {}, "must be a whole split"),
+        ({"train": Photographs(0)}, {}, "holds no images"),
         ({}, {}, "no split"),
         ({"train": Masked(3)}, {}, "masks would be lost"),
         ({"a": Photographs(3), "b": Photographs(3, class_names=("x", "y", "z"))}, {}, "the same classes"),
@@ -550,7 +551,7 @@ def test_options_of_output_need_it(capsys):
     assert "--short_side needs --output DIR" in err
     code, _, err = run(capsys, "folder:/data/pets")
     assert code == 1
-    assert "say where: --output DIR" in err
+    assert "give the output folder: --output DIR" in err
 
 
 def test_without_output_a_tfds_set_is_prepared(capsys, data_dir):

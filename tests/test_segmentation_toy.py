@@ -194,5 +194,5 @@ def test_a_view_makes_what_it_declares():
         next(eval_batches(Scenes(3), view=Wrong(SIZE, SIZE), batch_size=3))
     view = MaskedView(flip=False)
     view.arrays["valid"] = ((), np.bool_)
-    with pytest.raises(RuntimeError, match=r"MaskedView\.arrays names \['valid'\], which the pipeline itself makes"):
+    with pytest.raises(RuntimeError, match=r"MaskedView\.arrays has \['valid'\], reserved for the pipeline"):
         next(eval_batches(Scenes(3), view=view, batch_size=3))

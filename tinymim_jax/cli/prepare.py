@@ -1,4 +1,4 @@
-"""`tinymim prepare`: downloads a TFDS set, or writes any source of images as one."""
+"""`tinymim prepare`: downloads a TFDS data set, or converts any source of images into one."""
 
 import argparse
 import contextlib
@@ -16,15 +16,17 @@ log = logging.getLogger(__name__)
 
 EXIT_TERMINATED, EXIT_INTERRUPTED = 75, 130
 
-HELP = "write a data set as ArrayRecord, once"
+HELP = "download or convert a data set into ArrayRecord files"
 
 _EPILOG = """\
-Without --output: downloads SOURCE, a classification set of TFDS, and writes it as ArrayRecord files, once:
+Without --output: downloads SOURCE, a classification data set of TFDS, and writes it as ArrayRecord files. If it is
+there already, nothing is done:
 
   tinymim prepare imagenet2012
 
-With --output: reads SOURCE, wherever its images lie, once; decodes every image, leaves damaged ones out and names
-them, and writes DIR/NAME/1.0.0, which is trained on by name. Run the same command again to go on after an interruption:
+With --output: converts SOURCE, any source of images, into the data set DIR/NAME/1.0.0, which can then be used by its
+name. Every image is decoded; damaged ones are left out and listed. Run the same command again to resume after an
+interruption:
 
   tinymim prepare folder:/data/pets --output /data/sets
   tinymim prepare imagenet2012 --short_side 256 --output /data/sets
@@ -33,39 +35,51 @@ them, and writes DIR/NAME/1.0.0, which is trained on by name. Run the same comma
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Of the `prepare` command. Options of --output have None for a default, so that it shows when they are given."""
+    """Adds the arguments of the `prepare` command.
+
+    Options that need --output default to None, so that `run` can tell whether they were given.
+    """
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.epilog = _EPILOG
-    command.add_argument("source", help="a TFDS set, such as imagenet2012 or cifar10; digits; folder:/data/pets")
+    command.add_argument("source", help="a TFDS data set, such as imagenet2012 or cifar10; digits; folder:/data/pets")
     command.add_argument(
-        "--data_dir", help="where data sets are looked for (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+        "--data_dir", help="folder of the TFDS data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
     )
-    command.add_argument("--output", metavar="DIR", help="where a set is written; the options below belong to it")
+    command.add_argument("--output", metavar="DIR", help="folder to write the data set to; the options below need it")
     options = command.add_argument_group("options of --output")
-    options.add_argument("--name", help="of the set that is written (default: the source's, with _256 and the like)")
-    options.add_argument("--splits", nargs="+", metavar="SPLIT", help="such as train validation (default: all)")
+    options.add_argument(
+        "--name", help="name of the new data set (default: from the source, with _256 for --short_side 256)"
+    )
+    options.add_argument(
+        "--splits", nargs="+", metavar="SPLIT", help="splits to convert, such as train validation (default: all)"
+    )
     options.add_argument(
         "--short_side",
         type=int,
         metavar="PIXELS",
-        help="resize larger images to it, as JPEG (default: keep the files)",
+        help="resize images whose short side is larger to it, as JPEG (default: keep the files as they are)",
     )
-    options.add_argument("--quality", type=int, metavar="1-100", help="of JPEGs that are written anew (default 90)")
+    options.add_argument(
+        "--quality", type=int, metavar="1-100", help="JPEG quality of images that are re-encoded (default 90)"
+    )
     options.add_argument(
         "--upright",
         action="store_true",
         default=None,
-        help="turn images as their EXIF orientation says; images written anew lose that entry",
+        help="rotate images according to their EXIF orientation; re-encoded images lose their EXIF data",
     )
-    options.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-    options.add_argument("--shard_images", type=int, metavar="N", help="images in each file (default 2048)")
+    options.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
+    options.add_argument("--shard_images", type=int, metavar="N", help="images in each ArrayRecord file (default 2048)")
     options.add_argument(
-        "--max_rejected", type=float, metavar="PART", help="of a split that may be damaged (default 0.01)"
+        "--max_rejected", type=float, metavar="FRACTION", help="fraction of a split that may be damaged (default 0.01)"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit status. Raises ValueError for options without --output, and what preparing does."""
+    """Runs the command and returns the exit status: 0, EXIT_TERMINATED or EXIT_INTERRUPTED.
+
+    Raises ValueError if options that need --output are given without it, and what preparing raises.
+    """
     if options.output is None:
         given = [key for key in _OUTPUT_OPTIONS if getattr(options, key) is not None]
         if given:
@@ -74,8 +88,8 @@ def run(options: argparse.Namespace) -> int:
 
         if is_place(options.source):
             raise ValueError(
-                f"{options.source!r} can be trained on as it is (data.source={options.source}); to write it anew as a "
-                "TFDS set, say where: --output DIR"
+                f"{options.source!r} can be used for training as it is (data.source={options.source}); to convert it "
+                "into a TFDS data set, give the output folder: --output DIR"
             )
         with one_by_one(options.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"):
             print(prepare(options.source, data_dir=options.data_dir))
@@ -86,9 +100,10 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def one_by_one(folder: str) -> Iterator[None]:
-    """Lets the processes of a job (launch/local.sh, srun) do what is inside one after another.
+    """Lets the processes of a job (launch/local.sh, srun) run the block one at a time, with a lock in `folder`.
 
-    The first on each file system prepares the set; the others then find it done.
+    On each file system the first process prepares the data set; the others then find it complete. With a single
+    process or a remote `folder` there is no lock.
     """
     if (find_job().processes or 1) == 1 or is_remote(folder):
         yield

@@ -1,1 +1,1 @@
-"""Images on the host, from stored bytes to uint8 batches; knows nothing of jax or of models."""
+"""The input pipeline on the host: reads stored images and makes uint8 batches. It does not import jax."""

@@ -1,19 +1,21 @@
-"""Batches, a pure function of (seed, global index): equal for any number of processes, workers and restarts.
+"""Makes the batches of training and evaluation: decodes images ahead of time, in threads or worker processes.
+
+A batch depends on the seed and the step only: it is the same for any number of processes and workers, and after a
+restart.
 
 A **Batch** is a dict of numpy arrays, here and wherever the word is used:
 
-    image  uint8 [batch, height, width, 3]   RGB, not normalised
-    label  int32 [batch]                     0 to classes - 1, or -1 where the record has none of these
-    valid  bool  [batch]                     False marks padding: zeros that must count for nothing
+    image  uint8 [batch, height, width, 3]   RGB, not normalized
+    label  int32 [batch]                     0 to classes - 1, or -1 if the record has no such label
+    valid  bool  [batch]                     False marks padding rows: zeros that must be ignored
 
-A view may add arrays of its own (`View.arrays`), such as a mask uint8 [batch, height, width].
+A view may add more arrays (`View.arrays`), such as a mask uint8 [batch, height, width].
 
-`batch` is the local batch: of `process_count` processes, process p holds rows `[p * local, (p + 1) * local)`
-of the global one, `local = batch_size / process_count`. What else is random (jitter, mixup, masks) is drawn
-on the device.
+`batch` is the local batch size, `local = batch_size / process_count`: process p holds rows
+`[p * local, (p + 1) * local)` of the global batch. Color jitter, mixup and masks of tokens are drawn on the device.
 
-Batch `step` of training holds examples `[step * batch_size, (step + 1) * batch_size)` of the shuffled,
-repeated source. The step number alone is the position; no iterator state is ever saved.
+Training batch `step` holds examples `[step * batch_size, (step + 1) * batch_size)` of the shuffled, repeated source.
+The step number is the whole position in the data; no iterator state is saved.
 """
 
 import logging
@@ -30,14 +32,14 @@ from tinymim_jax.data.rows import Rows
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.data.views.transforms import View
-from tinymim_jax.data.worker import settle_in
+from tinymim_jax.data.worker import start_worker
 
 log = logging.getLogger(__name__)
 
 _SHARED_MEMORY = "/dev/shm"
 _QUIET = "ignore:resource_tracker:UserWarning"
 Batch = dict[str, np.ndarray]
-TOLERATED = 3  # damaged records that do not stop a training, however small its set is
+TOLERATED = 3  # damaged records that never stop training, however small the data set is
 
 
 def train_batches(
@@ -55,23 +57,23 @@ def train_batches(
     threads: int = 2,
     prefetch: int = 2,
 ) -> "Batches":
-    """Shuffled training batches without end, from `start_step` on; every row is valid.
+    """An endless iterator of shuffled training batches, starting with batch `start_step`; every row is valid.
 
     Args:
-        source: may be smaller than the batch, which then holds records more than once, in different views.
+        source: may be smaller than the batch, which then holds some records several times, in different views.
         augment: usually an `Augment`.
-        batch_size: the global one; `process_count` must divide it.
-        seed: of the order and of the views; not negative.
-        crops: so many views of each decoded image stand side by side in the batch, which they must divide
-            (repeated augmentation, arXiv 1901.09335). Each counts as an example: a batch holds
-            `batch_size / crops` images, and as many batches as before make an epoch.
-        upright: turn pictures as their EXIF orientation says; torchvision does not.
-        workers: processes that decode; with 0, threads of this process do. They are spawned: a script that
-            uses them needs its `if __name__ == "__main__":`.
-        threads: in each process that decodes.
-        prefetch: parts of a batch (of up to 256 rows) that each such process holds ready.
+        batch_size: the global batch size; must be divisible by `process_count`.
+        seed: seed of the order and of the views; not negative.
+        crops: number of views of each decoded image, in consecutive rows of the batch (repeated augmentation,
+            arXiv 1901.09335); must divide `batch_size`. Each view counts as an example: a batch holds
+            `batch_size / crops` images, and the number of batches per epoch does not change.
+        upright: rotate images according to their EXIF orientation; torchvision does not.
+        workers: number of worker processes that decode; 0 means threads of this process. Workers are spawned, so a
+            script that uses them needs `if __name__ == "__main__":`.
+        threads: threads in each process that decodes.
+        prefetch: parts of a batch (of up to 256 rows) that each of these processes decodes ahead.
 
-    Raises ValueError for arguments out of range. For what iterating may raise, see `Batches`.
+    Raises ValueError for arguments out of range. `Batches` lists what the iteration may raise.
     """
     rows = Rows(
         source,
@@ -99,10 +101,10 @@ def eval_batches(
     threads: int = 2,
     prefetch: int = 2,
 ) -> "Batches":
-    """Every example of `source` exactly once, in order; the last batch is padded with rows not valid.
+    """Batches of every example of `source` exactly once, in order; the last batch is padded with invalid rows.
 
-    Each process gets `ceil(len(source) / batch_size)` batches. Arguments and errors as for `train_batches`, and
-    `tolerated` as for `Batches`: 0 where figures are computed, since one record in place of another falsifies them.
+    Each process gets `ceil(len(source) / batch_size)` batches. Arguments and errors are those of `train_batches`, and
+    `tolerated` is that of `Batches`. Use 0 for metrics that are reported, since a replaced record falsifies them.
     """
     rows = Rows(
         source,
@@ -117,17 +119,20 @@ def eval_batches(
 
 
 def allowed_substitutions(records: int) -> int:
-    """How many records of a source may be replaced by others: 0.1 %."""
+    """How many damaged records may be replaced by others in a source of `records` records: 0.1 %, rounded down."""
     return records // 1000
 
 
 class Batches(Iterator[Batch]):
-    """Iterator of local batches, decoded ahead of time. Close it, or use `with`: that ends its workers.
+    """Iterator of local batches, decoded ahead of time. Call `close` or use `with` to end its workers.
 
-    A record that cannot be read or decoded is replaced by the next one that can, image and label, and logged
-    with its name and the reason when first met. RuntimeError is raised, and the iterator closed, once more
-    than 0.1 % of the source's records, and more than `tolerated`, have been met in this process; also when a worker
-    dies. LabelError is raised for a source made by `labels.labelled` whose label is missing.
+    A record that cannot be read or decoded is replaced, image and label, by the next one that can; the first time, its
+    name and the reason are logged.
+
+    Raises, and then closes the iterator:
+        RuntimeError: this process has met damaged records in more than 0.1 % of the source and more than `tolerated`;
+            or a worker died.
+        LabelError: a label is missing in a source made by `labels.labelled`.
     """
 
     def __init__(
@@ -147,12 +152,12 @@ class Batches(Iterator[Batch]):
         self._damaged: dict[int, str] = {}
         self._substitutions = 0
         self._parts = _read_ahead(rows, start_step * rows.parts_per_batch, workers, threads, prefetch)
-        # Also when this object is collected and, since Grain's own clean-up comes too late for it, at exit.
+        # Also runs when this object is garbage-collected, and at exit, where Grain's own clean-up comes too late.
         self._close = weakref.finalize(self, self._parts.close)
 
     @property
     def substitutions(self) -> int:
-        """Rows served so far, in this process, that hold another record than their own."""
+        """Number of rows so far, in this process, that hold a replacement for a damaged record."""
         return self._substitutions
 
     def __next__(self) -> Batch:
@@ -160,10 +165,10 @@ class Batches(Iterator[Batch]):
             self.close()
             raise StopIteration
         if not self._close.alive:
-            raise ValueError("these batches are closed")
+            raise ValueError("these batches have been closed; make new ones")
         try:
             parts = [self._next_part() for _ in range(self._rows.parts_per_batch)]
-            # A copy of a single part as well: a worker's lies in memory shared with it, which is given back.
+            # Copies even a single part, since it may lie in memory shared with a worker, which is reused.
             batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             self._account(batch.pop("substituted"))
         except BaseException:
@@ -187,7 +192,7 @@ class Batches(Iterator[Batch]):
             part = next(self._parts)
         except (StopIteration, RuntimeError) as error:
             raise RuntimeError(
-                f"an input worker died before step {self._step} ({str(error) or 'it left no message'}). "
+                f"an input worker died before step {self._step} ({str(error) or 'without an error message'}). "
                 "Usual causes: out of memory; /dev/shm too small (docker run --shm-size=16g); a script that "
                 "starts training outside `if __name__ == '__main__':`"
             ) from error
@@ -203,13 +208,13 @@ class Batches(Iterator[Batch]):
         for index in damaged:
             if index not in self._damaged:
                 self._damaged[index] = f"{self._rows.source.describe(index)}: {self._rows.failure(index)}"
-                log.warning("cannot decode %s; the next good record stands in", self._damaged[index])
+                log.warning("cannot decode %s; the next readable record is used in its place", self._damaged[index])
         total = len(self._rows.source)
         if len(self._damaged) > max(self._tolerated, allowed_substitutions(total)):
             least = f" (or {self._tolerated})" if self._tolerated else ""
             raise RuntimeError(
-                f"{len(self._damaged)} of {total} records cannot be decoded, more than the 0.1 %{least} that other "
-                "records may be used in place of; repair or remove them, or prepare the set again:\n  "
+                f"{len(self._damaged)} of {total} records cannot be decoded, more than the 0.1 %{least} that may be "
+                "replaced by other records; repair or remove them, or prepare the data set again:\n  "
                 + "\n  ".join(list(self._damaged.values())[:100])
             )
 
@@ -218,8 +223,8 @@ def _read_ahead(rows: Rows, first_part: int, workers: int, threads: int, prefetc
     parts = grain.MapDataset.source(rows)[first_part:]
     ahead = parts.to_iter_dataset(grain.ReadOptions(threads, max(prefetch, threads)))
     if workers:
-        # What was read ahead and never asked for is left to Python's tracker of shared memory, which gives it back at
-        # exit and, unless told not to when it starts, complains.
+        # Parts that were decoded ahead but never used are freed at exit by Python's resource tracker, which warns about
+        # each unless its process is started with this filter.
         if _QUIET not in sys.warnoptions:
             sys.warnoptions.append(_QUIET)
         if not flags.FLAGS.is_parsed():
@@ -250,4 +255,4 @@ def _check_shared_memory(workers: int, part_bytes: int) -> None:
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
     del worker_index, worker_count
-    settle_in()
+    start_worker()

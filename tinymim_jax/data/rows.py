@@ -1,4 +1,4 @@
-"""Which examples make up which rows of which batch, and decoding them: random access, without state."""
+"""Maps a part of a batch to its examples and decodes them, with random access and without state."""
 
 import itertools
 import math
@@ -14,32 +14,32 @@ from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.data.views.decoding import Picture, Undecodable, decode
 from tinymim_jax.data.views.transforms import View
 
-# Work is handed out in parts of a batch of at most so many rows. At 224 pixels that is 38 MB: a decoding
-# process holds a few of them however large the batch is, and the first batch is the work of several.
+# Batches are decoded in parts of at most this many rows (38 MB at 224 pixels), so that the memory of a worker does not
+# grow with the batch size, and several workers share the first batch.
 MAX_PART_ROWS = 256
-# A damaged record is replaced by the next one that can be decoded, looked for no further than this.
+# A damaged record is replaced by the next one that can be decoded; the search tries at most this many records.
 MAX_LOOKAHEAD = 100
 
 
 def row_arrays(view: View) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """(shape, dtype) of one row of each array of a batch: those of the view, `label` and `valid`."""
+    """(shape, dtype) of one row of each array of a batch: the arrays of the view, `label` and `valid`."""
     if clash := {"label", "valid", "substituted"} & set(view.arrays):
-        raise ValueError(f"{type(view).__name__}.arrays names {sorted(clash)}, which the pipeline itself makes")
+        raise ValueError(f"{type(view).__name__}.arrays has {sorted(clash)}, reserved for the pipeline; rename them")
     return {**view.arrays, "label": ((), np.int32), "valid": ((), np.bool_)}
 
 
 class Rows:
-    """The sequence that Grain reads ahead: the parts, in order, of one process's local batches.
+    """The data source that Grain reads ahead: a sequence of the parts of one process's local batches, in order.
 
-    A part is a Batch (see pipeline.py) with one more key, `substituted` int64 `[rows]`: the index of the
-    damaged record that another one stands in for, else -1. Nothing is raised, since an exception can end a
-    Grain worker without a word: a dict with the traceback under `error`, or with the message of a LabelError under
-    `label_error`, takes the part's place.
+    A part is a Batch (see pipeline.py) with one more key, `substituted` int64 `[rows]`: the index of the damaged
+    record that was replaced in this row, else -1. `__getitem__` raises nothing, since an exception can end a Grain
+    worker without a message: it returns a dict with the traceback under `error`, or with the message of a LabelError
+    under `label_error`, instead of the part.
 
-    With a `seed` the source is repeated for ever, each epoch in an order of its own, and example n, counted
-    from 0 over the whole run, is seen in the view drawn from a generator keyed by (seed, n). Without: once,
-    in order. With `crops` each record is seen so many times in a row, in as many views of one decoded picture,
-    and example n is record n // crops of that order. `upright`: see `decode`.
+    With a `seed`, the source is repeated without end, in a new order every epoch. Example n, counted from 0 over the
+    whole run, gets the view drawn from a generator keyed by (seed, n). Without a seed, the source is read once, in
+    order. With `crops`, each record gives that many consecutive examples, different views of an image that is decoded
+    once; example n is then record n // crops of the shuffled order. `upright`: see `decode`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Rows:
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be 0 to {process_count - 1}")
         if crops < 1 or batch_size % crops or (seed is None and crops > 1):
-            raise ValueError(f"crops={crops} must divide batch_size={batch_size}, and is for training alone")
+            raise ValueError(f"crops={crops} must divide batch_size={batch_size}, and be 1 in evaluation")
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed} must be 0 to 2**64 - 1")
         self.source = source
@@ -110,7 +110,7 @@ class Rows:
             return str(error)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        return "it can be now: a passing failure to read it"
+        return "a temporary read error; it can be decoded now"
 
     def _decode(self, examples: range) -> dict[str, Any]:
         part: dict[str, Any] = {
@@ -118,7 +118,7 @@ class Rows:
         }
         part["substituted"] = np.full(len(examples), -1, np.int64)
         if self._shuffled is None:
-            examples = range(examples.start, min(examples.stop, len(self.source)))  # padding ends an evaluation
+            examples = range(examples.start, min(examples.stop, len(self.source)))  # the other rows are padding
         for position, crops in itertools.groupby(enumerate(examples), lambda row_and_n: row_and_n[1] // self._crops):
             index = position if self._shuffled is None else self._shuffled[position]
             rows, numbers = zip(*crops, strict=True)
@@ -131,9 +131,10 @@ class Rows:
         return part
 
     def _draw(self, index: int, numbers: Sequence[int], views: Mapping[str, np.ndarray]) -> tuple[int, int]:
-        """Fills the arrays of `views` with examples `numbers`, all of record `index`; index used, and its label.
+        """Fills the arrays of `views` with examples `numbers` of record `index`; returns the index used and its label.
 
-        Where that record cannot be decoded, the first one after it that can, cyclically, takes its place.
+        If that record cannot be decoded, the first one after it that can is used; after the last record, the search
+        goes on with record 0.
         """
         total = len(self.source)
         reach = min(MAX_LOOKAHEAD, total)
@@ -141,9 +142,9 @@ class Rows:
             used = (index + ahead) % total
             try:
                 example = self.source[used]
-            except LabelError:  # a mistake in the set, not a damaged record
+            except LabelError:  # an error in the data set, not a damaged record
                 raise
-            except Exception:  # readers raise all sorts of them; for the reason, see `failure`
+            except Exception:  # readers raise exceptions of many types; `failure` gives the reason
                 continue
             try:
                 picture = Picture(example["image"], upright=self._upright, several_views=len(numbers) > 1)
@@ -155,16 +156,16 @@ class Rows:
             label = example["label"]
             return used, label if 0 <= label < self.source.classes else -1
         raise RuntimeError(
-            f"neither {self.source.describe(index)} ({self.failure(index)}) nor any of the {reach - 1} after it "
-            "can be decoded"
+            f"neither {self.source.describe(index)} ({self.failure(index)}) nor any of the {reach - 1} records "
+            "after it can be decoded; check that the data set is complete and readable"
         )
 
 
 def _fill(arrays: Mapping[str, np.ndarray], row: int, made: Mapping[str, np.ndarray]) -> None:
-    """Copies one row into each array; a view that does not make what it declared is an error."""
+    """Copies one row into each array. Raises ValueError if the view's arrays differ from those it declares."""
     got = {name: np.shape(value) for name, value in made.items()}
     want = {name: array.shape[1:] for name, array in arrays.items()}
     if got != want:
-        raise ValueError(f"a view made arrays of shapes {got}, but its `arrays` says {want}")
+        raise ValueError(f"a view made arrays of shapes {got}, but its `arrays` declares {want}")
     for name, value in made.items():
         arrays[name][row] = value

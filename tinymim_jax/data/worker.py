@@ -1,4 +1,4 @@
-"""What the processes that decode images have in common, training's and `prepare`'s."""
+"""Set-up of worker processes that decode images, for training and for `prepare`."""
 
 import multiprocessing
 import os
@@ -6,18 +6,18 @@ import signal
 import threading
 
 
-def settle_in() -> None:
-    """Called in a worker first: it works on one core, leaves signals to its parent, and ends when that ends."""
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # or kornia starts a thread per core, in every worker
-    # A cluster's SIGTERM, like Ctrl-C, reaches the whole process group, but the main process may still want
-    # its workers on its way to a checkpoint. It ends them itself.
+def start_worker() -> None:
+    """Call it first in a worker process: limits it to one core, ignores SIGTERM and SIGINT, exits with its parent."""
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # by default kornia starts one thread per core in every worker
+    # SIGTERM from a cluster, like Ctrl-C, is sent to the whole process group. The main process may still need its
+    # workers until it has saved a checkpoint, and ends them itself.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    # A main process that is killed, or leaves by os._exit, cannot end its workers: they would stay for ever.
+    # A main process that is killed, or calls os._exit, cannot end its workers, which would run forever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

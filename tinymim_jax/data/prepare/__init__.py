@@ -1,1 +1,1 @@
-"""Writes a data set as ArrayRecord files, once."""
+"""`tinymim prepare --output`: converts a source of images into a TFDS data set of ArrayRecord files."""

@@ -1,4 +1,4 @@
-"""The folder in which a set is prepared: what was asked for, who works in it, and which files it will hold."""
+"""The output folder of a data set being prepared: its settings, its lock, and the names of its shards."""
 
 import contextlib
 import dataclasses
@@ -16,12 +16,12 @@ from tinymim_jax.data.sources.examples import Source
 
 VERSION = "1.0.0"
 SIDECARS, LOCK, SETTINGS = "sidecars", "prepare.lock", "prepare.json"
-_FORMAT = 1  # of prepare.json and the sidecars: a folder begun by code that wrote others is not continued
-_SAMPLED = 16  # records of each split that stand for it in the source's digest
+_FORMAT = 1  # version of prepare.json and the sidecars; a folder started with another version is not resumed
+_SAMPLED = 16  # records of each split that go into the digest of the source
 
 
 def settings_of(sources: dict[str, Source], name: str, conversion: Conversion, shard_images: int) -> dict[str, Any]:
-    """All that the bytes of the set depend on."""
+    """Everything that determines the bytes of the data set, as JSON values."""
     recoded = conversion.short_side is not None or conversion.upright
     return {
         "format": _FORMAT,
@@ -36,7 +36,10 @@ def settings_of(sources: dict[str, Source], name: str, conversion: Conversion, s
 
 
 def _digest(sources: dict[str, Source]) -> str:
-    """Of the class names and of a few records, evenly spaced: to tell sources apart, not to prove them equal."""
+    """SHA-256 of the class names and of a few evenly spaced records of each split.
+
+    Different digests mean different sources; equal digests do not prove that the sources are equal.
+    """
     digest = hashlib.sha256()
     for split, source in sources.items():
         digest.update(json.dumps([split, len(source), source.class_names]).encode())
@@ -52,24 +55,27 @@ def _digest(sources: dict[str, Source]) -> str:
 
 
 def is_done(root: Path, settings: dict[str, Any]) -> bool:
-    """Whether the set is finished. Raises ValueError where another one of its name is."""
+    """Whether the data set in `root` is complete.
+
+    Raises ValueError if `root` holds a data set that has other settings or was written by another program.
+    """
     for found in root.glob("*/dataset_info.json"):
         if re.fullmatch(r"\d+\.\d+\.\d+", found.parent.name) and not (found.parent / SETTINGS).is_file():
             raise ValueError(
-                f"{found.parent} is a set of this name, written by another program; choose another --name or --output"
+                f"{found.parent} is a data set that was written by another program; choose another --name or --output"
             )
     _compare(root / VERSION, settings)
     return (root / VERSION / SETTINGS).is_file()
 
 
 def _compare(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where the set in `folder`, begun or finished, was asked for otherwise."""
+    """Raises ValueError if the data set in `folder`, complete or not, was started with other settings."""
     try:
         there = json.loads((folder / SETTINGS).read_text())
     except FileNotFoundError:
         return
     differing = [
-        f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now"
+        f"{key}: {there.get(key)!r} in the folder, {settings.get(key)!r} now"
         for key in sorted(there.keys() | settings.keys())
         if there.get(key) != settings.get(key)
     ]
@@ -81,7 +87,10 @@ def _compare(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def begin(scratch: Path, settings: dict[str, Any]) -> None:
-    """Starts the work in a folder, or goes on with it. Raises ValueError where it was begun otherwise."""
+    """Starts or resumes the preparation in `scratch`: writes the settings and deletes temporary files.
+
+    Raises ValueError if the preparation was started with other settings.
+    """
     _compare(scratch, settings)
     (scratch / SIDECARS).mkdir(exist_ok=True)
     for left_over in (*scratch.glob("*.tmp"), *scratch.glob(f"{SIDECARS}/*.tmp")):
@@ -91,25 +100,28 @@ def begin(scratch: Path, settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(scratch: Path) -> Iterator[None]:
-    """Keeps other processes out; the lock ends with this one, however that ends."""
-    busy = RuntimeError(f"another process is writing {scratch}; wait for it, or end it")
+    """Holds an exclusive lock on `scratch`; the operating system releases it if the process is killed.
+
+    Raises RuntimeError if another process holds it, or has just finished the data set and renamed the folder.
+    """
+    busy = RuntimeError(f"another process is writing {scratch}; wait until it ends, or stop it")
     path = scratch / LOCK
     try:
         file = open(path, "a")  # noqa: SIM115, closed below
     except FileNotFoundError:
-        raise busy from None  # renamed under our hands
+        raise busy from None  # another process has just finished it and renamed the folder
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise busy from None
         if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-            raise busy  # it was finished between opening and locking
+            raise busy  # another process finished it after we opened the lock file
         yield
 
 
 def shards_of(scratch: Path, name: str, split: str, length: int, shard_images: int) -> list[Shard]:
-    """A function of the split's length: neither of the workers nor of what is in the images."""
+    """The shards of a split. They depend on its length only, not on the number of workers or on the images."""
     starts = range(0, length, shard_images)
     shards = []
     for number, first in enumerate(starts):

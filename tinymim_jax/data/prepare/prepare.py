@@ -1,8 +1,8 @@
-"""Any source of images as a TFDS set of ArrayRecord files: each image verified, in parallel, resumable.
+"""Converts a source of images into a TFDS data set of ArrayRecord files, in parallel and resumably.
 
-All work happens in DIR/NAME/1.0.0.incomplete, which becomes DIR/NAME/1.0.0 in one rename at the very end: a set that
-looks whole is whole. Shards are fixed ranges of record indices, so the bytes written do not depend on the number of
-workers nor on interruptions. Nothing here needs TensorFlow.
+Every image is decoded to check it. Files are written to DIR/NAME/1.0.0.incomplete, which is renamed to DIR/NAME/1.0.0
+when everything is complete, so that an incomplete data set is never opened. Each shard is a fixed range of record
+indices, so the bytes written do not depend on the number of workers or on interruptions. TensorFlow is not needed.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ SHARD_IMAGES = 2048
 MAX_REJECTED = 0.01
 KEEP = Conversion()
 _REPORT = "report.json"
-_LISTED = 100  # rejected images named by an error
+_LISTED = 100  # rejected images that an error message lists at most
 
 
 def prepare_images(
@@ -44,27 +44,32 @@ def prepare_images(
     data_dir: str | os.PathLike | None = None,
     **options: Any,
 ) -> Path:
-    """Writes the source `name` to `output`, all its `splits` unless some are named; see `write_set` for the rest.
+    """Opens the source `name` and writes it as a TFDS data set under `output`; returns its folder.
 
-    The one split, `all`, of a source that has no others is called `train` in the result.
-    `set_name` is what TFDS will know the set by; None makes it from `name` (`default_name`). `data_dir` is where
-    sources are looked for. Raises what `open_source` and `write_set` do.
+    Args:
+        set_name: name of the TFDS data set; None derives it from `name` (`default_name`).
+        splits: the splits to write; None means all of them. A source without splits has the single split `all`,
+            which becomes `train`.
+        data_dir: folder that holds the data sets of TFDS.
+        options: further arguments of `write_set`.
+
+    Raises what `open_source` and `write_set` raise.
     """
     set_name = default_name(name, conversion.short_side) if set_name is None else set_name
     opened = {}
     for split in splits or image_sources.splits(name, data_dir):
-        # TFDS keeps the word "all" for the sum of the splits.
+        # TFDS reserves the name "all" for the union of the splits.
         opened["train" if split == "all" else split] = image_sources.open_source(name, split=split, data_dir=data_dir)
     return write_set(opened, output, set_name, conversion=conversion, **options)
 
 
 def default_name(source: str, short_side: int | None = None) -> str:
-    """'folder:/x/My-Pets' -> 'my_pets', or 'my_pets_256' for a short side of 256; a name that TFDS accepts."""
+    """A data set name that TFDS accepts: 'folder:/x/My-Pets' -> 'my_pets', or 'my_pets_256' for `short_side=256`."""
     kind, _, rest = source.partition(":")
-    if rest and not re.fullmatch(r"[\d.*]+", rest):  # not the version of a TFDS set
+    if rest and not re.fullmatch(r"[\d.*]+", rest):  # anything but the version of a TFDS data set
         parts = [part for part in rest.split("/") if part not in ("", ".", "..")]
         while len(parts) > 1 and re.search(r"[*?\[{]", parts[-1]):
-            parts.pop()  # a pattern: the folder says more
+            parts.pop()  # a pattern: use the name of the folder instead
         base = re.sub(r"\.(tar|parquet|array_record)\b.*", "", parts[-1]) if parts else kind
     else:
         base = kind.split("/")[0]
@@ -84,22 +89,24 @@ def write_set(
     workers: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """Writes `sources`, by split, as the TFDS set `name` under `output`; returns its folder, `output/name/1.0.0`.
+    """Writes a TFDS data set and returns its folder, `output/name/1.0.0`.
 
-    Called again after an interruption it goes on; where all is done it returns at once.
+    A call after an interruption resumes: finished shards are kept. If the data set is complete, it returns at once.
 
     Args:
-        conversion: what becomes of each image.
-        shard_images: records in each shard, the last one apart.
-        max_rejected: the part of a split that may be left out because it cannot be read or decoded.
-        workers: processes; None takes as many as there are cores, 0 none but this one.
+        sources: the source of each split, by the name of the split.
+        name: name of the TFDS data set.
+        conversion: how each image is converted.
+        shard_images: number of records in each shard; the last shard of a split may hold fewer.
+        max_rejected: largest fraction of a split, 0 to 1, that may be left out because it cannot be read or decoded.
+        workers: number of worker processes; None means one per core, 0 means a thread of this process.
         on_progress: called every few seconds.
 
     Raises:
-        ValueError: a mistaken argument; a set, begun or finished, of this name but made otherwise.
-        RuntimeError: another process is writing this set; too many images rejected; a worker died.
-        OSError: a shard cannot be written, for one because the disk is full.
-        KeyboardInterrupt, Terminated (see `prepare_workers.terminable`): the workers have ended by then.
+        ValueError: an invalid argument; a data set of this name, complete or not, that has other settings.
+        RuntimeError: another process is writing this data set; too many images are rejected; a worker died.
+        OSError: a shard cannot be written, for example because the disk is full.
+        KeyboardInterrupt, Terminated (see `workers.terminable`): raised after the workers have ended.
     """
     class_names = _check(sources, name, shard_images, max_rejected, workers)
     workers = (os.cpu_count() or 1) if workers is None else workers
@@ -110,7 +117,7 @@ def write_set(
         return folder
     scratch.mkdir(parents=True, exist_ok=True)
     with locked(scratch):
-        if is_done(root, settings):  # by the process that held the lock a moment ago
+        if is_done(root, settings):  # another process finished it before this one got the lock
             return folder
         begin(scratch, settings)
         shards = {
@@ -129,12 +136,12 @@ def write_set(
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What preparing the set in `folder` came to; `prepare_report.table` shows it."""
+    """The report (report.json) of the prepared data set in `folder`; `report.table` formats it."""
     return json.loads((folder / _REPORT).read_text())
 
 
 def _fill(sources, shards, conversion, workers, max_rejected, on_progress) -> dict[str, Any]:
-    """Writes the shards that are not there yet."""
+    """Writes the shards that are not finished yet; returns time and speed for the report."""
     rejected, allowed = {}, {split: int(max_rejected * len(source)) for split, source in sources.items()}
 
     def note(shard: Shard) -> None:
@@ -152,7 +159,7 @@ def _fill(sources, shards, conversion, workers, max_rejected, on_progress) -> di
             missing.append(shard)
     if before:
         log.info("%d images are in finished shards, which are kept", before)
-    # Sidecars of shards that do not match them would count as finished once a shard of the same size takes its place.
+    # Remove sidecars that do not match their shard: a new shard of the same size would make them look valid.
     for shard in missing:
         shard.sidecar.unlink(missing_ok=True)
     write_shards(
@@ -165,25 +172,27 @@ def _fill(sources, shards, conversion, workers, max_rejected, on_progress) -> di
 
 def _check(sources, name, shard_images, max_rejected, workers) -> tuple[str, ...]:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"name={name!r}: TFDS wants small letters, digits and _, such as {default_name(name)!r}")
+        raise ValueError(
+            f"name={name!r}: TFDS allows lower-case letters, digits and _ only, for example {default_name(name)!r}"
+        )
     for key, value, least in (("shard_images", shard_images, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise ValueError(f"{key}={value} must be at least {least}")
     if not 0 <= max_rejected <= 1:
-        raise ValueError(f"max_rejected={max_rejected}: a part, from 0 to 1")
+        raise ValueError(f"max_rejected={max_rejected} must be a fraction from 0 to 1")
     for split, source in sources.items():
         if not re.fullmatch(r"[\w-]+", split):
-            raise ValueError(f"split={split!r} becomes part of file names: whole splits only, such as 'train'")
+            raise ValueError(f"split={split!r} becomes part of file names and must be a whole split, such as 'train'")
         if not len(source):
-            raise ValueError(f"split={split!r} of {source.name!r} holds no image; leave it out with --splits")
-        with contextlib.suppress(OSError):  # it is for later to say that it cannot be read
+            raise ValueError(f"split={split!r} of {source.name!r} holds no images; leave it out with --splits")
+        with contextlib.suppress(OSError):  # unreadable records are reported while the shards are written
             if "mask" in source[0]:
-                raise ValueError(f"{source.name!r} is a segmentation set: its masks would be lost")
+                raise ValueError(f"{source.name!r} is a segmentation data set, and its masks would be lost")
     if not sources:
-        raise ValueError("no split was named")
+        raise ValueError("no split was given; name at least one")
     class_names = {source.class_names for source in sources.values()}
     if len(class_names) > 1:
-        raise ValueError(f"the splits {', '.join(sources)} do not have the same classes; prepare each by itself")
+        raise ValueError(f"the splits {', '.join(sources)} do not have the same classes; prepare each split separately")
     return class_names.pop()
 
 
@@ -195,20 +204,21 @@ def _too_many(shard: Shard, listed: list[dict[str, Any]], length: int, max_rejec
     folder = shard.path.parent
     names = [f"{entry['description']}: {entry['reason']}" for entry in listed[:_LISTED]]
     return RuntimeError(
-        f"{len(listed):,} images of split {shard.split!r} ({length:,}) are rejected so far, more than --max_rejected "
-        f"{max_rejected:g}; repair the source and remove {folder}, or allow more and {GO_ON}:\n  " + "\n  ".join(names)
+        f"{len(listed):,} images of split {shard.split!r} ({length:,}) have been rejected so far, more than "
+        f"--max_rejected {max_rejected:g}; repair the source and remove {folder}, or allow more and {GO_ON}:\n  "
+        + "\n  ".join(names)
     )
 
 
 def _describe(scratch, settings, class_names, accounts, report) -> None:
-    """Writes the report and what TFDS needs to read the set."""
+    """Writes report.json and the metadata that TFDS needs to open the data set."""
     template = tfds.core.ShardedFileTemplate(
         data_dir=scratch, dataset_name=settings["name"], filetype_suffix="array_record"
     )
     infos = []
     for split, shards in accounts.items():
         if not report["splits"][split]["images"]:
-            raise RuntimeError(f"no image of split {split!r} can be decoded; {scratch} stays as it is")
+            raise RuntimeError(f"no image of split {split!r} can be decoded; {scratch} is left as it is")
         lengths, size = [account["records"] for account in shards], report["splits"][split]["file_bytes"]
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
     formats = {stored for split in report["splits"].values() for stored in split["formats"]}
@@ -217,7 +227,7 @@ def _describe(scratch, settings, class_names, accounts, report) -> None:
         features=set_features(class_names, "png" if formats == {"png"} else "jpeg"),
         split_infos=infos,
         version=VERSION,
-        description=f"Made from {settings['source']} by `tinymim prepare`; report.json tells how.",
+        description=f"Made from {settings['source']} by `tinymim prepare`; see report.json for its settings.",
         check_data=False,  # it would import TensorFlow
     )
     write_json(scratch / _REPORT, report)

@@ -1,17 +1,17 @@
-"""What preparing a set came to: the shards' accounts as one report, and the report as a short table."""
+"""The report of a prepared data set: merges the sidecars of the shards and formats a summary."""
 
 import collections
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # per cent
+_QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # in percent
 _PERCENTS = "/".join(map(str, _QUANTILES))
-_SHOWN = 5  # images named for each reason in the table
+_SHOWN = 5  # images that the table lists for each reason
 
 
 def split_report(accounts: Iterable[Mapping[str, Any]], class_names: tuple[str, ...]) -> dict[str, Any]:
-    """The accounts of one split's shards, in their order, as one. Sizes are those before any resizing."""
+    """Merges the sidecars of one split's shards, given in shard order. Widths and heights are those before resizing."""
     totals: collections.Counter[str] = collections.Counter()
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     listed: dict[str, list] = {"rejected": [], "warnings": []}
@@ -42,7 +42,7 @@ def split_report(accounts: Iterable[Mapping[str, Any]], class_names: tuple[str, 
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A report for people."""
+    """The report as text: a few lines for each split."""
     lines = []
     for name, split in report["splits"].items():
         lines.append(f"{name}: {split['images']:,} images of {split['read']:,} read, {_done(split)}")
@@ -54,10 +54,10 @@ def table(report: Mapping[str, Any]) -> str:
                 f"most {most[1]:,} ({most[0]}), mean {mean:,.1f}"
             )
         if split["without_class"]:
-            lines.append(f"  without a class: {split['without_class']:,}")
+            lines.append(f"  images without a class: {split['without_class']:,}")
         for side in ("width", "height", "short_side"):
             values = [str(split[side][str(percent)]) for percent in _QUANTILES]
-            lines.append(f"  {side.replace('_', ' ')} as read: {' '.join(values)} ({_PERCENTS} %)")
+            lines.append(f"  {side.replace('_', ' ')} before resizing: {' '.join(values)} ({_PERCENTS} %)")
         lines.append(f"  images: {size(split['bytes_before'])} before, {size(split['bytes_after'])} after")
         for kind in ("rejected", "warnings"):
             lines.extend(_reasons(kind, split[kind]))
@@ -88,7 +88,7 @@ def _quantiles(counter: Mapping[str, int]) -> dict[str, int]:
 
 
 def _done(split: Mapping[str, Any]) -> str:
-    words = {"kept": "as they were", "resized": "resized", "reencoded": "written anew in their size"}
+    words = {"kept": "unchanged", "resized": "resized", "reencoded": "re-encoded at their own size"}
     done = [f"{split['actions'][action]:,} {words[action]}" for action in words if action in split["actions"]]
     return ", ".join([*done, f"{len(split['rejected']):,} rejected"])
 
@@ -107,4 +107,4 @@ def _reasons(kind: str, entries: list[dict[str, Any]]) -> list[str]:
 
 def _speed(report: Mapping[str, Any]) -> str:
     speed = report["images_per_second"]
-    return f"{speed:,.0f} images/s" if speed else "the rest was there already"
+    return f"{speed:,.0f} images/s" if speed else "all shards were finished before this run"

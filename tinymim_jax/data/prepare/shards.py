@@ -1,4 +1,4 @@
-"""One shard of a prepared set: its images checked, made smaller where wished, and written with an account of them."""
+"""Writes one shard of a prepared data set: checks and converts its images, and writes a sidecar with statistics."""
 
 import collections
 import contextlib
@@ -23,9 +23,9 @@ from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.views.decoding import Picture, open_image
 from tinymim_jax.data.views.transforms import resize_exact, short_side_size
 
-# A group of one record is read without its neighbours; image files do not compress, so time is not spent on it.
+# One record per group, so that random access reads no other records. Image files are already compressed.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-# Of the machine, not of the picture: to leave the record out would leave out good ones.
+# Errors of the machine rather than of the image: they end the run, since rejecting records would lose good ones.
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _ORIENTATION = 0x0112  # the EXIF tag
 _FORMATS = {b"\xff\xd8": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff"}
@@ -33,13 +33,13 @@ _FORMATS = {b"\xff\xd8": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp"
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What becomes of an image that can be decoded; by default its bytes are kept.
+    """How images are converted; by default their bytes are kept unchanged.
 
     short_side: images whose short side is larger are resized to it (antialiased bicubic) and written as JPEG.
-        Smaller ones keep their bytes if they are PNG, or JPEG as TurboJPEG decodes it without a complaint; others
-        (CMYK, WebP, slightly damaged files) are written as JPEG in their own size.
-    quality: of those JPEGs, 1 to 100, with 4:2:0 chroma as ImageNet's own files.
-    upright: images are turned as their EXIF orientation says, and then written as JPEG.
+        Smaller ones keep their bytes if they are PNG, or JPEG that TurboJPEG decodes without a warning; others
+        (CMYK, WebP, slightly damaged files) are re-encoded as JPEG at their own size.
+    quality: JPEG quality of images that are written, 1 to 100. Chroma is subsampled 4:2:0, as in ImageNet's files.
+    upright: rotate images according to their EXIF orientation and write them as JPEG.
     """
 
     short_side: int | None = None
@@ -50,11 +50,11 @@ class Conversion:
         if self.short_side is not None and self.short_side < 1:
             raise ValueError(f"short_side={self.short_side}: needs a positive number of pixels")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality={self.quality}: JPEG knows 1 to 100")
+            raise ValueError(f"quality={self.quality}: JPEG quality must be 1 to 100")
 
 
 class Converted(NamedTuple):
-    """An image file, what was done to get it, the size (height, width) before, and what the decoder complained of."""
+    """A converted image file, how it was made, its (height, width) before, and the decoder's warning, if any."""
 
     data: bytes
     action: Literal["kept", "resized", "reencoded"]
@@ -63,7 +63,7 @@ class Converted(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Records `first` up to but without `last` of `split`, and the files they go to."""
+    """Records `first` to `last - 1` of `split`, and the shard and sidecar files they are written to."""
 
     split: str
     first: int
@@ -73,13 +73,13 @@ class Shard(NamedTuple):
 
 
 class Stopped(Exception):
-    """Raised in place of a shard that was given up on request."""
+    """Raised in a worker that was asked to stop before its shard was complete."""
 
 
 def set_features(class_names: tuple[str, ...], encoding: Literal["jpeg", "png"] = "jpeg") -> tfds.features.FeaturesDict:
-    """TFDS's features of a prepared set; no `label` where there are no classes.
+    """The TFDS features of a prepared data set, without `label` if there are no classes.
 
-    The encoding is a note for whoever adds images: those stored are read as they are, whatever it says.
+    `encoding` only matters to programs that add images; stored images are read in whatever format they have.
     """
     label = {"label": tfds.features.ClassLabel(names=list(class_names))} if class_names else {}
     image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding)
@@ -87,9 +87,9 @@ def set_features(class_names: tuple[str, ...], encoding: Literal["jpeg", "png"] 
 
 
 def convert(data: bytes, conversion: Conversion) -> Converted:
-    """Decodes an image file in full and does with it what `conversion` says.
+    """Decodes an image file completely, as a check, and converts it as `conversion` says.
 
-    Raises whatever the decoder does on a damaged file, also one that is merely cut short.
+    Raises the decoder's error if the file is damaged or truncated.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -113,19 +113,20 @@ def convert(data: bytes, conversion: Conversion) -> Converted:
 
 
 def image_format(data: bytes) -> str:
-    """Such as "jpeg", by the first bytes; "other" where they say nothing."""
+    """The format by the first bytes of the file, such as "jpeg"; "other" if they are not known."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((name for start, name in _FORMATS.items() if data.startswith(start)), "other")
 
 
 def write_shard(source: Source, shard: Shard, conversion: Conversion, on_image: Callable[[int], None]) -> None:
-    """Writes one shard and, once it lies there whole and synced, its sidecar: a JSON account of its images.
+    """Writes one shard and, when it is complete and synced to disk, its sidecar: JSON statistics of its images.
 
-    Both are a function of the records alone. A record that cannot be read or decoded is left out and listed.
-    `on_image` is called after each record with the bytes read; what it raises ends the shard without a trace.
+    Both files depend on the records only. A record that cannot be read or decoded is left out and listed in the
+    sidecar. `on_image` is called after each record with the number of bytes read; if it raises, the unfinished
+    shard is deleted and the exception is passed on.
 
-    Raises OSError where the shard cannot be written.
+    Raises OSError if the shard cannot be written.
     """
     temporary = shard.path.with_name(f"{shard.path.name}.{os.getpid()}.tmp")
     features = set_features(source.class_names)
@@ -141,11 +142,11 @@ def write_shard(source: Source, shard: Shard, conversion: Conversion, on_image: 
                 if example is not None:
                     record = serializer.get_tf_example(features.encode_example(example))
                     with _writing(shard.path):
-                        # The order of a map's entries differs from one process to the next, unless asked not to.
+                        # Without this, the order of a protobuf map's entries differs between processes.
                         writer.write(record.SerializeToString(deterministic=True))
                 on_image(read)
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+            with contextlib.suppress(RuntimeError):  # report the first error, not that of closing
                 writer.close()
             raise
         with _writing(shard.path):
@@ -161,7 +162,7 @@ def write_shard(source: Source, shard: Shard, conversion: Conversion, on_image: 
 
 
 def finished(shard: Shard) -> bool:
-    """Whether the shard lies there whole, as its sidecar says it should."""
+    """Whether the shard exists with the file size and the number of records that its sidecar states."""
     try:
         account = json.loads(shard.sidecar.read_text())
         if shard.path.stat().st_size != account["file_bytes"]:
@@ -173,7 +174,7 @@ def finished(shard: Shard) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that is there whole, on the disk itself, or not at all."""
+    """Writes a JSON file atomically and syncs it to disk."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     sync(temporary)
@@ -182,7 +183,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns once a file, or the names in a folder, are on the disk itself."""
+    """Flushes a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,14 +192,14 @@ def sync(path: Path) -> None:
 
 
 def raise_if_of_the_machine(error: Exception) -> None:
-    """Raises what says nothing about a record: that memory or open files ran out, or a file server went away."""
+    """Raises `error` again if the machine caused it, not the record: no memory, no free file handles, a stale mount."""
     for each in (error, error.__cause__):
         if isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno in _MACHINE_ERRORS):
             raise error
 
 
 class _Account:
-    """What a sidecar tells of a shard."""
+    """The statistics of a shard that its sidecar holds."""
 
     def __init__(self, shard: Shard):
         self._shard = shard
@@ -231,13 +232,13 @@ class _Account:
 def _example(
     source: Source, index: int, conversion: Conversion, account: _Account
 ) -> tuple[dict[str, Any] | None, int]:
-    """What TFDS is to write of a record, None for a rejected one; and the bytes read."""
+    """The TFDS example of a record, or None if it is rejected; and the number of bytes read."""
     data, description = b"", _printable(source.describe(index))
     try:
         record = source[index]
         data, label = record["image"], int(record["label"])
         if not -1 <= label < max(source.classes, 1):
-            raise ValueError(f"label {label} is none of the {source.classes} classes")
+            raise ValueError(f"label {label} is not one of the {source.classes} classes")
         converted = convert(data, conversion)
     except Exception as error:
         raise_if_of_the_machine(error)
@@ -253,12 +254,12 @@ def _example(
 def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error.__cause__, UnidentifiedImageError):
         return f"not an image (it begins with {data[:8]!r})"
-    # An address would be another each time.
+    # Memory addresses differ from run to run; the sidecar must not.
     return _printable(re.sub(r" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__)
 
 
 def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
+    return text.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are not UTF-8
 
 
 def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
@@ -285,5 +286,7 @@ def _check_records(path: Path, records: int) -> None:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord's own are RuntimeErrors
-        raise OSError(f"cannot write {path}: {error}; mend that (is the disk full?)") from error
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
+        raise OSError(
+            f"cannot write {path}: {error}; fix the cause (is the disk full?) and run the same command again"
+        ) from error

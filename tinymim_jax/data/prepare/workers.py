@@ -1,4 +1,4 @@
-"""Several processes that each write whole shards, and what they tell the one that started them."""
+"""Writes shards in parallel with worker processes that report their progress through shared memory."""
 
 import concurrent.futures
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tinymim_jax.data.prepare.shards import Conversion, Shard, Stopped, write_shard
 from tinymim_jax.data.sources.examples import Source
-from tinymim_jax.data.worker import settle_in
+from tinymim_jax.data.worker import start_worker
 
 GO_ON = "run the same command again to resume: finished shards are kept"
 _POLL_SECONDS = 0.2
@@ -20,11 +20,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived inside `terminable`: for SIGTERM what KeyboardInterrupt is for SIGINT."""
+    """Raised by SIGTERM inside `terminable`, as KeyboardInterrupt is by SIGINT."""
 
 
 class Progress(NamedTuple):
-    """How far the work is: images of all shards, those read before this run included, and this run's speed."""
+    """Progress of the preparation.
+
+    done: images processed, including those in shards that earlier runs finished.
+    total: images in all shards.
+    bytes_read: bytes read in this run.
+    images_per_second: speed of this run.
+    """
 
     done: int
     total: int
@@ -43,18 +49,20 @@ def write_shards(
     on_progress: Callable[[Progress], None] | None = None,
     seconds_between: float = 5.0,
 ) -> None:
-    """Writes `shards` with `workers` processes; with 0, a thread of this one does.
+    """Writes `shards` with `workers` processes, or with a thread of this process if `workers` is 0.
 
-    `on_shard` is called here for each shard as it is finished and may raise to end the work. `on_progress` is
-    called every `seconds_between` seconds.
+    Args:
+        done_before: images in shards that are finished already, counted in the progress.
+        on_shard: called in this process for each finished shard; an exception that it raises ends the work.
+        on_progress: called every `seconds_between` seconds.
 
     Raises:
         OSError: a shard cannot be written.
         RuntimeError: a worker died.
-        KeyboardInterrupt, Terminated: the workers have ended by then.
+        KeyboardInterrupt, Terminated: raised after the workers have ended.
     """
     context = multiprocessing.get_context("spawn")
-    # Without locks, which a worker that is killed would take with it: each shard has one place, and one writer.
+    # Shared memory without locks, since a killed worker would never release one. Each entry has a single writer.
     board = _Board(context.RawArray("q", len(shards)), context.RawArray("q", len(shards)), context.RawValue("b", 0))
     places = {shard: place for place, shard in enumerate(shards)}
     if workers == 0:
@@ -85,8 +93,8 @@ def write_shards(
                 told = now
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "a worker process died without a word; the usual cause is that memory ran out (then take fewer "
-            f"--workers), another a script that prepares outside `if __name__ == '__main__':`. Then {GO_ON}"
+            "a worker process died without an error message; usually memory ran out (use fewer --workers), or a script "
+            f"prepares outside `if __name__ == '__main__':`. Fix the cause, then {GO_ON}"
         ) from error
     finally:
         board.stop.value = 1
@@ -95,7 +103,7 @@ def write_shards(
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated inside; for the main thread alone."""
+    """Makes SIGTERM raise Terminated inside the block. Use it in the main thread only."""
 
     def stop(*_):
         raise Terminated
@@ -108,7 +116,7 @@ def terminable() -> Iterator[None]:
 
 
 class _Board(NamedTuple):
-    """Memory shared with the workers: for each shard the images and bytes read so far; 1 asks all to stop."""
+    """Memory shared with the workers: images and bytes read so far, by shard; `stop` = 1 asks the workers to stop."""
 
     images: Any
     bytes: Any
@@ -121,7 +129,7 @@ class _Job(NamedTuple):
     board: _Board
 
 
-_job: _Job | None = None  # of this worker; sent once, not with every shard
+_job: _Job | None = None  # set once in each worker, instead of being sent with every shard
 
 
 def _start(sources: dict[str, Source], conversion: Conversion, board: _Board) -> None:
@@ -130,8 +138,8 @@ def _start(sources: dict[str, Source], conversion: Conversion, board: _Board) ->
 
 
 def _start_process(sources: dict[str, Source], conversion: Conversion, board: _Board) -> None:
-    settle_in()
-    warnings.simplefilter("ignore")  # Pillow's, about odd files: what matters of them is in the report
+    start_worker()
+    warnings.simplefilter("ignore")  # Pillow's, about unusual files; decoding problems are in the report
     _start(sources, conversion, board)
 
 
@@ -150,7 +158,10 @@ def _work(shard: Shard, place: int) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Processes started inside never see these signals, not even before they can ignore them; we do, afterwards."""
+    """Blocks SIGINT and SIGTERM; processes started inside inherit that, also before they set up their own handling.
+
+    This process receives signals that arrived meanwhile when the block ends.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

@@ -1,1 +1,1 @@
-"""From encoded bytes to the pixels of a view: decoding, crops, RandAugment."""
+"""Decodes images and makes views (crops, flips, RandAugment) of them, on the CPU."""

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels, as Pillow would give them, decoding no more than is needed."""
+"""Decodes image files to the RGB pixels that Pillow gives, skipping parts of JPEG files that are not needed."""
 
 import contextlib
 import functools
@@ -14,43 +14,47 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinymim_jax.data.views.jpeg import first_rows
 
-# TurboJPEG turns these into RGB exactly as Pillow does; the rest (CMYK, YCCK) is left to Pillow.
+# JPEG color spaces that TurboJPEG converts to RGB exactly as Pillow does. Pillow decodes the others (CMYK, YCCK).
 _FAST_COLORSPACES = ("YCbCr", "RGB", "Gray")
-# More is taken for a decompression bomb, as Pillow does: a few bytes may claim 65535 x 65535 pixels, 12 GB.
+# Larger images are refused as decompression bombs, as in Pillow: a tiny file may claim 65535 x 65535 pixels, 12 GB.
 _MAX_PIXELS = 178_956_970
-# Memory for the decoder's pixels and the RGB made of them.
+# Limit of memory for one image: the pixels that the decoder holds and their RGB copy.
 _MAX_BYTES = 1 << 30
-# Bytes that Pillow keeps for a pixel, by mode; 4 for all others.
+# Bytes per pixel in Pillow's memory, by mode; 4 for all other modes.
 _DECODED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-_LARGE = 1 << 25  # pixels; of larger images each process decodes one at a time, however many threads it has
-_STRIP = 1 << 24  # pixels that are converted at a time
-_DARK = 4096  # 16-bit grey levels all below this look black: most likely they are 12 bits
+_LARGE = 1 << 25  # pixels; the threads of a process decode larger images one at a time, to limit memory
+_STRIP = 1 << 24  # pixels that are converted to RGB at a time
+_DARK = 4096  # 16-bit gray levels that are all below this would look black; most likely they are 12-bit data
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000")
 _ORIENTATION = 0x0112  # the EXIF tag
 _one_large = threading.Lock()
 
 
 def decode(data: bytes, *, upright: bool = False) -> np.ndarray:
-    """An image file as RGB, uint8 `[height, width, 3]`, with the pixels of Pillow's `convert("RGB")`.
+    """Decodes an image file to RGB, uint8 `[height, width, 3]`, with the pixels of Pillow's `convert("RGB")`.
 
-    Grey is repeated, palettes looked up, CMYK converted, alpha dropped, the first frame taken. 16-bit grey
-    is scaled to 8 bits, as Pillow itself does for 16-bit RGB (its conversion would clip grey to white); floating-point
-    pixels, and greys that would all be black when scaled so, are refused.
-    With `upright` the picture is turned as its EXIF orientation says; without, as in torchvision, it is not.
-    Raises Undecodable for a damaged file, also one that is merely cut short.
+    Gray is repeated for all channels, palettes and CMYK are converted, alpha is dropped, and of an animation the first
+    frame is taken. 16-bit gray is scaled to 8 bits, as Pillow does for 16-bit RGB (Pillow's own conversion clips gray
+    to white). Floating-point pixels, and 16-bit gray levels that would all become black, are refused.
+
+    upright: rotate the image according to its EXIF orientation; torchvision does not.
+
+    Raises Undecodable if the file is damaged or truncated.
     """
     return Picture(data, upright=upright).pixels()
 
 
 class Undecodable(Exception):
-    """No image, or a damaged one; the message is the decoder's."""
+    """The data is not an image or is damaged; the message is the decoder's."""
 
 
 class Picture:
-    """An encoded image whose size is known before, and often without, its being decoded.
+    """An encoded image that is decoded only when its pixels are needed; for most JPEG files the size needs no decoding.
 
-    `upright`: see `decode`. `several_views`: more than one part of it will be wanted.
-    Raises Undecodable for a damaged file, when made or not before its pixels are asked for.
+    upright: see `decode`.
+    several_views: several crops of the image will be taken, so it is decoded completely, once.
+
+    Raises Undecodable for a damaged file, either in the constructor or in `pixels`.
     """
 
     def __init__(self, data: bytes, *, upright: bool = False, several_views: bool = False):
@@ -69,7 +73,7 @@ class Picture:
             try:
                 height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             except ValueError:
-                pass  # strict: mere warnings end here as well, and Pillow tells them from a file cut short
+                pass  # also raised for mere warnings; Pillow tells harmless ones from a truncated file
             else:
                 self._is_fast = colorspace in _FAST_COLORSPACES
                 self._size = (height, width) if self._orientation < 5 else (width, height)
@@ -79,7 +83,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Union["Picture", np.ndarray]) -> "Picture":
-        """`image` itself, or one that holds these pixels, uint8 `[height, width, 3]`."""
+        """`image` itself if it is a Picture, else a Picture of these pixels, uint8 `[height, width, 3]`."""
         if isinstance(image, Picture):
             return image
         picture = cls.__new__(cls)
@@ -94,20 +98,20 @@ class Picture:
 
     @property
     def reducible(self) -> bool:
-        """Whether `pixels` can be asked for a reduced picture, with both beginning at the same edge."""
-        # Where a side is no multiple of 8 the last block is a part of one; turning would bring it to the front.
+        """Whether `pixels` accepts `reduction` > 1; the blocks of a reduced image then start at the top left corner."""
+        # If a side is not a multiple of 8, the last block is partial, and a rotation may move it to the top or left.
         return self._is_fast and (self._orientation == 1 or not any(side % 8 for side in self._size))
 
     def pixels(self, reduction: int = 1, *, rows: int | None = None) -> np.ndarray:
-        """RGB, uint8 `[height, width, 3]`; the same array each time, so not to be written to.
+        """RGB, uint8 `[height, width, 3]`. The array is cached: do not write to it.
 
-        reduction: 2, 4 or 8, where `reducible`, gives `ceil(height / reduction)` rows and as few columns, each
-            pixel the mean of those it stands for: the decoder leaves the fine detail out, which saves most of its work.
-        rows: how many, before reduction, are wanted from the top; what comes below them may be missing.
+        reduction: 2, 4 or 8, only if `reducible`: an image of `ceil(height / reduction)` by `ceil(width / reduction)`
+            pixels, each the mean of a block. The decoder skips high frequencies, which saves most of its work.
+        rows: number of rows from the top, before reduction, that are needed; rows below them may be missing.
         """
         with _as_undecodable():
             if self._may_leave_rows and rows is not None and (data := first_rows(self._data, rows)) is not None:
-                self._may_leave_rows = False  # asked once more, it decodes all
+                self._may_leave_rows = False  # a second call decodes the whole image
                 with contextlib.suppress(ValueError):
                     return self._decode_fast(reduction, data)
             if reduction not in self._decoded:
@@ -145,16 +149,16 @@ def _as_undecodable() -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise Undecodable(
-            f"UnidentifiedImageError: in none of the formats that are read: {', '.join(_FORMATS)}"
+            f"UnidentifiedImageError: not an image in one of the supported formats: {', '.join(_FORMATS)}"
         ) from error
-    except Exception as error:  # decoders raise all sorts of them
+    except Exception as error:  # decoders raise exceptions of many types
         raise Undecodable(f"{type(error).__name__}: {error}") from error
 
 
 def open_image(data: bytes) -> Image.Image:
-    """`Image.open` for the formats that are read; it decodes no pixels.
+    """`Image.open`, restricted to the supported formats; it decodes no pixels.
 
-    Pillow by itself tries others too, and hands Encapsulated PostScript, a program, to Ghostscript.
+    By default Pillow tries more formats; it would run Encapsulated PostScript, which is a program, in Ghostscript.
     """
     return Image.open(io.BytesIO(data), formats=_formats())
 
@@ -166,12 +170,12 @@ def _formats() -> tuple[str, ...]:
 
 
 def _check_size(height: int, width: int, decoded_bytes: int = 0) -> None:
-    """Raises ValueError for an image of too many pixels, or one whose decoding would take too much memory.
+    """Raises ValueError if an image has too many pixels or would take too much memory to decode.
 
-    `decoded_bytes`: what the decoder keeps of each pixel, beside the RGB that is made of it.
+    decoded_bytes: bytes per pixel that the decoder holds besides the RGB copy; 0 skips the check of memory.
     """
     if height * width > _MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels: taken for a decompression bomb, the limit is {_MAX_PIXELS:,}")
+        raise ValueError(f"{width} x {height} pixels: refused as a decompression bomb, the limit is {_MAX_PIXELS:,}")
     if (needed := height * width * (decoded_bytes + 3)) > _MAX_BYTES and decoded_bytes:
         raise ValueError(
             f"{width} x {height} pixels would take {needed / 2**30:.1f} GiB of memory to decode, the limit is "
@@ -180,17 +184,17 @@ def _check_size(height: int, width: int, decoded_bytes: int = 0) -> None:
 
 
 def _as_rgb(image: Image.Image, upright: bool) -> np.ndarray:
-    """The pixels of an opened image as `decode` describes them, in strips, so that no more than one copy exists."""
+    """The RGB pixels that `decode` describes. Large images are converted in strips, which avoids temporary copies."""
     if upright:
         image = ImageOps.exif_transpose(image)
     image.load()
     rows = max(1, _STRIP // image.width)
     strips = [slice(top, min(top + rows, image.height)) for top in range(0, image.height, rows)]
     if image.mode == "F" or image.mode.startswith("I"):
-        grey = _sixteen_bits(image)
+        gray = _sixteen_bits(image)
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         for strip in strips:
-            pixels[strip] = (grey[strip] >> 8)[..., None]
+            pixels[strip] = (gray[strip] >> 8)[..., None]
         return pixels
     if len(strips) == 1:
         return np.asarray(image.convert("RGB"))
@@ -201,34 +205,34 @@ def _as_rgb(image: Image.Image, upright: bool) -> np.ndarray:
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:
-    """Grey levels of 0 to 65535, `[height, width]`.
+    """Gray levels of 0 to 65535, `[height, width]`.
 
-    Raises ValueError for other numbers: which of them is white is written nowhere, and as 16 bits they may all be
-    black. X-rays and microscopes' images often hold 12 bits in 16.
+    Raises ValueError if the level of white is not known: for floating-point pixels, levels outside 16 bits, and levels
+    that are all very small (X-ray and microscope images often hold 12-bit data in 16 bits).
     """
-    remedy = "convert it to 8 bits, or to the whole range of 16"
+    remedy = "convert it to 8 bits, or scale it to the full 16-bit range"
     if image.mode == "F":
-        raise ValueError(f"its pixels are floating-point numbers, of which none is known to be white: {remedy}")
-    grey = np.asarray(image)
-    low, high = int(grey.min()), int(grey.max())
+        raise ValueError(f"its pixels are floating-point numbers, and the value of white is not known: {remedy}")
+    gray = np.asarray(image)
+    low, high = int(gray.min()), int(gray.max())
     if low < 0 or high > 65535:
-        raise ValueError(f"its grey levels go from {low:,} to {high:,}, beyond 16 bits: {remedy}")
+        raise ValueError(f"its gray levels range from {low:,} to {high:,}, outside 16 bits: {remedy}")
     if 0 < high < _DARK:
-        raise ValueError(f"it has 16 bits and grey levels of {high:,} at most, so it would look black: {remedy}")
-    return grey
+        raise ValueError(f"it has 16 bits but gray levels of at most {high:,}, so it would look black: {remedy}")
+    return gray
 
 
 def _exif_orientation(data: bytes) -> int:
-    """1 to 8, as EXIF numbers them; 1 is upright, or unknown."""
+    """The EXIF orientation of a JPEG file, 1 to 8; 1 means upright or unknown."""
     if data[:2] != b"\xff\xd8" or b"Exif\0\0" not in data[:65536]:
-        return 1  # not a JPEG: Pillow will turn it
+        return 1  # not a JPEG: Pillow rotates the decoded image
     with open_image(data) as image:
         orientation = image.getexif().get(_ORIENTATION, 1)
     return orientation if orientation in range(1, 9) else 1
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """The upright picture of one stored in EXIF orientation `orientation`."""
+    """Rotates or mirrors pixels stored in EXIF orientation `orientation`, so that the image is upright."""
     if orientation == 1:
         return pixels
     if orientation >= 5:

@@ -1,6 +1,6 @@
-"""The markers of a JPEG file (ITU T.81, annex B), as far as decoding less than all of it needs them."""
+"""Shortens JPEG files (ITU T.81, annex B) so that a decoder stops after the first rows."""
 
-# Frames whose data come in rows from top to bottom: baseline and extended sequential, Huffman coded.
+# Frame types that store the rows from top to bottom: baseline and extended sequential, Huffman coded.
 _SEQUENTIAL = (0xC0, 0xC1)
 _OTHER_FRAMES = (0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _START_OF_SCAN = 0xDA
@@ -8,17 +8,18 @@ _END_OF_IMAGE = b"\xff\xd9"
 
 
 def first_rows(data: bytes, rows: int) -> bytearray | None:
-    """The same file, but saying that it ends a little after so many rows: those are decoded to the same pixels.
+    """A copy of the file whose header states a smaller height; its first `rows` rows decode to the same pixels.
 
-    A decoder then leaves the rest of the data unread, as "extraneous bytes". None where that would save nothing or go
-    wrong: progressive files, which hold the picture in several passes, and files without an end, which may be damaged.
+    The decoder then ignores the rest of the data as "extraneous bytes". Returns None if that saves nothing or is not
+    safe: for progressive files, which store the image in several passes, and for files without an end marker, which
+    may be damaged.
     """
     frame = _sequential_frame(data)
     if frame is None or _END_OF_IMAGE not in data[-1024:]:
         return None
     position, block_rows = frame
     height = int.from_bytes(data[position : position + 2])
-    # A row of blocks more: its chroma goes into the last rows that are wanted.
+    # One more row of blocks, since chroma upsampling uses it for the last rows that are needed.
     kept = (-(-rows // block_rows) + 1) * block_rows
     if kept >= height:
         return None
@@ -28,7 +29,7 @@ def first_rows(data: bytes, rows: int) -> bytearray | None:
 
 
 def _sequential_frame(data: bytes) -> tuple[int, int] | None:
-    """Where the frame's height is written, and the rows of its blocks; None unless one scan holds all of it."""
+    """Offset of the height in the frame header, and rows per block; None unless a single scan holds the whole image."""
     frame, components = None, -1
     at = 2
     while at + 12 < len(data) and data[at] == 0xFF:

@@ -1,7 +1,7 @@
-"""RandAugment (arXiv 1909.13719) as timm 1.0 defines it: a few random operations on every image; numpy in, numpy out.
+"""RandAugment (arXiv 1909.13719) as timm 1.0 defines it: applies a few random operations to an image (numpy array).
 
-The operations are Pillow's and give timm's pixels bit for bit. The random numbers come from the generator that is
-passed in and nothing else.
+The operations use Pillow and give the same pixels as timm's, bit for bit. All random numbers come from the generator
+that the caller passes.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from tinymim_jax.errors import unknown
 
-# A magnitude of this much is an operation's full strength.
+# The magnitude at which an operation has its full strength.
 FULL_MAGNITUDE = 10.0
-# A deviation above this stands for a magnitude uniform in 0..m.
+# In a string of timm's, mstd above this means a magnitude uniform in 0..m.
 _UNIFORM_ABOVE = 100.0
 _GRAMMAR = "rand-m9-mstd0.5-inc1: whole numbers m, n, mmax, inc (0 or 1); others p, mstd"
 _INTERPOLATIONS = {
@@ -27,16 +27,18 @@ _INTERPOLATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """`layers` times: one of `OPERATIONS`, all equally likely, done with probability `prob`.
+    """Draws `layers` times one of `OPERATIONS` uniformly, and applies it with probability `prob`.
 
-    magnitude: 0 to 10, the strength. Operations with a direction draw one of two.
-    deviation: of a normal noise added to the magnitude of each operation; infinite: uniform in 0..magnitude.
-    max_magnitude: magnitudes are cut off at 0 and here.
-    increasing: magnitude always means "more changed"; without it posterising and solarising are strongest at 0 and
-        the four enhancements go from 0.1 (less) to 1.9 (more).
-    fill: uint8 RGB of what is moved in from outside the image.
-    interpolation: of turning, shearing and shifting: bilinear | bicubic | random (one of the two each time). timm takes
-        that of the crop; the published fine-tunings (MAE's and TinyMIM's util/datasets.py) set bicubic.
+    layers: number of operations drawn for each image.
+    magnitude: strength, 0 to 10. Operations with a direction draw their sign at random.
+    deviation: standard deviation of the normal noise added to the magnitude of each operation; infinity means a
+        magnitude uniform in 0..magnitude.
+    max_magnitude: magnitudes are clipped to 0..max_magnitude.
+    increasing: a larger magnitude always changes the image more. If False, Posterize and Solarize are strongest at 0,
+        and the factor of the four enhancements goes from 0.1 (less) to 1.9 (more).
+    fill: uint8 RGB of pixels that come from outside the image.
+    interpolation: for rotation, shear and translation: bilinear | bicubic | random (one of the two each time). timm
+        uses that of the crop; the published fine-tuning code (MAE's and TinyMIM's util/datasets.py) sets bicubic.
     """
 
     magnitude: float = FULL_MAGNITUDE
@@ -52,7 +54,7 @@ class RandAugment:
         if self.interpolation not in _INTERPOLATIONS:
             raise unknown("interpolation", self.interpolation, _INTERPOLATIONS)
         if self.layers < 1:
-            raise ValueError(f"RandAugment with n={self.layers} layers does nothing: leave it out, or choose 1 or more")
+            raise ValueError(f"RandAugment with n={self.layers} layers does nothing: omit it, or choose n of 1 or more")
         if not 0 <= self.prob <= 1:
             raise ValueError(f"RandAugment's p={self.prob} is a probability: choose 0 to 1")
         if self.max_magnitude <= 0:
@@ -60,14 +62,15 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str, *, mean: Sequence[float], interpolation: str = "bicubic") -> "RandAugment":
-        """What a string of timm's means: "rand-m9-mstd0.5-inc1" and the like, sections in any order.
+        """Parses a policy in timm's notation, such as "rand-m9-mstd0.5-inc1".
 
         Args:
-            text: "rand", then -m9 (magnitude, a whole number; 10), -n2 (layers), -p0.5, -mstd0.5 (deviation, above 100
-                meaning uniform; 0), -mmax10, -inc1 (0).
-            mean: RGB in 0..1 that fills what comes from outside the image, as timm's `create_transform` does.
+            text: "rand" and then, in any order: -m (magnitude, a whole number; default 10), -n (layers; 2), -p (prob;
+                0.5), -mstd (deviation; 0, above 100 means uniform), -mmax (max_magnitude; 10), -inc (increasing; 0).
+            mean: RGB in 0..1, the fill color of pixels from outside the image, as in timm's `create_transform`.
 
-        Raises ValueError for any other section, timm's -t (sets of operations) among them, listing what there is.
+        Raises ValueError for any other section, including timm's -t (sets of operations); the message lists the valid
+        ones.
         """
         head, *sections = text.split("-")
         if head != "rand":
@@ -79,7 +82,7 @@ class RandAugment:
                 raise unknown(f"section of rand_augment={text!r}", key, _SECTIONS)
             name, convert = _SECTIONS[key]
             if name in values:
-                raise ValueError(f"rand_augment={text!r} has -{key} twice: leave one")
+                raise ValueError(f"rand_augment={text!r} has -{key} twice: remove one")
             try:
                 values[name] = convert(number)
             except (ValueError, KeyError):
@@ -90,10 +93,10 @@ class RandAugment:
         return cls(**values, fill=(red, green, blue), interpolation=interpolation)  # pyright: ignore[reportArgumentType]
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 `[height, width, 3]` to the same; the image itself where nothing is done."""
+        """Augments uint8 `[height, width, 3]`, keeping its shape; returns `image` itself if nothing is applied."""
         picture = None
         for choice in rng.integers(len(OPERATIONS), size=self.layers):
-            # All of a layer's numbers are drawn even if unused, so that no layer's draws depend on another's.
+            # Draw all random numbers of a layer even if it is skipped, so that later layers do not depend on that.
             skipped = self.prob < 1 and rng.random() > self.prob
             magnitude = self._magnitude(rng)
             sign = -1 if rng.random() > 0.5 else 1
@@ -117,9 +120,9 @@ class RandAugment:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One row of `OPERATIONS`.
+    """An image operation of RandAugment.
 
-    argument: (magnitude, sign, increasing) -> what `apply` takes; sign is 1 or -1.
+    argument: (magnitude, sign, increasing) -> the argument of `apply`; sign is 1 or -1.
     apply: (picture, argument, sampler, fill) -> picture of the same size.
     """
 
@@ -135,12 +138,12 @@ def _none(magnitude: float, sign: int, increasing: bool) -> float:
 
 
 def _up_to(most: float) -> Callable[[float, int, bool], float]:
-    """`most` at full magnitude, to either side."""
+    """From 0 at magnitude 0 to `most` at full magnitude, with the given sign."""
     return lambda magnitude, sign, increasing: sign * (magnitude / FULL_MAGNITUDE * most)
 
 
 def _enhancement(magnitude: float, sign: int, increasing: bool) -> float:
-    """The blending factor of Pillow's enhancements, where 1 changes nothing."""
+    """The factor of Pillow's ImageEnhance; 1 leaves the image unchanged."""
     if increasing:
         return max(0.1, 1.0 + sign * (magnitude / FULL_MAGNITUDE * 0.9))
     return magnitude / FULL_MAGNITUDE * 1.8 + 0.1
@@ -166,15 +169,14 @@ def _addend(magnitude: float, sign: int, increasing: bool) -> float:
 def _posterize(picture: Image.Image, bits: float, *_) -> Image.Image:
     if bits >= 8:
         return picture
-    if (
-        bits < 1
-    ):  # black. Pillow 13 refuses 0 bits, which timm asks for once in some 600 images at the published setting
+    if bits < 1:
+        # Black. Pillow 13 refuses 0 bits, which timm's rule gives for about one of 600 images at the published setting.
         return picture.point([0] * 768)
     return ImageOps.posterize(picture, int(bits))
 
 
 def _of_pillow(function: Callable[..., Image.Image]) -> Callable[..., Image.Image]:
-    """An operation of PIL.ImageOps that takes the picture alone."""
+    """Wraps a function of PIL.ImageOps whose only argument is the image."""
     return lambda picture, *_: function(picture)
 
 
@@ -183,7 +185,7 @@ def _solarize(picture: Image.Image, threshold: float, *_) -> Image.Image:
 
 
 def _solarize_add(picture: Image.Image, addend: float, *_) -> Image.Image:
-    """Levels below 128 raised by `addend`; Pillow has no such operation."""
+    """Adds `addend` to levels below 128; Pillow has no such operation."""
     return picture.point([min(level + int(addend), 255) if level < 128 else level for level in range(256)] * 3)
 
 
@@ -196,7 +198,7 @@ def _rotate(picture: Image.Image, degrees: float, sampler: Image.Resampling, fil
 
 
 def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[..., Image.Image]:
-    """`matrix`: (argument, width, height) -> the six numbers that take a pixel of the result to its source."""
+    """An affine operation. `matrix`: (argument, width, height) -> Pillow's six coefficients, output to input pixels."""
 
     def apply(
         picture: Image.Image, argument: float, sampler: Image.Resampling, fill: tuple[int, int, int]
@@ -221,7 +223,7 @@ OPERATIONS = {
     "Sharpness": Operation(_enhancement, _enhance(ImageEnhance.Sharpness)),
     "ShearX": Operation(_up_to(0.3), _affine(lambda x, width, height: (1, x, 0, 0, 1, 0))),
     "ShearY": Operation(_up_to(0.3), _affine(lambda x, width, height: (1, 0, 0, x, 1, 0))),
-    # Parts of the side. timm's `translate_const` in pixels belongs to operations that RandAugment does not use.
+    # Fractions of the side. timm's `translate_const`, in pixels, applies to operations that RandAugment does not use.
     "TranslateX": Operation(_up_to(0.45), _affine(lambda x, width, height: (1, 0, x * width, 0, 1, 0))),
     "TranslateY": Operation(_up_to(0.45), _affine(lambda x, width, height: (1, 0, 0, 0, 1, x * height))),
 }
@@ -232,7 +234,7 @@ def _flag(text: str) -> bool:
     return {"0": False, "1": True}[text]
 
 
-# Section of the string: field, and how its number is read.
+# Key of a section in timm's notation: the field of RandAugment, and the parser of its number.
 _SECTIONS: dict[str, tuple[str, Callable[[str], float | int | bool]]] = {
     "m": ("magnitude", int),
     "n": ("layers", int),

@@ -1,8 +1,7 @@
-"""From an image of any size to the uint8 pixels a model is shown.
+"""Turns an image of any size into the uint8 input of a model: crop, resize, flip, RandAugment.
 
-A *view* is a record that turns an image into one of fixed size: `Augment` for training, `EvalView` for
-evaluation. It is called with the image and a random generator and keeps no state, so what it returns
-depends on these alone. Colour jitter, mixup and normalising belong to the device.
+A *view* is a stateless function of an image and a random generator that returns an image of fixed size: `Augment` for
+training, `EvalView` for evaluation. Color jitter, mixup and normalization run on the device.
 """
 
 import abc
@@ -21,39 +20,40 @@ from tinymim_jax.data.views.decoding import Picture
 from tinymim_jax.data.views.randaugment import RandAugment
 from tinymim_jax.errors import unknown
 
-# Below this many pixels the borders, which kornia weighs in its own way, are too large a part of the result.
+# Images with a smaller side are resized by Pillow: kornia treats borders differently, which shows in small images.
 _FAST_RESIZE_MIN = 64
-# A crop is taken from a reduced picture only where it is still so many times as large as the result, in both
-# directions: then the bicubic filter averages over what the decoder averaged already. Pillow's thumbnails do so too.
+# A crop is taken from a reduced image only if, in both directions, it is still this many times as large as the result.
+# The bicubic filter then hides most of the effect of the reduction. Pillow's `thumbnail` uses the same gap.
 _REDUCING_GAP = 2
-# A strip of 30000 x 2 pixels resized to a short side of 256 would take a gigabyte: larger than this, only what the
-# crop keeps of it is made.
+# Limit of pixels for a whole resized image; above it only the central crop is computed. An image of 30000 x 2 pixels,
+# resized to a short side of 256, would take almost 3 GB.
 _MAX_RESIZED = 1 << 26
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class View(Protocol):
-    """From one example to its row in each array of a batch."""
+    """Makes, from one example, a row of each array of a batch."""
 
     @property
     def arrays(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
-        """(shape, dtype) of a row of each array, by name; "image" is one of them. The pipeline adds `label`."""
+        """(shape, dtype) of a row of each array, by name. "image" is required. `label` and `valid` are added later."""
         ...
 
     def make(self, picture: Picture, example: Example, rng: np.random.Generator) -> Mapping[str, np.ndarray]:
-        """One row of each of `arrays`, a function of these arguments alone.
+        """One row of each of `arrays`. It must depend on these arguments only.
 
         Args:
-          picture: the example's image, not yet decoded.
-          example: the record that the source gave, for what else it holds, such as a mask.
+          picture: the example's image, not decoded yet.
+          example: the record of the source, which may hold more than the image, such as a mask.
+          rng: the only source of random numbers.
 
-        Raises Undecodable where a part of the example is damaged: another example then takes its place.
+        Raises Undecodable if a part of the example is damaged; the pipeline then uses another example.
         """
         ...
 
 
 class ImageView(abc.ABC):
-    """A view that needs nothing but the image, and makes nothing but an image of one size."""
+    """Base class of views that turn an image into an image of fixed size and need nothing else."""
 
     @property
     @abc.abstractmethod
@@ -62,7 +62,7 @@ class ImageView(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, image: Picture | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A picture, or its pixels uint8 `[any, any, 3]`, to uint8 `[*size, 3]`."""
+        """Turns a picture, or its pixels uint8 `[any, any, 3]`, into uint8 `[*size, 3]`."""
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -74,14 +74,14 @@ class ImageView(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Augment(ImageView):
-    """The training view: a random resized crop, then a horizontal flip of every second image, then RandAugment.
+    """The training view: random resized crop, horizontal flip with probability 0.5, then RandAugment.
 
-    image_size: side of the square result, or (height, width).
-    crop_scale, crop_ratio: bounds of the crop's share of the area and of its width / height. The defaults are
-        the published pre-training's (torchvision's RandomResizedCrop, bicubic).
-    flip: False where left and right mean something, as in digits.
-    rand_augment: such as "rand-m9-mstd0.5-inc1" (`RandAugment.parse`); empty: none.
-    mean: RGB in 0..1, what RandAugment fills with.
+    image_size: side of the square result, or (height, width), in pixels.
+    crop_scale, crop_ratio: bounds of the crop's fraction of the area, and of its width / height. The defaults are
+        those of the published pre-training (torchvision's RandomResizedCrop, bicubic).
+    flip: set to False if a mirrored image has another meaning, as with digits.
+    rand_augment: a policy such as "rand-m9-mstd0.5-inc1" (`RandAugment.parse`); empty means none.
+    mean: RGB in 0..1, the fill color of RandAugment.
     """
 
     image_size: int | tuple[int, int]
@@ -95,11 +95,11 @@ class Augment(ImageView):
         _height_width(self.image_size)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale}: needs 0 < lower <= upper <= 1, parts of the area")
+            raise ValueError(f"crop_scale={self.crop_scale}: needs 0 < lower <= upper <= 1, fractions of the area")
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio={self.crop_ratio}: needs 0 < lower <= upper, width over height")
-        _ = self._policy  # a mistaken string is refused here, not by a worker
+        _ = self._policy  # parse it here, so that an invalid string raises before any worker starts
 
     @functools.cached_property
     def _policy(self) -> RandAugment | None:
@@ -119,9 +119,9 @@ class Augment(ImageView):
 
 @dataclasses.dataclass(frozen=True)
 class EvalView(ImageView):
-    """The evaluation view: the short side resized to `resize` pixels, then the central `image_size` of it.
+    """The evaluation view: resizes the short side to `resize` pixels, then takes a center crop of `image_size`.
 
-    Bit for bit what torchvision's Resize (antialiased) and CenterCrop give for a Pillow image.
+    The pixels equal, bit for bit, those of torchvision's Resize (antialiased) and CenterCrop on a Pillow image.
 
     interpolation: 'bicubic' or 'bilinear'.
     """
@@ -155,10 +155,10 @@ def random_resized_crop_params(
     scale: Sequence[float],
     ratio: Sequence[float],
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop, as torchvision's `RandomResizedCrop.get_params` draws it.
+    """Top, left, height and width of a random crop, drawn as by torchvision's `RandomResizedCrop.get_params`.
 
-    Area uniform in `scale` (a part of the whole), width / height log-uniform in `ratio`, position uniform. If
-    ten draws do not fit the image: the largest central crop whose ratio is within bounds.
+    The area is uniform in `scale` (fractions of the image), width / height log-uniform in `ratio`, the position
+    uniform. If ten draws do not fit the image, the result is the largest center crop whose ratio is within bounds.
     """
     for _ in range(10):
         area = height * width * rng.uniform(scale[0], scale[1])
@@ -178,10 +178,10 @@ def random_resized_crop_params(
 
 
 def resized_crop(picture: Picture, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
-    """The part of `picture` at `box` (top, left, height, width), resized to `size` (height, width) as by `resize`.
+    """Crops `picture` to `box` (top, left, height, width) and resizes it to `size` (height, width) as `resize` does.
 
-    Where the part is many times as large as `size` the picture is decoded at a half, a quarter or an eighth:
-    within some 45 dB of the same from all its pixels.
+    If the crop is several times as large as `size`, the image is decoded at 1/2, 1/4 or 1/8 of its size. The result
+    then differs from that of full decoding by a PSNR of about 45 dB.
     """
     top, left, height, width = box
     room = min(height / size[0], width / size[1]) / _REDUCING_GAP
@@ -196,8 +196,9 @@ def resized_crop(picture: Picture, box: tuple[int, int, int, int], size: tuple[i
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Antialiased bicubic (a = -0.5) resize of uint8 `[height, width, 3]` to `size` (height, width).
 
-    The pixels of `resize_exact`, or, where no side is small, within some 68 dB of them on photographs and
-    in less than half the time. Small images are always exact: there the fast kernel departs (43 dB on the digits).
+    If all sides have at least 64 pixels, a kernel is used that takes less than half the time of `resize_exact` and
+    differs from it by a PSNR of about 68 dB on photographs. Smaller images use `resize_exact`, since the fast kernel
+    is less accurate there (43 dB on the digits).
     """
     if size != image.shape[:2] and min(*size, *image.shape[:2]) >= _FAST_RESIZE_MIN:
         return np.asarray(imgproc.resize(np.ascontiguousarray(image), size, "bicubic", True))
@@ -210,7 +211,7 @@ def resize_exact(image: np.ndarray, size: tuple[int, int], interpolation: str = 
 
 
 def short_side_size(size: Sequence[int], short: int) -> tuple[int, int]:
-    """(height, width) with the short side scaled to `short`; the long one truncated, as torchvision does."""
+    """(height, width) after scaling the short side to `short`; the long side is rounded down, as in torchvision."""
     height, width = size
     if width <= height:
         return int(short * height / width), short
@@ -218,14 +219,14 @@ def short_side_size(size: Sequence[int], short: int) -> tuple[int, int]:
 
 
 def center_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The central `size` (height, width); halves are rounded to even offsets, as torchvision does."""
+    """The center crop of `size` (height, width); offsets of half a pixel are rounded to even, as in torchvision."""
     top = round((image.shape[0] - size[0]) / 2)
     left = round((image.shape[1] - size[1]) / 2)
     return image[top : top + size[0], left : left + size[1]]
 
 
 def flip_horizontally(image: np.ndarray) -> np.ndarray:
-    """uint8 `[height, width, 3]` with left and right exchanged, as a contiguous array."""
+    """Mirrors uint8 `[height, width, 3]` left to right; returns a contiguous array."""
     return imgproc.horizontal_flip(np.ascontiguousarray(image))  # 10 times as fast as a copy of image[:, ::-1]
 
 
@@ -235,14 +236,14 @@ def _pillow_resize(
     corners: tuple[float, float, float, float] | None = None,
     interpolation: str = "bicubic",
 ) -> np.ndarray:
-    """Of the part between `corners` (left, top, right, bottom), in pixels; None is all."""
+    """Resizes the part of `image` within `corners` (left, top, right, bottom), in pixels; None means all of it."""
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), _FILTERS[interpolation], corners))
 
 
 def _resized_center(
     image: np.ndarray, resized: tuple[int, int], size: tuple[int, int], interpolation: str
 ) -> np.ndarray:
-    """`center_crop` of `image` at `resized`, without making the rest."""
+    """The center crop of `image` resized to `resized` (height, width), without computing the rest."""
     down, across = image.shape[0] / resized[0], image.shape[1] / resized[1]
     top, left = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
     corners = (left * across, top * down, (left + size[1]) * across, (top + size[0]) * down)
@@ -252,5 +253,5 @@ def _resized_center(
 def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
-        raise ValueError(f"image_size={image_size}: needs a positive side, or (height, width)")
+        raise ValueError(f"image_size={image_size}: needs a positive side, or positive (height, width)")
     return height, width
