@@ -190,7 +190,7 @@ def test_a_view_makes_what_it_declares():
         def make(self, picture, example, rng):
             return super().make(picture, example, rng) | {"mask": np.zeros((2, 2))}
 
-    with pytest.raises(RuntimeError, match=r"(?s)a view made arrays of shapes .*'mask': \(2, 2\).*its `arrays` declares"):
+    with pytest.raises(RuntimeError, match=r"(?s)a view made .* shapes .*'mask': \(2, 2\).*its `arrays` declares"):
         next(eval_batches(Scenes(3), view=Wrong(SIZE, SIZE), batch_size=3))
     view = MaskedView(flip=False)
     view.arrays["valid"] = ((), np.bool_)
