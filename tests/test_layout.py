@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
     "cli": 7, "__main__": 7,
     "plan": 6, "sweeps": 6, "demo": 6,
-    "train": 5, "evaluation": 5, "report": 5,
+    "train": 5, "evaluation": 5, "run_log": 5,
     "experiment": 4, "memory": 4, "state": 4, "flops": 4, "resume": 4,
     "tasks": 3,
     "checkpoints": 2, "convert": 2, "optim": 2, "sharding": 2, "metrics": 2,

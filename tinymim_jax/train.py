@@ -25,8 +25,8 @@ from tinymim_jax.experiment import (
 )
 from tinymim_jax.memory import explained, smallest_accumulate
 from tinymim_jax.metrics import Averages, no_averages
-from tinymim_jax.report import Report
 from tinymim_jax.resume import Inputs, accept, as_json, check_inputs, check_same, recorded_micro_batches
+from tinymim_jax.run_log import RunLog
 from tinymim_jax.runtime.exits import STALL_MINUTES, Interrupted, StopRequest
 from tinymim_jax.runtime.paths import check_output_path
 from tinymim_jax.runtime.workdir import RESULT, claimed, read_result, write_json
@@ -83,10 +83,10 @@ def train(
         return result
     if result is None and (folder / RESULT).exists():
         log.warning("%s is empty or damaged: the last evaluation is repeated", folder / RESULT)
-    with claimed(folder, as_json(config)), Report(folder, stall_minutes=stall_minutes) as report:
-        result = _run(config, folder, report, changes, data_dir=data_dir, workers=workers, fsdp=fsdp)
+    with claimed(folder, as_json(config)), RunLog(folder, stall_minutes=stall_minutes) as run_log:
+        result = _run(config, folder, run_log, changes, data_dir=data_dir, workers=workers, fsdp=fsdp)
         write_json(folder / RESULT, result)
-        report.end()
+        run_log.end()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("result written")  # before any process reads it
     return result
@@ -95,7 +95,7 @@ def train(
 def _run(
     config: ConfigDict,
     workdir: epath.Path,
-    report: Report,
+    run_log: RunLog,
     changes: Mapping[str, tuple],
     *,
     data_dir: str | None,
@@ -131,8 +131,8 @@ def _run(
         accept(workdir, config, inputs, changes)
         state = fresh_state() if state is None else state
         write_json(workdir / "model.json", task.model | task.origin | {"preprocessing": preprocessing(config, names)})
-        report.begin(experiment, state, paths, mesh, workers)
-        return _loop(experiment, mesh, state, frozen, train_step, checkpoints, report, workers, inputs.frozen)
+        run_log.begin(experiment, state, paths, mesh, workers)
+        return _loop(experiment, mesh, state, frozen, train_step, checkpoints, run_log, workers, inputs.frozen)
 
 
 def _loop(
@@ -142,7 +142,7 @@ def _loop(
     frozen,
     train_step,
     checkpoints: Checkpoints,
-    report: Report,
+    run_log: RunLog,
     workers: int,
     frozen_digest: str,
 ) -> dict[str, float]:
@@ -157,44 +157,44 @@ def _loop(
     with batches, StopRequest() as stop:
         # Empty for a run that was killed between its last update and writing result.json: only the evaluation is left.
         for step in range(start + 1, total + 1):
-            with report.waiting_for_data():
+            with run_log.waiting_for_data():
                 batch = next(batches)
             # The previous step's results are read after this step is dispatched: the device never waits for the host.
             before = skipped_in_a_row
             state, recorded, skipped_in_a_row = train_step(state, recorded, frozen, place_batch(mesh, batch), root)
-            report.dispatched(skipped_in_a_row)
+            run_log.dispatched(skipped_in_a_row)
             _check_finite(before, step - 1, settings.max_skipped)
-            report.finished(step - 1)
+            run_log.finished(step - 1)
             if step == start + 1:
-                report.first_step(step, recorded)
+                run_log.first_step(step, recorded)
             if step % settings.log_every == 0 or step == total:
-                report.training(step, recorded, state, batches.substitutions)
+                run_log.training(step, recorded, state, batches.substitutions)
                 recorded = _nothing_recorded(names, mesh)
             if experiment.eval_every and step % experiment.eval_every == 0 and step < total:
-                _evaluate(experiment, mesh, state, frozen, eval_step, report, workers, step)
+                _evaluate(experiment, mesh, state, frozen, eval_step, run_log, workers, step)
             stopping = stop.requested  # read once: a signal after the save is for the next step
-            with report.saving(step):
+            with run_log.saving(step):
                 checkpoints.save(step, state, force=stopping or step == total, extra=extra)
             if (stopping or checkpoints.preempted) and step < total:
-                report.finished(step)
-                with report.saving(step):
+                run_log.finished(step)
+                with run_log.saving(step):
                     checkpoints.wait()
-                report.account()
+                run_log.account()
                 raise Interrupted(
                     f"stopped after step {step}, all saved: run the same command again to resume", by_hand=stop.by_hand
                 )
         _check_finite(skipped_in_a_row, total, settings.max_skipped)
-        report.finished(total)
-        result = _evaluate(experiment, mesh, state, frozen, eval_step, report, workers, total)
-        with report.saving(total):
+        run_log.finished(total)
+        result = _evaluate(experiment, mesh, state, frozen, eval_step, run_log, workers, total)
+        with run_log.saving(total):
             checkpoints.wait()
     return result
 
 
 def _evaluate(
-    experiment: Experiment, mesh: Mesh, state: TrainState, frozen, eval_step, report: Report, workers: int, step: int
+    experiment: Experiment, mesh: Mesh, state: TrainState, frozen, eval_step, run_log: RunLog, workers: int, step: int
 ) -> dict[str, float]:
-    with report.evaluating():
+    with run_log.evaluating():
         result = evaluate(
             eval_step,
             evaluation_metric(experiment.task),
@@ -204,9 +204,9 @@ def _evaluate(
             mesh,
             examples=len(experiment.eval_source),
             seed=experiment.config.seed,
-            on_batch=report.evaluated_batch,
+            on_batch=run_log.evaluated_batch,
         )
-    report.evaluation(step, result)
+    run_log.evaluation(step, result)
     return result
 
 

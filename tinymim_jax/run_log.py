@@ -1,4 +1,4 @@
-"""What a training reports: to the log, to metrics.jsonl and TensorBoard, and to status.json."""
+"""What a training writes down: to the log, to metrics.jsonl and TensorBoard, and to status.json."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ from tinymim_jax.state import TrainState
 log = logging.getLogger(__name__)
 
 
-class Report:
+class RunLog:
     """A context manager around a run, called by the training loop. Process 0 writes; the others only watch for stalls.
 
     stall_minutes: without a finished step, evaluation batch or checkpoint for so long, the process exits with 86; 0:
@@ -49,7 +49,7 @@ class Report:
         attempts = self._before.get("attempts", 0) + 1
         self._heart.note(stage="starting", attempts=attempts, processes=joined_processes() or 1, began=time.time())
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "RunLog":
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(self._heart)
         self._stack.callback(self._goodput.close)
