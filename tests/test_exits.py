@@ -470,6 +470,29 @@ def test_incomplete_variables_of_slurm_are_named(environment):
     assert hosts.missing_slurm_variables() == []
 
 
+def test_several_tasks_without_srun_are_warned_of(environment, monkeypatch, caplog):
+    started = []
+    monkeypatch.setattr(distributed, "_initialize_alone", lambda initialize: started.append("alone"))
+    monkeypatch.setattr(distributed.jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", _no_cluster)
+    environment(SLURM_JOB_ID="7", SLURM_NTASKS="1")
+    distributed.initialize_distributed()
+    assert "srun" not in caplog.text
+    environment(SLURM_NTASKS="4")
+    distributed.initialize_distributed()
+    assert "job 7 has 4 tasks" in caplog.text
+    assert "put srun before the command" in caplog.text
+    assert started == ["alone", "alone"]
+    caplog.clear()
+    environment(JAX_NUM_PROCESSES="1")  # the user's word
+    distributed.initialize_distributed()
+    assert "srun" not in caplog.text
+
+
+def _no_cluster(**_):
+    raise ValueError("coordinator_address should be defined.")
+
+
 def test_devices_of_other_processes_than_joined(monkeypatch):
     monkeypatch.setattr(sharding, "joined_processes", lambda: 4)
     with pytest.raises(RuntimeError, match="4 processes joined this job, but its devices belong to 1"):

@@ -86,6 +86,11 @@ def test_stage_and_exit_status(stage, exit_status, left, tmp_path, capsys):
         held.close()
 
 
+def test_the_step_of_an_ended_run_is_that_of_its_checkpoint_after_a_refused_start(tmp_path):
+    make_run(tmp_path / "run", result={"loss": 0.5}, stage="failed", step=0)
+    assert read_run(epath.Path(tmp_path / "run"))["step"] == 40
+
+
 def test_a_line_for_each_run_of_a_folder(tmp_path, capsys):
     make_run(tmp_path / "000_a" / "b", result={"top1": 0.5})
     make_run(tmp_path / "000_a" / "s")

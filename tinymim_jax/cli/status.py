@@ -100,6 +100,8 @@ def read_run(workdir: Any) -> dict[str, Any]:
     if (saved := _newest_checkpoint(workdir)) is not None:
         row["checkpoint"] = saved
         row.setdefault("step", saved["step"])
+        if row["stage"] not in LIVE:  # a refused start writes step 0 in place of the last step of the attempt before it
+            row["step"] = max(row["step"], saved["step"])
     return row
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 
 from tinymim_jax.runtime.exits import watch_peers
-from tinymim_jax.runtime.hosts import Job, env_number, find_job, find_slice, missing_slurm_variables
+from tinymim_jax.runtime.hosts import Job, env_number, find_job, find_slice, missing_slurm_variables, tasks_without_srun
 
 _JOIN_SECONDS = 1800  # the hosts of a large job may start far apart
 _REMIND_SECONDS = 60
@@ -55,6 +55,13 @@ def initialize_distributed() -> None:
             f"SLURM_STEP_NODELIST is set, as in a task that srun has started, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not. Start the command with srun and pass its environment on, or "
             "set JAX_NUM_PROCESSES=1 to run a single process"
+        )
+    if job.processes is None and (tasks := tasks_without_srun()):
+        _log.warning(
+            "The Slurm job %s has %d tasks, but this process was not started by srun: it runs alone. To use all tasks, "
+            "put srun before the command, as launch/slurm.sbatch does; for a single process, set JAX_NUM_PROCESSES=1.",
+            os.environ["SLURM_JOB_ID"],
+            tasks,
         )
     try:
         if job.processes == 1:

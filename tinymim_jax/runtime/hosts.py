@@ -41,6 +41,17 @@ def missing_slurm_variables() -> list[str]:
     return [name for name in _SLURM if not os.environ.get(name)]
 
 
+def tasks_without_srun() -> int:
+    """The tasks of a Slurm job of several in which this process was not started by srun; 0 outside such a job.
+
+    A script that sbatch or salloc runs is one process, however many tasks were asked for.
+    """
+    if not os.environ.get("SLURM_JOB_ID") or os.environ.get("SLURM_STEP_NODELIST"):
+        return 0
+    tasks = os.environ.get("SLURM_NTASKS", "")
+    return int(tasks) if tasks.isdecimal() and int(tasks) > 1 else 0
+
+
 def find_slice() -> Job:
     """The hosts of the TPU slice (or slices) that this machine is part of; Job() without a TPU."""
     if not _has_tpu():
