@@ -85,7 +85,7 @@ class MissingData(Source):
 
 
 def _open_sources(config: ConfigDict, data_dir: str | None) -> tuple[Source, Source]:
-    data = config.data
+    data, used = config.data, task_type(config).sources
     train_source = open_source(
         data.source,
         split=data.train_split,
@@ -93,7 +93,8 @@ def _open_sources(config: ConfigDict, data_dir: str | None) -> tuple[Source, Sou
         examples=data.examples or None,
         seed=config.seed,
     )
-    return train_source, open_source(data.source, split=data.eval_split, data_dir=data_dir)
+    eval_source = open_source(data.source, split=data.eval_split, data_dir=data_dir)
+    return used(config, train_source), used(config, eval_source)
 
 
 def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> Experiment:

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.metrics import Metric, means
+from tinymim_jax.tasks.segmenter import Segmenter
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
 from tinymim_jax.tasks.views import Views, image_views
 
@@ -38,6 +40,8 @@ class Task:
     start: parameters on the host -> the same with pre-trained values filled in; None trains from scratch.
     origin: where frozen weights come from and how they are used, for model.json; nothing reads it.
     metric: what evaluation computes; None averages the values of `losses` over the examples.
+    segmenter: for a task that labels pixels. Evaluation then shows it whole images, of any size, and computes mean IoU
+      (evaluation/segmentation.py) in place of `metric`.
     """
 
     model: dict[str, Any]
@@ -48,11 +52,17 @@ class Task:
     start: Callable[[Params], Params] | None = None
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     metric: Metric | None = None
+    segmenter: Segmenter | None = None
 
 
 def unchanged(config: ConfigDict) -> ConfigDict:
     """The `for_evaluation` of a task whose config serves evaluation as it is."""
     return config
+
+
+def as_opened(config: ConfigDict, source: Source) -> Source:
+    """The `sources` of a task that uses the records as they are."""
+    return source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +75,8 @@ class TaskType:
     views: config -> how examples become rows of a batch, and so which arrays a batch has.
     for_evaluation: config -> the config under which a checkpoint is evaluated, without what only training needs; it
       may change its argument.
+    sources: (config, source as opened) -> the source that the task uses, for training and evaluation data alike; such
+      as one whose masks are read as labels of pixels, and whose classes are those of the masks.
     stand_ins: (config, number of classes) -> zeros for checkpoints that are missing, so that training can be planned.
     usual_data: (number of images, number of classes) of the data set that planning assumes where the data is missing.
     """
@@ -73,6 +85,7 @@ class TaskType:
     needs_labels: bool = False
     views: Callable[[ConfigDict], Views] = image_views
     for_evaluation: Callable[[ConfigDict], ConfigDict] = unchanged
+    sources: Callable[[ConfigDict, Source], Source] = as_opened
     stand_ins: Callable[[ConfigDict, int], list[StandIn]] = lambda config, classes: init_stand_in(config)
     usual_data: tuple[int, int] = (1_281_167, 1000)  # ImageNet-1K
 
