@@ -4,7 +4,7 @@ VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 # Prints an error unless the interpreter is one that the package supports.
 SUPPORTED := -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "Python 3.11 to 3.13 is needed, %s is %d.%d: make PYTHON=python3.12 ..." % (sys.executable, v[0], v[1]))'
 
-.PHONY: demo test test-quick lint types setup same-python clean
+.PHONY: demo test test-quick lint types docs setup same-python clean
 
 demo: setup  ## the whole method on handwritten digits: 4 to 6 minutes on two cores
 	$(BIN)/tinymim demo --workdir runs/demo
@@ -23,6 +23,9 @@ lint: setup
 types: setup  ## pyright; it fetches Node.js where there is none
 	$(BIN)/pyright
 
+docs: setup  ## the documentation as a site, in build/site; broken links are errors
+	$(BIN)/mkdocs build --strict --quiet
+
 setup: same-python .venv/installed  ## .venv with the locked versions and this package
 
 # A .venv of another Python than the one that was asked for is not overwritten.
@@ -39,7 +42,7 @@ endif
 	@touch $@
 
 requirements.txt.new:  ## a fresh lock, to be compared with the old one before it replaces it
-	uv pip compile --universal --python-version 3.11 pyproject.toml --extra demo --extra dev --no-annotate --no-header -o $@
+	uv pip compile --universal --python-version 3.11 pyproject.toml --extra demo --extra dev --extra docs --no-annotate --no-header -o $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -12,6 +12,7 @@ from tinymim_jax.cli import main as cli
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = (
     "README.md",
+    "CONTRIBUTING.md",
     "benchmarks/README.md",
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
@@ -50,9 +51,9 @@ def shown_in(document: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def readme_words(*wanted: str) -> list[str]:
-    """The words behind `tinymim` of the only command of the README that contains all of these."""
-    commands = [shlex.split(line) for line in shown_in("README.md")]
+def documented_words(document: str, *wanted: str) -> list[str]:
+    """The words behind `tinymim` of the only command of `document` that contains all of these."""
+    commands = [shlex.split(line) for line in shown_in(document)]
     (words,) = [words for words in commands if all(any(w in word for word in words) for w in wanted)]
     return words[1:]
 

@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from commands import readme_words, run
+from commands import documented_words, run
 from processes import output_of, run_python, saved_steps
 from runs import SMALL
 
@@ -37,8 +37,9 @@ def _in_the_repository(monkeypatch):
 
 
 def command(workdir, data_dir) -> list[str]:
-    """The README's chain on the digits, with small models."""
-    shown = [str(workdir) if word.startswith("runs/") else word for word in readme_words("chain", "digits")]
+    """The documented chain on the digits, with small models."""
+    words = documented_words("docs/sweeps.md", "chain", "digits")
+    shown = [str(workdir) if word.startswith("runs/") else word for word in words]
     return [*shown, "--data_dir", data_dir, "--compile_cache", "", *WORDS]
 
 

@@ -531,8 +531,8 @@ def test_the_commands_of_the_docs_run(capsys, data_dir, tmp_path, monkeypatch):
         path = tmp_path / "data" / "pets" / ("cat", "dog")[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(photograph(20, 20, index), "PNG"))
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    for text in (readme, prepare_command._EPILOG):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    for text in (page, prepare_command._EPILOG):
         lines = {line.split(" #")[0].strip() for line in text.splitlines()}
         lines = sorted(line for line in lines if line.startswith("tinymim prepare") and "--output" in line)
         assert len(lines) == 2

@@ -75,23 +75,22 @@ def test_make_demo(clone, monkeypatch, capsys, data_dir):
 
 
 def test_the_digits_commands(clone, data_dir, capsys):
-    """As written and in order; only the models and durations are smaller."""
-    commands = [shlex.split(line) for line in shown_in("README.md")]
-    trains = [words[1:] for words in commands if words[:2] == ["tinymim", "train"] and "digits" in " ".join(words)]
-    assert len(trains) == 3
+    """Those of the tutorial, as written and in order; only the models and durations are smaller."""
+    commands = [shlex.split(line)[1:] for line in shown_in("docs/tutorial.md")]
+    commands = [words for words in commands if words[0] != "sweep"]  # test_sweep.py runs these
+    assert [words[0] for words in commands] == ["train"] * 3 + ["evaluate", "knn", "export"]
     where = ["--data_dir", data_dir, "--compile_cache", ""]
-    for words in trains:
-        code, _, err = run(capsys, *words, *where, *small(" ".join(words)))
+    printed = {}
+    for words in commands:
+        more = [*where, *small(" ".join(words))] if words[0] == "train" else where if words[0] != "export" else []
+        code, out, err = run(capsys, *words, *more)
         assert code == 0, err
+        printed[words[0]] = out.splitlines()
     folder = clone / "runs" / "classifier"
-    code, out, err = run(capsys, "evaluate", "runs/classifier", *where)
-    assert code == 0, err
-    assert json.loads(out.splitlines()[-1]) == pytest.approx(json.loads((folder / "result.json").read_text()))
-    code, out, err = run(capsys, "knn", "runs/classifier", "--k", "5", *where)
-    assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["knn5_top5"] >= json.loads(out.splitlines()[-1])["knn5_top1"] > 0
-    code, _, err = run(capsys, "export", "runs/classifier", "--to", "vit", "--output", "out.safetensors")
-    assert code == 0, err
+    result = json.loads((folder / "result.json").read_text())
+    assert json.loads(printed["evaluate"][-1]) == pytest.approx(result)
+    nearest = json.loads(printed["knn"][-1])
+    assert nearest["knn5_top5"] >= nearest["knn5_top1"] > 0
     # What was exported can be converted back.
     heads = ",".join(map(str, load_params(folder)[0]["encoder"]["heads"]))
     words = ["convert", "--from", "vit", "--input", "out.safetensors", "--output", "teachers/back", "--heads", heads]
@@ -105,7 +104,7 @@ def test_the_digits_commands(clone, data_dir, capsys):
 
 def test_lists_and_help(capsys, data_dir):
     """A sweep is listed; of commands that need ImageNet or other hardware, the help is shown."""
-    (words,) = (line for line in shown_in("README.md") if "--list" in line)
+    (words,) = (line for line in shown_in("docs/sweeps.md") if "--list" in line)
     code, out, _ = run(capsys, *shlex.split(words)[1:], "--data_dir", data_dir)
     assert (code, out.count("not started")) == (0, 2)
     for command in ("prepare", "convert", "train", "evaluate", "predict", "plan", "chain", "probe"):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import optuna
 import pytest
-from commands import readme_words, run
+from commands import documented_words, run
 from processes import cpu_devices, output_of, run_python, saved_steps
 from runs import SMALL
 
@@ -79,8 +79,8 @@ def file(tmp_path) -> pathlib.Path:
 
 
 def command(workdir, data_dir, *words) -> list[str]:
-    """The README's sweep with small models and STEPS steps."""
-    shown = readme_words("sweep", "--run")
+    """The documented sweep with small models and STEPS steps."""
+    shown = documented_words("docs/sweeps.md", "sweep", "--run")
     seeds = shown.index("--seeds")
     moved = [str(workdir) if word.startswith("runs/") else word for word in [*shown[:seeds], *shown[seeds + 2 :]]]
     return [
