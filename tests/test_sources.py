@@ -381,3 +381,12 @@ def test_subset_reads_no_more_than_it_needs():
 def test_subset_refuses(labels, examples, message):
     with pytest.raises(ValueError, match=message):
         balanced_subset(Labels(labels, classes=2), examples)
+
+
+def test_digits_where_nothing_can_be_written(monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/no_home")
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    with pytest.raises(
+        OSError, match=r"/proc/no_home/tensorflow_datasets .*: choose another .* --data_dir, or .*TFDS_DATA_DIR"
+    ):
+        open_source("digits", split="train")

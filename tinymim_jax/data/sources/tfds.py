@@ -182,10 +182,17 @@ def _prepare_digits(root: Path) -> Path:
     from tinymim_jax.data.builders.digits import Digits
 
     log.info("preparing 'digits' under %s", root)
-    root.mkdir(parents=True, exist_ok=True)
     # Written to a temporary folder, then renamed: if several processes start at once, the first rename wins and
     # none of them sees a partial data set.
-    with tempfile.TemporaryDirectory(prefix=".digits-", dir=root) as scratch:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".digits-", dir=root)
+    except OSError as error:
+        raise OSError(
+            f"'digits' cannot be written to {root} ({error.strerror}): choose another folder by --data_dir, or by "
+            "the environment variable TFDS_DATA_DIR"
+        ) from error
+    with folder as scratch:
         builder = Digits(data_dir=scratch, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             builder.download_and_prepare()  # takes a second: no progress bars needed
