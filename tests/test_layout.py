@@ -13,12 +13,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
     "cli": 7, "__main__": 7,
     "plan": 6, "sweeps": 6, "demo": 6,
-    "train": 5, "evaluation": 5, "run_log": 5,
+    "train": 5, "evaluation": 5, "run_log": 5, "analysis": 5, "reports": 5,
     "experiment": 4, "memory": 4, "state": 4, "flops": 4, "resume": 4,
     "tasks": 3,
     "checkpoints": 2, "convert": 2, "optim": 2, "sharding": 2, "metrics": 2,
     "models": 1, "data": 1,
-    "ops": 0, "runtime": 0, "errors": 0, "markdown": 0, "config": 0, "class_names": 0,
+    "ops": 0, "runtime": 0, "pages": 0, "errors": 0, "markdown": 0, "config": 0, "class_names": 0,
 }  # fmt: skip
 
 

@@ -87,8 +87,14 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
 
     The default of every new key is the behaviour before that key existed, so the experiment stays the same.
     """
-    make = getattr(_execute(SHIPPED / "base.py"), str(values.get("task")), None)
-    return _filled(make().to_dict(), values) if make else values
+    default = defaults(str(values.get("task")))
+    return _filled(default, values) if default else values
+
+
+def defaults(task: str) -> dict[str, Any]:
+    """The default values of all keys of a task's experiments, as nested dicts; {} for an unknown task."""
+    make = getattr(_execute(SHIPPED / "base.py"), task, None)
+    return make().to_dict() if make else {}
 
 
 def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:

@@ -3,8 +3,13 @@
 import contextlib
 import logging
 import os
+import pathlib
+import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -48,6 +53,7 @@ class RunLog:
         )
         attempts = self._before.get("attempts", 0) + 1
         self._heart.note(stage="starting", attempts=attempts, processes=joined_processes() or 1, began=time.time())
+        self._heart.note(first_began=self._before.get("first_began", time.time()), command=_command())
 
     def __enter__(self) -> "RunLog":
         self._stack = contextlib.ExitStack()
@@ -78,8 +84,14 @@ class RunLog:
         self._progress = Progress(experiment.total_steps, experiment.batch_size, start)
         self._writer = self._stack.enter_context(Writer(self._workdir, start_step=start, active=self._active))
         self._began = time.perf_counter()
+        device = mesh.devices.flat[0].device_kind
         self._heart.note(stage="compiling", total_steps=experiment.total_steps, saved=start)
+        self._heart.note(devices=f"{mesh.size} x {device}", versions=_versions())
         self._heart.watch()
+
+    def seconds(self) -> float:
+        """Time of all attempts together."""
+        return sum(self._goodput.seconds().values())
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -170,6 +182,21 @@ class RunLog:
         log.info("%s", describe(self._goodput.seconds()))
         if restarts := self._before.get("attempts", 0):
             log.info("restarts: %d", restarts)
+
+
+def _command() -> str:
+    """The command line of this process."""
+    program = pathlib.Path(sys.argv[0])
+    module = program.name in ("__main__.py", "tinymim")
+    return shlex.join(["tinymim" if module else str(program), *sys.argv[1:]])
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("tinymim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
+            found[name] = metadata.version(name)
+    return found
 
 
 def _announce(experiment: Experiment, state: TrainState, paths: frozenset, mesh: Mesh) -> None:

@@ -25,9 +25,10 @@ from tinymim_jax.experiment import (
 )
 from tinymim_jax.memory import explained, smallest_accumulate
 from tinymim_jax.metrics import Averages, no_averages
+from tinymim_jax.reports.write import write_at_end
 from tinymim_jax.resume import Inputs, accept, as_json, check_inputs, check_same, recorded_micro_batches
 from tinymim_jax.run_log import RunLog
-from tinymim_jax.runtime.exits import STALL_MINUTES, Interrupted, StopRequest
+from tinymim_jax.runtime.exits import STALL_MINUTES, Interrupted, StopRequest, is_first
 from tinymim_jax.runtime.paths import check_output_path
 from tinymim_jax.runtime.workdir import RESULT, claimed, read_result, write_json
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
@@ -60,7 +61,7 @@ def train(
     Args:
       config: the experiment; configs/base.py explains every key.
       workdir: holds config.json, model.json, metrics.jsonl, tensorboard/, checkpoints/, status.json and, at the end,
-        result.json. A folder that all processes see, or gs://BUCKET/PATH.
+        result.json and report.html. A folder that all processes see, or gs://BUCKET/PATH.
       data_dir: folder of the prepared data sets; None: TFDS's default folder.
       workers: number of processes that decode images; 0 decodes in this process.
       fsdp: number of devices over which each large parameter is split.
@@ -87,6 +88,9 @@ def train(
         result = _run(config, folder, run_log, changes, data_dir=data_dir, workers=workers, fsdp=fsdp)
         write_json(folder / RESULT, result)
         run_log.end()
+        seconds = run_log.seconds()
+    if is_first():
+        write_at_end(folder, seconds, data_dir=data_dir, workers=workers)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("result written")  # before any process reads it
     return result

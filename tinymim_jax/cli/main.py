@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from tinymim_jax.cli import (
+    analyze,
     bench,
     chain,
     convert,
@@ -17,6 +18,7 @@ from tinymim_jax.cli import (
     predict,
     prepare,
     probe,
+    report,
     status,
     sweep,
     train,
@@ -26,7 +28,10 @@ from tinymim_jax.runtime.parent import end_with_parent_of_environment
 from tinymim_jax.runtime.startup import start_logging
 
 # In the order of `tinymim --help`. Each module has HELP, add_arguments(parser) and run(options) -> exit status.
-COMMANDS = (train, chain, sweep, status, plan, evaluate, knn, probe, predict, convert, export, bench, prepare, demo)
+COMMANDS = (
+    *(train, chain, sweep, status, report, analyze, plan, evaluate, knn, probe, predict),
+    *(convert, export, bench, prepare, demo),
+)
 
 # What a user can mend: shown as one message without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)

@@ -24,6 +24,11 @@ def normalize(
     return images.astype(jnp.float32) * scale - np.asarray(mean, np.float32) / np.asarray(std, np.float32)
 
 
+def denormalize(images: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
+    """The inverse of `normalize`, as pixels of 0..1."""
+    return jnp.clip(images * np.asarray(std, np.float32) + np.asarray(mean, np.float32), 0.0, 1.0)
+
+
 def color_jitter(
     key: jax.Array,
     images: UInt8[Array, "batch height width 3"],

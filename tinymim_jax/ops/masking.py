@@ -44,6 +44,16 @@ def random_masking(key: jax.Array, batch: int, patches: int, mask_ratio: float) 
     return masking_from_noise(jax.random.uniform(key, (batch, patches)), mask_ratio)
 
 
+def greyed(
+    images: Float[Array, "batch height width 3"], hidden: Bool[Array, "batch patches"], patch_size: int
+) -> Float[Array, "batch height width 3"]:
+    """Images of 0..1 with their hidden patches painted grey, to be looked at."""
+    rows, columns = images.shape[1] // patch_size, images.shape[2] // patch_size
+    grid = hidden.reshape(-1, rows, columns, 1)
+    painted = jnp.repeat(jnp.repeat(grid, patch_size, axis=1), patch_size, axis=2)
+    return jnp.where(painted, 0.5, images)
+
+
 def take_tokens(
     tokens: Float[Array, "batch tokens dim"], positions: Int[Array, "batch chosen"]
 ) -> Float[Array, "batch chosen dim"]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinymim_jax.data.sources.examples import Source
@@ -38,10 +39,12 @@ class Task:
     names: the names of the values that `losses` returns.
     load_frozen: () -> weights that are an argument of the step, never trained and never checkpointed.
     start: parameters on the host -> the same with pre-trained values filled in; None trains from scratch.
-    origin: where frozen weights come from and how they are used, for model.json; nothing reads it.
+    origin: where frozen weights come from and how they are used, for model.json; analysis reads it
     metric: what evaluation computes; None averages the values of `losses` over the examples.
     segmenter: for a task that labels pixels. Evaluation then shows it whole images, of any size, and computes mean IoU
       (evaluation/segmentation.py) in place of `metric`.
+    seen: (batch, key) -> what each network is shown in the training step with this key, to be looked at: float32
+      [batch, height, width, 3] of 0..1 by the network's name, hidden patches in grey. None: the batch's images.
     """
 
     model: dict[str, Any]
@@ -53,6 +56,7 @@ class Task:
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     metric: Metric | None = None
     segmenter: Segmenter | None = None
+    seen: Callable[[Batch, jax.Array], dict[str, jax.Array]] | None = None
 
 
 def unchanged(config: ConfigDict) -> ConfigDict:
@@ -88,6 +92,13 @@ class TaskType:
     sources: Callable[[ConfigDict, Source], Source] = as_opened
     stand_ins: Callable[[ConfigDict, int], list[StandIn]] = lambda config, classes: init_stand_in(config)
     usual_data: tuple[int, int] = (1_281_167, 1000)  # ImageNet-1K
+
+
+def pictures(task: Task, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """`task.seen`, or the batch's images under "network"."""
+    if task.seen is None:
+        return {"network": batch["image"].astype(jnp.float32) / 255}
+    return task.seen(batch, key)
 
 
 def evaluation_metric(task: Task) -> Metric:

@@ -15,7 +15,7 @@ from tinymim_jax.class_names import ClassMismatch
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.heads import Classifier, needs_final_norm
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.color import denormalize, normalize
 from tinymim_jax.ops.erasing import random_erasing
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import binary_cross_entropy, soft_cross_entropy, soft_targets
@@ -72,6 +72,7 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         init=method.init,
         losses=method.losses,
         names=method.names,
+        seen=method.seen,
         load_frozen=teacher.weights if teacher else nothing_frozen,
         start=start if loaded else None,
         origin=teacher.origin if teacher else {},
@@ -107,6 +108,13 @@ class Classification:
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
         return self.network.init(key, jnp.zeros((1, *self.network.encoder.image_size, 3)))["params"]
+
+    def seen(self, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """The mixed and erased images, see Task.seen."""
+        images = normalize(batch["image"], self.mean, self.std)
+        if self.augment:
+            images, _ = self.augment(key, images, soft_targets(batch["label"], self.network.classes, smoothing=0.0))
+        return {"network": denormalize(images, self.mean, self.std)}
 
     def losses(self, params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
         """See Task.losses; `frozen` are the teacher's weights."""

@@ -57,9 +57,10 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         init=method.init,
         losses=method.losses,
         names=method.names,
+        seen=lambda batch, key: method.inputs.seen(batch["image"], key, method.student.patch_size),
         load_frozen=lambda: _frozen(loaded, method.teacher, max(pair.blocks.teacher for pair in method.pairs)),
         start=(lambda params: _filled(params, load(config.init), method, model)) if config.init else None,
-        origin={"teacher": teacher_record(loaded, pixels)},
+        origin={"teacher": teacher_record(loaded, pixels) | _compared(method)},
     )
 
 
@@ -143,6 +144,12 @@ def _record(distill: ConfigDict, method: Distillation) -> dict[str, Any]:
     if method.mim:
         record["decoder"] = decoder_record(method.mim.decoder)
     return record
+
+
+def _compared(method: Distillation) -> dict[str, Any]:
+    """The teacher's image size and the pairs of blocks (student, teacher), for model.json."""
+    pairs = [[pair.blocks.student, pair.blocks.teacher] for pair in method.pairs]
+    return {"image_size": list(method.teacher.image_size), "blocks": pairs}
 
 
 def _frozen(loaded: Loaded, teacher: ViT, last: int) -> Params:

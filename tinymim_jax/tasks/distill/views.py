@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.models.blocks import Tap
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.color import color_jitter, normalize
+from tinymim_jax.ops.color import color_jitter, denormalize, normalize
 from tinymim_jax.ops.keys import fold_in_name
-from tinymim_jax.ops.masking import Masking, kept_patches, random_masking
+from tinymim_jax.ops.masking import Masking, greyed, kept_patches, random_masking
 from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens, without_dist_token
 from tinymim_jax.tasks.pretrained import Numbers
 
@@ -49,6 +49,18 @@ class Inputs:
         if teacher.shape[1:3] != self.teacher_size:
             teacher = resize_images(teacher.astype(jnp.float32), self.teacher_size)
         return normalize(student, self.mean, self.std), normalize(teacher, self.teacher_mean, self.teacher_std)
+
+    def seen(self, images: jax.Array, key: jax.Array, patch_size: int) -> dict[str, jax.Array]:
+        """What student and teacher are shown in a training step, see Task.seen; patches of the student's size."""
+        student, teacher = self.views(images, key, True)
+        student = denormalize(student, self.mean, self.std)
+        teacher = denormalize(teacher, self.teacher_mean, self.teacher_std)
+        if (masking := self.masking(key, len(images))) is not None:
+            student = greyed(student, masking.hidden, patch_size)
+            if self.teacher_masked:
+                size = self.teacher_size[0] // self.teacher_grid[0]
+                teacher = greyed(teacher, masking.hidden, size)
+        return {"student": student, "teacher": teacher}
 
     def masking(self, key: jax.Array, batch: int) -> Masking | None:
         """The patches hidden from the student, drawn for each image; None where all are visible."""

@@ -10,7 +10,7 @@ from tinymim_jax.models.mae_decoder import MaskedAutoencoder
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import masked_pixel_loss
-from tinymim_jax.ops.masking import random_masking
+from tinymim_jax.ops.masking import greyed, random_masking
 from tinymim_jax.ops.patches import patchify
 from tinymim_jax.tasks.decoder import build_decoder, check_no_dist_token, decoder_record, fill_decoder
 from tinymim_jax.tasks.pretrained import build_encoder, fill_encoder, load, log_unused
@@ -40,6 +40,11 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         target = patchify(images, encoder.patch_size)
         return {"loss": masked_pixel_loss(prediction, target, masking.hidden, normalize=normalize_pixels)}
 
+    def seen(batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        pixels = batch["image"].astype(jax.numpy.float32) / 255
+        masking = random_masking(fold_in_name(key, "masking"), len(pixels), patches, mask_ratio)
+        return {"encoder": greyed(pixels, masking.hidden, encoder.patch_size)}
+
     def start(params: Params) -> Params:
         loaded = load(config.init)
         log_unused(loaded, {"encoder", "decoder"})
@@ -50,6 +55,7 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         init=init,
         losses=losses,
         names=("loss",),
+        seen=seen,
         start=start if config.init else None,
     )
 

@@ -1,0 +1,36 @@
+"""A bounded number of images of a split, for analyses that need no more."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tinymim_jax.data.draws import permutation, philox
+from tinymim_jax.data.pipeline import Batch, eval_batches
+from tinymim_jax.data.sources.examples import Source, Subset
+from tinymim_jax.data.views.transforms import EvalView
+
+
+def some_of(source: Source, count: int, *, seed: int = 0) -> Source:
+    """`count` records drawn by the seed, in the order of the source; all of them where there are no more."""
+    if count >= len(source):
+        return source
+    return Subset(source, np.sort(permutation(len(source), philox(seed, "subset", 1))[:count]))
+
+
+def batches_of(source: Source, config: ConfigDict, size: int, *, workers: int = 0) -> Any:
+    """All images of `source` as evaluation sees them, in batches of `size`; the last one is padded."""
+    view = EvalView(tuple(config.model.image_size), config.data.eval_resize)
+    return eval_batches(source, view=view, batch_size=size, upright=config.data.upright, workers=workers)
+
+
+def rows_of(function: Callable[[Batch], Any], batches: Any) -> Any:
+    """`function(batch)`, a tree of arrays [batch, ...], for all images: numpy arrays without the rows of padding."""
+    found = []
+    with batches:
+        for batch in batches:
+            kept = batch["valid"]
+            found.append(jax.tree.map(lambda array, kept=kept: np.asarray(array)[kept], function(batch)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)

@@ -1,0 +1,106 @@
+"""The encoders of a checkpoint, and the intermediate values of all their blocks for images of a data set."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.models.blocks import Tap
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.token_grid import resize_images
+from tinymim_jax.tasks.pretrained import Loaded, fit_positions, load
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """An encoder with its weights and the pixels that it is shown.
+
+    name: "student", "teacher", or "encoder" of a checkpoint that has no teacher.
+    mean, std: by which its pixels are normalized.
+    """
+
+    name: str
+    vit: ViT
+    params: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def taps(self, params: Any, images: jax.Array, blocks: Sequence[int] | None = None) -> tuple[Tap, ...]:
+        """The taps of all blocks, or of `blocks`; for use under jit, with `params` as an argument.
+
+        Args:
+          images: uint8 [batch, height, width, 3]; resized where the network sees another size.
+        """
+        size = (self.vit.image_size[0], self.vit.image_size[1])
+        if images.shape[1:3] != size:
+            images = resize_images(images.astype(jnp.float32), size)
+        wanted = tuple(blocks or range(1, self.vit.depth + 1))
+        pixels = normalize(images, self.mean, self.std)
+        taps: Any = self.vit.apply({"params": params}, pixels, tap=wanted, method="encode")
+        return taps
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The encoders of one checkpoint: its own first, then its teacher's.
+
+    compared: the pairs of blocks (student, teacher), counted from 1, that it was trained on; () where unknown.
+    """
+
+    members: tuple[Network, ...]
+    compared: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def student(self) -> Network:
+        return self.members[0]
+
+    @property
+    def teacher(self) -> Network | None:
+        return self.members[1] if len(self.members) > 1 else None
+
+
+def find_networks(checkpoint: str, *, image_size: tuple[int, int], teacher: str | None = None) -> Networks:
+    """The encoder of a checkpoint and, where it was distilled and the teacher is still there, the teacher's.
+
+    Args:
+      checkpoint: a run, or what `tinymim convert` wrote.
+      image_size: (height, width) of the images.
+      teacher: another checkpoint to compare with in place of the recorded teacher.
+
+    Raises CheckpointError where the checkpoint, or a `teacher` that is named, cannot be read.
+    """
+    loaded = load(checkpoint)
+    record = loaded.model.get("teacher", {})
+    path = teacher or record.get("checkpoint")
+    pixels = loaded.model.get("preprocessing", {})
+    if not path:
+        return Networks((_network("encoder", loaded, image_size, pixels),))
+    student = _network("student", loaded, image_size, pixels)
+    try:
+        theirs = load(path)
+    except CheckpointError as error:
+        if teacher:
+            raise
+        log.warning("the teacher is not looked at: %s", error)
+        return Networks((dataclasses.replace(student, name="encoder"),))
+    if teacher:
+        record = {}
+    size = tuple(record.get("image_size", image_size))
+    members = (student, _network("teacher", theirs, size, theirs.model.get("preprocessing", {}) | record))
+    return Networks(members, tuple((int(s), int(t)) for s, t in record.get("blocks", ())))
+
+
+def _network(name: str, loaded: Loaded, image_size: tuple[int, ...], pixels: dict[str, Any]) -> Network:
+    encoder = ViT.from_record(loaded.model["encoder"], image_size=image_size)
+    published = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    mean, std = (tuple(pixels.get(key) or published[key]) for key in ("mean", "std"))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), fit_positions(loaded, encoder))
+    return Network(name, encoder, jax.device_put(params), mean, std)

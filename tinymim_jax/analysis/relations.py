@@ -1,0 +1,83 @@
+"""Relations of all blocks of two networks, head by head."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tinymim_jax.analysis.networks import Network
+from tinymim_jax.models.blocks import Tap
+from tinymim_jax.ops.products import scaled_products
+from tinymim_jax.ops.relations import resplit
+from tinymim_jax.ops.token_grid import Grid, resize_tokens
+
+RELATIONS = ("qk", "vv")
+"""Those of the published loss."""
+
+
+def common_heads(student: Network, teacher: Network, pairs: tuple[tuple[int, int], ...]) -> int:
+    """Relation heads that divide the widths of both: those of the first trained pair, or the largest that both can.
+
+    Never more than the teacher has in its last block.
+    """
+    if pairs:
+        own, theirs = student.vit.block_heads[pairs[0][0] - 1], teacher.vit.block_heads[pairs[0][1] - 1]
+        if own == theirs and teacher.vit.embed_dim % own == 0 and student.vit.embed_dim % own == 0:
+            return own
+    common = math.gcd(student.vit.embed_dim, teacher.vit.embed_dim)
+    return max(h for h in range(1, teacher.vit.block_heads[-1] + 1) if common % h == 0)
+
+
+def relation_kl_of_blocks(student: Network, teacher: Network, heads: int) -> Any:
+    """(student's weights, teacher's weights, images) -> KL(teacher || student) by relation; to be jitted.
+
+    Each is float32 [batch, student blocks, teacher blocks, heads]: summed over keys and averaged over queries, as in
+    the loss. Compared are the CLS token, where both have one, and the patches, the teacher's on the student's grid.
+    """
+
+    def compare(own: Any, theirs: Any, images: jax.Array) -> dict[str, jax.Array]:
+        mine, wanted = student.taps(own, images), teacher.taps(theirs, images)
+        with_cls = student.vit.prefix > 0 and teacher.vit.prefix > 0
+        found = {}
+        for relation in RELATIONS:
+            logs = [
+                jnp.stack([_log_softmax(tap, relation, heads, network, student.vit.grid, with_cls) for tap in taps])
+                for network, taps in ((student, mine), (teacher, wanted))
+            ]
+            # One block of the teacher at a time: all pairs of blocks at once would not fit into memory.
+            by_teacher = jax.lax.map(lambda log_teacher, log_student=logs[0]: _kl(log_student, log_teacher), logs[1])
+            found[relation] = jnp.transpose(by_teacher, (2, 1, 0, 3))
+        return found
+
+    return compare
+
+
+def relation_map(tap: Tap, relation: str, network: Network, query: int) -> jax.Array:
+    """Relation of patch `query` to all patches, float32 [batch, patches], mean over the network's own heads."""
+    left, right = getattr(tap, relation[0]), getattr(tap, relation[1])
+    weights = jax.nn.softmax(scaled_products(left, right).astype(jnp.float32), axis=-1)
+    patches = network.vit.grid[0] * network.vit.grid[1]
+    return weights[:, :, weights.shape[2] - patches + query, -patches:].mean(axis=1)
+
+
+def _log_softmax(tap: Tap, relation: str, heads: int, network: Network, grid: Grid, with_cls: bool) -> jax.Array:
+    left, right = (
+        resplit(_tokens(getattr(tap, letter), network, grid, with_cls).astype(jnp.float32), heads)
+        for letter in relation
+    )
+    return jax.nn.log_softmax(scaled_products(left, right), axis=-1)
+
+
+def _tokens(features: jax.Array, network: Network, grid: Grid, with_cls: bool) -> jax.Array:
+    """[batch, tokens, heads, head_dim] with the patches on `grid`, after the CLS token or alone."""
+    patches = network.vit.grid[0] * network.vit.grid[1]
+    joined = jnp.concatenate([features[:, :1], features[:, -patches:]], axis=1)
+    resized = resize_tokens(joined, network.vit.grid, grid)
+    return resized if with_cls else resized[:, 1:]
+
+
+def _kl(log_student: jax.Array, log_teacher: jax.Array) -> jax.Array:
+    """[student blocks, batch, heads] from [student blocks, batch, heads, queries, keys] and one block's of those."""
+    divergence = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
+    return jnp.mean(divergence, axis=-1)

@@ -1,1 +1,0 @@
-"""Masks of semantic segmentation: their files, their classes, and what is wrong with them."""

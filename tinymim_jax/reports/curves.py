@@ -1,0 +1,69 @@
+"""Curves of a run from the lines of its metrics.jsonl, whatever figures they hold."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tinymim_jax.pages.charts import Series, line_chart
+from tinymim_jax.pages.page import figure, grid
+
+# Figures that a table or the goodput shows better than a curve.
+_OMITTED = re.compile(
+    r"step|time|skipped|substituted|eta_seconds|longest_data_wait_seconds|goodput|lost/.*|.*/(examples|substituted)"
+)
+_ACCURACY = re.compile(r"top\d+|knn|accuracy", re.IGNORECASE)
+_NAMED = {
+    "lr": "Learning rate",
+    "train/gradient_norm": "Gradient norm",
+    "images_per_second": "Images per second",
+    "data_wait": "Share of the time spent waiting for data",
+}
+_FIRST = ("Training loss", "Learning rate", "Gradient norm")
+_LOG = ("Training loss", "Evaluation loss", "Gradient norm")  # where values differ by more than a factor of 100
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A figure for each group of figures that belong together, side by side; "" without any."""
+    return grid(figure(title, line_chart(title, series, log=title in _LOG)) for title, series in panels(rows))
+
+
+def panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Series]]]:
+    """(title, curves) of each chart. Names with two slashes ("eval/iou/wall") are left to tables."""
+    points: dict[str, list[tuple[float, float | None]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            usable = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+            if usable and not _OMITTED.fullmatch(key) and key.count("/") < 2:
+                points.setdefault(key, []).append((row["step"], value))
+    losses = {key.split("/", 1)[1] for key in points if key.startswith("train/")}
+    groups: dict[str, list[Series]] = {}
+    for key, found in points.items():
+        if any(value is not None for _, value in found):
+            name = key.split("/", 1)[-1]
+            series = Series(name, [step for step, _ in found], [value for _, value in found])
+            groups.setdefault(_title(key, losses), []).append(series)
+    order = [*_FIRST, *(title for title in groups if title not in _FIRST and title not in _NAMED.values())]
+    order += [title for title in groups if title not in order]
+    return [(title, groups[title]) for title in order if title in groups]
+
+
+def overlaid(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str) -> str:
+    """One figure with the curve of `key` for each run; "" where no run has it."""
+    series = []
+    for name, rows in runs.items():
+        found = [row for row in rows if key in row]
+        if found:
+            series.append(Series(name, [row["step"] for row in found], [row[key] for row in found]))
+    return figure(title, line_chart(title, series, log=True)) if series else ""
+
+
+def _title(key: str, losses: set[str]) -> str:
+    if key in _NAMED:
+        return _NAMED[key]
+    prefix, _, name = key.rpartition("/")
+    kind = {"train": "Training", "eval": "Evaluation"}.get(prefix, prefix.capitalize() or "Run")
+    if _ACCURACY.search(name):
+        return f"{kind} accuracy"
+    if prefix == "train" or (prefix == "eval" and name in losses):
+        return f"{kind} loss"
+    return f"{kind}: {name}"

@@ -1,0 +1,110 @@
+"""What the files of a run say, read once for its report."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from tinymim_jax.config import completed, defaults
+from tinymim_jax.metrics import read
+from tinymim_jax.runtime.heartbeat import read_status
+from tinymim_jax.runtime.runs import read_run
+from tinymim_jax.runtime.workdir import CONFIG
+
+ANALYSIS = "analysis"
+"""Folder in a workdir with what needed the model: analysis.json, pictures.json, scores.json, and charts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """The files of a run; what is missing or unreadable is empty.
+
+    known: from runtime.runs.read_run: stage, step, goodput, last figures.
+    status: status.json; config: config.json with defaults filled in; model: model.json; inputs: resume.json.
+    rows: the lines of metrics.jsonl.
+    analysis, pictures, scores: what `tinymim_jax.analysis` left in the folder ANALYSIS.
+    suites: results of `tinymim evaluate --suite ... --output` in the workdir, by file name.
+    """
+
+    name: str
+    folder: epath.Path
+    known: Mapping[str, Any]
+    status: Mapping[str, Any]
+    config: Mapping[str, Any]
+    model: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+    analysis: Mapping[str, Any]
+    pictures: Mapping[str, Any]
+    scores: Mapping[str, Any]
+    suites: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """The config's keys that differ from the defaults of its task: (value, default)."""
+        here, there = _flat(self.config), _flat(_as_json(defaults(str(self.config.get("task")))))
+        return {key: (value, there.get(key)) for key, value in here.items() if value != there.get(key)}
+
+    @property
+    def seconds(self) -> float:
+        """Time of all attempts together."""
+        return float(sum((self.status.get("seconds") or {}).values()))
+
+
+def read_record(folder: epath.PathLike, name: str = "") -> RunRecord:
+    """The record of the run in `folder`, called `name` or as the folder."""
+    folder = epath.Path(folder)
+    config = read_json(folder / CONFIG)
+    rows = []
+    with contextlib.suppress(OSError):
+        rows = read(folder / "metrics.jsonl")
+    found = {part: read_json(folder / ANALYSIS / f"{part}.json") for part in ("analysis", "pictures", "scores")}
+    return RunRecord(
+        name=name or folder.name,
+        folder=folder,
+        known=read_run(folder),
+        status=read_status(folder),
+        config=_as_json(completed(config)) if config.get("task") else config,
+        model=read_json(folder / "model.json"),
+        inputs=read_json(folder / "resume.json"),
+        rows=rows,
+        suites=find_suites(folder),
+        **found,
+    )
+
+
+def find_suites(folder: epath.Path) -> dict[str, dict[str, Any]]:
+    """Results of test suites among the JSON files of a folder, by file name."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path)
+        if is_suites(content):
+            found[path.name] = content
+    return found
+
+
+def is_suites(content: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is what `tinymim evaluate --suite ... --output` writes."""
+    return {"checkpoint", "model", "suites", "throughput"} <= content.keys()
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none, or it is unreadable or no object."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _as_json(config: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(config, default=str))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return rows
