@@ -153,6 +153,8 @@ class Rows:
                     _fill(views, row, self._view.make(picture, example, rng))
             except Undecodable:
                 continue
+            except LabelError as error:  # such as a mask of another size than its image
+                raise LabelError(f"{self.source.describe(used)}: {error}") from error
             label = example["label"]
             return used, label if 0 <= label < self.source.classes else -1
         raise RuntimeError(

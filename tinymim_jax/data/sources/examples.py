@@ -2,7 +2,7 @@
 
 import abc
 import collections
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -14,14 +14,24 @@ class Example(TypedDict):
 
     `label` is not validated and may lie outside 0 to `classes - 1`; see `labels.labelled`.
 
-    Segmentation sets add `mask`, an encoded image whose pixel values are class labels. ImageNet ReaL adds `labels`,
-    all correct labels of the image (possibly empty).
+    Segmentation sets add `mask`, an encoded image whose pixel values are class labels, as stored. Sources made by
+    `masks.source.MaskSource` have `pixel_labels` instead: the classes, uint8 or uint16 `[height, width]`, with the
+    largest value of that type for pixels to ignore. ImageNet ReaL adds `labels`, all correct labels of the image
+    (possibly empty).
     """
 
     image: bytes
     label: int
     mask: NotRequired[bytes]
+    pixel_labels: NotRequired[np.ndarray]
     labels: NotRequired[tuple[int, ...]]
+
+
+class MaskClass(NamedTuple):
+    """A class of masks: its name, and its colour where masks are coded by colours (RGB, 0 to 255)."""
+
+    name: str
+    colour: tuple[int, int, int] | None
 
 
 class Source(abc.ABC):
@@ -29,12 +39,14 @@ class Source(abc.ABC):
 
     `name` and `split` are the arguments it was opened with. `class_names[label]` is the name of a class; `class_names`
     is empty if no record has a usable label. `label_problem` says why labels that are stored cannot be used.
+    `mask_classes` are the classes of masks, where a file beside the data names them.
     """
 
     name: str
     split: str
     class_names: tuple[str, ...]
     label_problem: str = ""
+    mask_classes: tuple[MaskClass, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -64,6 +76,7 @@ class Subset(Source):
         self.split = source.split
         self.class_names = source.class_names
         self.label_problem = source.label_problem
+        self.mask_classes = source.mask_classes
         self._source = source
         self._indices = np.asarray(indices, np.int64)
 

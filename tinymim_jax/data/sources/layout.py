@@ -23,6 +23,11 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
+def is_split(name: str) -> bool:
+    """Whether a folder's name is that of a split, such as `train`, `Validation` or `test_2`."""
+    return _SPLIT.fullmatch(name) is not None
+
+
 def split_folders(location: str, folders: list[str]) -> list[str]:
     """Those of the `folders` in `location` that are splits; empty if the folders are classes.
 

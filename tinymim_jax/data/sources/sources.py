@@ -8,6 +8,7 @@ import os
 
 from tinymim_jax.data.sources import array_record as array_record_source
 from tinymim_jax.data.sources import folder as folder_source
+from tinymim_jax.data.sources import pairs as pairs_source
 from tinymim_jax.data.sources import parquet as parquet_source
 from tinymim_jax.data.sources import tar as tar_source
 from tinymim_jax.data.sources.examples import Source, balanced_subset
@@ -22,6 +23,7 @@ __all__ = ["is_place", "open_source", "prepare", "splits"]
 # Each module has open_split(name, location, split) -> Source and split_names(location) -> list of str.
 _KINDS = {
     "folder": folder_source,
+    "pairs": pairs_source,
     "tar": tar_source,
     "parquet": parquet_source,
     "array_record": array_record_source,
@@ -44,9 +46,12 @@ def open_source(
                 config and version: `imagenet2012`, `imagenet_a:0.1.0`. It must have images; labels are optional;
             `folder:LOCATION`, image files: the first folder level is the class, as in torchvision's ImageFolder, or
                 there are no folders and no classes. Hidden files are skipped;
+            `pairs:LOCATION`, images and masks for semantic segmentation, found by the names of their folders and files
+                (pairs.py); `pairs:IMAGES::MASKS` names both folders, and MASKS may end in a pattern such as `*_L.png`;
             `tar:LOCATION`, WebDataset shards: `key.jpg`, optionally with `key.cls` or `key.json` (`{"label": 3}`);
             `parquet:LOCATION`, in the layout of Hugging Face image data sets: columns are found by its metadata, or
-                by name (`image`, `img` or `jpg`; `label`, `labels` or `fine_label`);
+                by name (`image`, `img` or `jpg`; `label`, `labels` or `fine_label`; `mask` or `annotation` for an
+                image of masks);
             `array_record:LOCATION`, records that are image files, or tf.train.Examples with `image` or
                 `image/encoded`, and optionally `label` or `image/class/label`.
             `{split}` in LOCATION is replaced by the split's name. Without it the split is the folder LOCATION/SPLIT,

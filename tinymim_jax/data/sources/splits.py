@@ -61,6 +61,7 @@ class Parts(Source):
         self._ranges = ranges
         self._ends = np.cumsum([end - begin for _, begin, end in ranges])
         self.class_names = ranges[0][0].class_names
+        self.mask_classes = ranges[0][0].mask_classes
         self.label_problem = next((source.label_problem for source, _, _ in ranges if source.label_problem), "")
         for source, _, _ in ranges[1:]:
             self._check_classes(ranges[0][0], source)

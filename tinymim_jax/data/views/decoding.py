@@ -58,7 +58,7 @@ class Picture:
     """
 
     def __init__(self, data: bytes, *, upright: bool = False, several_views: bool = False):
-        with _as_undecodable():
+        with as_undecodable():
             self._open(data, upright)
         self._may_leave_rows = self._is_fast and self._orientation == 1 and not several_views
 
@@ -109,7 +109,7 @@ class Picture:
             pixels, each the mean of a block. The decoder skips high frequencies, which saves most of its work.
         rows: number of rows from the top, before reduction, that are needed; rows below them may be missing.
         """
-        with _as_undecodable():
+        with as_undecodable():
             if self._may_leave_rows and rows is not None and (data := first_rows(self._data, rows)) is not None:
                 self._may_leave_rows = False  # a second call decodes the whole image
                 with contextlib.suppress(ValueError):
@@ -142,7 +142,8 @@ class Picture:
 
 
 @contextlib.contextmanager
-def _as_undecodable() -> Iterator[None]:
+def as_undecodable() -> Iterator[None]:
+    """Turns the errors of decoders, which are of many types, into Undecodable."""
     try:
         yield
     except Undecodable:

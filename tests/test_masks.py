@@ -1,0 +1,319 @@
+"""Masks of segmentation: which file belongs to which image, what its values mean, and what is refused."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+from pictures import encoded
+from PIL import Image
+
+from tinymim_jax.data.masks.classes import KNOWN, class_colours, class_names, distinct_colours, known_set, read_classes
+from tinymim_jax.data.masks.rules import MaskRules
+from tinymim_jax.data.masks.source import open_masks
+from tinymim_jax.data.sources.examples import MaskClass
+from tinymim_jax.data.sources.labels import LabelError
+from tinymim_jax.data.sources.sources import open_source, splits
+from tinymim_jax.data.views.decoding import Undecodable
+
+PICTURE = encoded(np.full((4, 6, 3), 90, np.uint8), "PNG")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TINYMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def mask(*values: int, mode: str = "L") -> bytes:
+    """A mask of 4 x 6 pixels, whose left half has the first value and whose right half the last."""
+    pixels = np.full((4, 6), values[0], np.uint16 if mode == "I;16" else np.uint8)
+    pixels[:, 3:] = values[-1]
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image = image.convert("P")
+        image.putpalette([7] * 768)
+    return encoded(image, "PNG")
+
+
+def put(root, *names, content=None):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content or (PICTURE if name.endswith(".jpg") else mask(0, 1)))
+
+
+def pairs_of(location, split):
+    source = open_source(f"pairs:{location}", split=split)
+    root = str(location).partition("::")[0]
+    return {tuple(p.removeprefix(root).lstrip("/") for p in source.paths(i)) for i in range(len(source))}
+
+
+LAYOUTS = {
+    "ADEChallengeData2016": (
+        [f"{kind}/{split}/{n}.{end}" for kind, end in (("images", "jpg"), ("annotations", "png"))
+         for split in ("training", "validation") for n in "ab"],
+        "train",
+        {(f"images/training/{n}.jpg", f"annotations/training/{n}.png") for n in "ab"},
+        ["training", "validation"],
+    ),
+    "Cityscapes": (
+        [f"leftImg8bit/{s}/aachen/aachen_0_1_leftImg8bit.png" for s in ("train", "val")]
+        + [f"gtFine/{s}/aachen/aachen_0_1_gtFine_{k}.png" for s in ("train", "val")
+           for k in ("labelIds", "color", "instanceIds")],
+        "val",
+        {("leftImg8bit/val/aachen/aachen_0_1_leftImg8bit.png", "gtFine/val/aachen/aachen_0_1_gtFine_labelIds.png")},
+        ["train", "val"],
+    ),
+    "CamVid of SegNet": (
+        [f"{s}/{n}.png" for s in ("train", "trainannot", "val", "valannot") for n in "ab"],
+        "train",
+        {(f"train/{n}.png", f"trainannot/{n}.png") for n in "ab"},
+        ["train", "val"],
+    ),
+    "CamVid of Kaggle": (
+        [f"{s}/{n}.png" for s in ("train", "val") for n in "ab"]
+        + [f"{s}_labels/{n}_L.png" for s in ("train", "val") for n in "ab"],
+        "val",
+        {(f"val/{n}.png", f"val_labels/{n}_L.png") for n in "ab"},
+        ["train", "val"],
+    ),
+    "own, split first": (
+        [f"{s}/{k}" for s in ("train", "test") for k in ("images/x.jpg", "masks/x.png")],
+        "test",
+        {("test/images/x.jpg", "test/masks/x.png")},
+        ["test", "train"],
+    ),
+    "own, without splits": (
+        ["images/a.1.jpg", "images/b 2.jpg", "masks/a.1.png", "masks/b 2.gif"],
+        "all",
+        {("images/a.1.jpg", "masks/a.1.png"), ("images/b 2.jpg", "masks/b 2.gif")},
+        ["all"],
+    ),
+    "side by side": (
+        ["benign (1).jpg", "benign (1)_mask.png", "10_sat.jpg", "10_mask.png"],
+        "all",
+        {("benign (1).jpg", "benign (1)_mask.png"), ("10_sat.jpg", "10_mask.png")},
+        ["all"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_well_known_and_own_sets(layout, tmp_path):
+    names, split, want, whole = LAYOUTS[layout]
+    put(tmp_path, *names)
+    put(tmp_path, ".DS_Store", "readme.txt", content=b"x")
+    assert pairs_of(tmp_path, split) == want
+    assert sorted(splits(f"pairs:{tmp_path}")) == whole
+
+
+def test_lists_of_pascal_voc(tmp_path, caplog):
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    put(root, *(f"JPEGImages/{n}.jpg" for n in "abcd"), *(f"SegmentationClass/{n}.png" for n in "abc"))
+    put(root, "ImageSets/Segmentation/train.txt", content=b"a\nc\n")
+    put(root, "ImageSets/Segmentation/val.txt", content=b"b\n")
+    for location in (root, tmp_path):
+        inside = "" if location == root else "VOCdevkit/VOC2012/"
+        want = {(f"{inside}JPEGImages/{n}.jpg", f"{inside}SegmentationClass/{n}.png") for n in "ac"}
+        assert pairs_of(location, "train") == want
+    assert splits(f"pairs:{tmp_path}") == {"train": 2, "val": 1}
+
+
+def test_two_named_folders(tmp_path):
+    put(tmp_path, *(f"{s}/left/{n}.jpg" for s in ("train", "val") for n in "ab"))
+    put(tmp_path, *(f"{s}/truth/{n}_{k}.png" for s in ("train", "val") for n in "ab" for k in ("ids", "view")))
+    location = f"{tmp_path}/{{split}}/left::{tmp_path}/{{split}}/truth/*_ids.png"
+    source = open_source(f"pairs:{location}", split="val")
+    assert {source.paths(i)[1] for i in range(2)} == {f"{tmp_path}/val/truth/{n}_ids.png" for n in "ab"}
+    assert splits(f"pairs:{location}") == {"train": 2, "val": 2}
+    with pytest.raises(
+        ValueError, match=r"masks of several kinds: \*_ids \(2\), \*_view \(2\); choose one by a pattern"
+    ):
+        open_source(f"pairs:{tmp_path}/val/left::{tmp_path}/val/truth", split="all")
+    with pytest.raises(ValueError, match=r"put \{split\} into both folders"):
+        open_source(f"pairs:{tmp_path}/val/left::{tmp_path}/val/truth/*_ids.png", split="val")
+
+
+def test_what_is_missing_is_named(tmp_path, caplog):
+    put(tmp_path, "images/a.jpg", "images/b.jpg", "masks/a.png", "masks/z.png")
+    with pytest.raises(ValueError, match=r"1 of 2 images of split 'all' .* have no mask: images/b.jpg"):
+        open_source(f"pairs:{tmp_path}", split="all")
+    put(tmp_path, "masks/b.png")
+    assert len(open_source(f"pairs:{tmp_path}", split="all")) == 2
+    assert "1 masks or other files belong to no image and are not used: masks/z.png" in caplog.text
+    with pytest.raises(ValueError, match=r"split='train' .* is unknown, or has no masks; choices: all"):
+        open_source(f"pairs:{tmp_path}", split="train")
+    put(tmp_path / "plain", "a.jpg", "b.jpg")
+    with pytest.raises(ValueError, match=r"plain: no masks were found: .* pairs:IMAGES::MASKS"):
+        open_source(f"pairs:{tmp_path / 'plain'}", split="all")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        open_source(f"pairs:{tmp_path / 'gone'}", split="all")
+
+
+def test_a_test_split_without_masks_is_no_error_for_the_others(tmp_path):
+    put(tmp_path, *(f"images/{s}/a.jpg" for s in ("train", "val", "test")))
+    put(tmp_path, *(f"masks/{s}/a.png" for s in ("train", "val")))
+    assert splits(f"pairs:{tmp_path}") == {"train": 1, "val": 1}
+    with pytest.raises(ValueError, match=r"split='test' .* has no masks; choices: train, val"):
+        open_source(f"pairs:{tmp_path}", split="test")
+
+
+def test_pairs_are_shuffled_by_name_and_picklable(tmp_path):
+    put(tmp_path, *(f"{k}/{n:02}.{e}" for k, e in (("images", "jpg"), ("masks", "png")) for n in range(30)))
+    put(tmp_path, "classes.txt", content=b"sky\nroad 128 64 128\n")
+    source = open_source(f"pairs:{tmp_path}", split="all")
+    order = [source.paths(i)[0][-6:-4] for i in range(30)]
+    assert order != sorted(order)
+    again = pickle.loads(pickle.dumps(source))
+    assert [again.paths(i) for i in range(30)] == [source.paths(i) for i in range(30)]
+    assert again.mask_classes == (MaskClass("sky", None), MaskClass("road", (128, 64, 128)))
+    assert source.describe(0).startswith(f"{tmp_path}/images/") and "masks" in source.describe(0)  # noqa: PT018
+    assert open_source(f"pairs:{tmp_path}", split="all[:50%]").mask_classes == source.mask_classes
+
+
+@pytest.mark.parametrize(
+    ("mode", "stored", "rules", "want"),
+    [
+        ("L", (0, 2), MaskRules(3), (0, 2)),
+        ("L", (1, 255), MaskRules(3), (1, 255)),
+        ("P", (0, 2), MaskRules(3), (0, 2)),  # indices, whatever the palette's colours
+        ("L", (0, 3), MaskRules(3, reduce_zero_label=True), (255, 2)),
+        ("L", (255, 1), MaskRules(3, reduce_zero_label=True), (255, 0)),
+        ("L", (11, 10), MaskRules(11, ignore=(11,)), (255, 10)),
+        ("L", (0, 255), MaskRules(2, label_map=((0, 0), (255, 1)), ignore=()), (0, 1)),
+        ("L", (7, 6), MaskRules(19, label_map=known_set("cityscapes").label_map), (0, 255)),
+        ("I;16", (299, 65535), MaskRules(300, ignore=(65535,)), (299, 65535)),
+        ("I;16", (1, 2), MaskRules(3), (1, 2)),
+    ],
+)
+def test_what_stored_values_mean(mode, stored, rules, want):
+    labels = rules.labels(mask(*stored, mode=mode))
+    assert labels.dtype == rules.dtype and labels.shape == (4, 6)  # noqa: PT018
+    assert (labels[0, 0], labels[0, -1]) == want
+
+
+def test_masks_of_colours(tmp_path):
+    classes = (MaskClass("sky", (0, 0, 0)), MaskClass("car", (64, 0, 128)), MaskClass("car", (64, 128, 192)))
+    rules = MaskRules(2, colours=(*classes, MaskClass("ignore", (1, 1, 1))))
+    pixels = np.zeros((2, 4, 3), np.uint8)
+    pixels[:, 1], pixels[:, 2], pixels[:, 3] = (64, 0, 128), (64, 128, 192), (1, 1, 1)
+    np.testing.assert_array_equal(rules.labels(encoded(pixels, "PNG"))[0], [0, 1, 1, 255])
+    # A picture that is all sky is grey, but still coded by colours.
+    rules = MaskRules(2, colours=(MaskClass("car", (64, 0, 128)), MaskClass("sky", (0, 0, 0))))
+    assert (rules.labels(encoded(np.zeros((2, 2, 3), np.uint8), "PNG")) == 1).all()
+    # Grey values that were saved as RGB.
+    assert (MaskRules(3).labels(encoded(np.full((2, 2, 3), 2, np.uint8), "PNG")) == 2).all()
+    with pytest.raises(LabelError, match=r"has 1 colours, on 25.0% of its pixels, that are no class: \(1, 1, 1\)"):
+        rules.labels(encoded(pixels[:, [0, 1, 0, 3]], "PNG"))
+    with pytest.raises(LabelError, match=r"no colours are known: give data.masks.classes a file"):
+        MaskRules(3).labels(encoded(pixels, "PNG"))
+
+
+def test_values_that_are_no_class():
+    with pytest.raises(LabelError, match=r"none of the 3 classes, 50.0% of its pixels: 9"):
+        MaskRules(3).labels(mask(0, 9))
+    with pytest.raises(LabelError, match="is a JPEG"):
+        MaskRules(3).labels(encoded(np.zeros((8, 8), np.uint8), "JPEG"))
+    with pytest.raises(LabelError, match=r"mode 'F' from 0.5"):
+        MaskRules(3).labels(encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF"))
+    with pytest.raises(Undecodable):
+        MaskRules(3).labels(mask(0, 1)[:40])
+    with pytest.raises(ValueError, match="use one"):
+        MaskRules(3, label_map=((0, 1),), reduce_zero_label=True)
+    with pytest.raises(ValueError, match=r"\(4, 3\) maps to a class that does not exist"):
+        MaskRules(3, label_map=((4, 3),))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "want"),
+    [
+        ("classes.txt", "# mine\nsky\nwide road\n", [("sky", None), ("wide road", None)]),
+        ("a.txt", "128 64 128 Road\n0 0 0\tVoid\n", [("Road", (128, 64, 128)), ("Void", (0, 0, 0))]),
+        ("b.txt", "road:128,64,128::\n", [("road", (128, 64, 128))]),
+        ("class_dict.csv", "name,r,g,b\nAnimal,64,128,64\n", [("Animal", (64, 128, 64))]),
+        ("objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tName\n1\t.15\t1\t2\twall;brick\n", [("wall", None)]),
+        ("c.json", '["a", {"name": "b", "color": [1, 2, 3]}]', [("a", None), ("b", (1, 2, 3))]),
+    ],
+)
+def test_files_of_classes(name, text, want, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert [tuple(each) for each in read_classes(str(tmp_path / name))] == want
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "names no class"), ("1 2 3\n", "line 1: '1 2 3' has no name"), ("a 1 2 300\n", "colour")]
+)
+def test_files_without_classes(text, message, tmp_path):
+    (tmp_path / "c.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_classes(str(tmp_path / "c.txt"))
+
+
+def test_known_sets():
+    assert {name: len(class_names(known.classes)) for name, known in KNOWN.items()} == {
+        "ade20k": 150, "cityscapes": 19, "cityscapes_train_ids": 19, "voc": 21, "camvid": 11
+    }  # fmt: skip
+    assert class_colours(KNOWN["voc"].classes)[15] == (192, 128, 128)  # person, as in VOC's own colour map
+    assert len(set(distinct_colours(254))) == 254
+    # trainIds of cityscapesScripts: 7 is road, 26 is car, 33 is bicycle.
+    assert [dict(KNOWN["cityscapes"].label_map)[i] for i in (7, 26, 33, 0, 29)] == [0, 13, 18, -1, -1]
+    with pytest.raises(ValueError, match="did you mean 'cityscapes'"):
+        known_set("cityscape")
+
+
+def made(tmp_path, *masks, picture=PICTURE):
+    for number, content in enumerate(masks):
+        put(tmp_path, f"images/{number}.jpg", content=picture)
+        put(tmp_path, f"masks/{number}.png", content=content)
+    return open_source(f"pairs:{tmp_path}", split="all")
+
+
+def test_the_report_on_masks(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    source = open_masks(made(tmp_path, mask(0, 1), mask(0, 11, mode="P"), mask(3, 3)), classes="camvid")
+    assert "all: 3 of 3 masks read, mode " in caplog.text and "stored values 0 to 11" in caplog.text  # noqa: PT018
+    assert "0 sky 33.3%, 3 road 33.3%, 1 building 16.7%; ignored 16.7%; not seen: 8 of 11 classes" in caplog.text
+    assert source.class_names[3] == "road" and source.class_colours[3] == (128, 64, 128)  # noqa: PT018
+    labels = {tuple(np.unique(pickle.loads(pickle.dumps(source))[i]["pixel_labels"])) for i in range(3)}
+    assert labels == {(0, 1), (0, 255), (3,)}
+
+
+def grey(rows: int, columns: int) -> bytes:
+    return encoded(np.arange(rows * columns, dtype=np.uint8).reshape(rows, columns), "PNG")
+
+
+REFUSED = [
+    ([mask(0, 255)], {"classes": 2}, r"masks/0.png: .* hold only 0 and 255, .*label_map='\(\(0, 0\), \(255, 1\)\)'"),
+    ([mask(0, 1), mask(0, 19)], {"classes": "cityscapes_train_ids"}, r"25.0% of the pixels .* of the 19 classes: 19"),
+    ([mask(0, 9), mask(0, 255)], {"classes": 2}, r"map='\(\(0, 0\), \(9, 1\), \(255, 2\)\)' and data.masks.classes=3"),
+    ([mask(1, 2)], {"classes": 2}, "begin at 1: data.masks.reduce_zero_label=True"),
+    ([mask(0, 1)] * 2, {"classes": 2, "reduce_zero_label": True}, r"only class 0 .*reduce_zero_label is on"),
+    ([mask(0, 1)] * 2, {"classes": 2, "ignore": (0,)}, "hold only class 1"),
+    ([mask(0, 1)], {"classes": 1}, r"have one class, '0', .* data.masks.classes=2"),
+    ([mask(0, 1)], {}, r"classes of the masks of .* are not known: set data.masks.classes"),
+    ([grey(4, 7)], {"classes": 28}, r"masks/0.png: its mask has 7 x 4 pixels, but the image 6 x 4"),
+    ([grey(6, 4)], {"classes": 24}, "EXIF orientation"),
+    ([grey(4, 6)], {"classes": 3}, "with interpolation, or from JPEG"),
+]
+
+
+@pytest.mark.parametrize(("masks", "options", "message"), REFUSED)
+def test_masks_that_cannot_be_meant_are_refused(masks, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        open_masks(made(tmp_path, *masks), **options)
+
+
+def test_values_beyond_the_sample_are_found_when_they_are_read(tmp_path):
+    contents = [mask(0, 1)] * 40
+    source = made(tmp_path, *contents)
+    sampled = set(np.unique(np.linspace(0, 39, 32).astype(int)).tolist())
+    index = next(i for i in range(40) if i not in sampled)
+    open(source.paths(index)[1], "wb").write(mask(0, 7))  # noqa: SIM115
+    masks = open_masks(source, classes=2)
+    with pytest.raises(LabelError, match=rf"{source.paths(index)[1]}: its mask holds values that are none"):
+        masks[index]
+
+
+def test_images_without_masks_are_refused(tmp_path):
+    put(tmp_path, "a.jpg", "b.jpg")
+    with pytest.raises(LabelError, match=r"[ab].jpg has no mask. Segmentation needs images with masks: pairs:LOCATION"):
+        open_masks(open_source(f"folder:{tmp_path}", split="all"), classes=2)
