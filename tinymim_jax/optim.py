@@ -129,7 +129,7 @@ def join(first: Params, second: Params) -> Params:
 
 def _layer(path: Path, depth: int) -> int:
     names = [name for name in path if name != "encoder"]
-    if names[0] in ("cls_token", "dist_token", "pos_embed", "patch_embed"):
+    if names[0] in ("cls_token", "dist_token", "registers", "pos_embed", "patch_embed", "patch_norm", "pre_norm"):
         return 0
     if names[0].startswith("blocks_"):
         return int(names[0].removeprefix("blocks_")) + 1

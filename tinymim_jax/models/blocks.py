@@ -9,14 +9,15 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from tinymim_jax.ops.attention import joint_attention, split_heads
-from tinymim_jax.ops.gelu import gelu
-from tinymim_jax.ops.layer_norm import EPS, layer_norm
+from tinymim_jax.models.layers import Dense, make_norm
+from tinymim_jax.models.mlp import Mlp
+from tinymim_jax.models.switches import PLAIN, Switches
+from tinymim_jax.ops.attention import biased_attention, joint_attention, split_heads
 from tinymim_jax.ops.placement import split_batch
-from tinymim_jax.ops.platform import on_cpu
-from tinymim_jax.ops.products import full_precision
+from tinymim_jax.ops.relative_bias import bias_rows, relative_bias
+from tinymim_jax.ops.rope import Rope, angles, rotate
 
 Tokens = Float[Array, "batch tokens dim"]
 HeadFeatures = Float[Array, "batch tokens heads head_dim"]
@@ -34,9 +35,10 @@ REMAT_POLICIES = {
 class Tap:
     """Intermediate values of one block. Under jit, values that are not used are never computed.
 
-    q, k, v: [batch, tokens, heads, head_dim], before any product.
-    qkv: the same as the projection leaves them, [batch, tokens, 3 dim], columns ordered (q|k|v, head, channel).
-    attention, ffn: output of each branch before its residual sum, [batch, tokens, dim].
+    q, k, v: [batch, tokens, heads, head_dim], as they enter the products: with biases, and q and k rotated if the
+      encoder has rotary positions.
+    qkv: the same in one array, [batch, tokens, 3 dim], columns ordered (q|k|v, head, channel).
+    attention, ffn: what each branch adds to the residual stream, with LayerScale, [batch, tokens, dim].
     middle, output: the residual stream after the attention branch and after the whole block, [batch, tokens, dim].
     """
 
@@ -50,35 +52,6 @@ class Tap:
     output: Tokens
 
 
-class Dense(nn.Module):
-    """A linear layer: Xavier-uniform kernel, zero bias, computed in `dtype`."""
-
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch features"]:
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = (array.astype(self.dtype) for array in (split_batch(x), kernel, bias))
-        rows = x.reshape(-1, x.shape[-1]) if on_cpu() else x
-        product = jnp.matmul(rows, kernel, precision=full_precision(self.dtype)) + bias
-        return split_batch(product.reshape(*x.shape[:-1], self.features))
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm over the last axis with float32 statistics; the output has `dtype`."""
-
-    dtype: Any = jnp.float32
-    eps: float = EPS
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return layer_norm(x, scale, bias, eps=self.eps).astype(self.dtype)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for q, k and v."""
 
@@ -86,32 +59,54 @@ class Attention(nn.Module):
     heads: int
     dtype: Any = jnp.float32
     form: str = "auto"
+    switches: Switches = PLAIN
+    grid: tuple[int, int] = (0, 0)
 
     def setup(self):
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the width {self.dim}: choose a divisor of it")
-        self.qkv = Dense(3 * self.dim, dtype=self.dtype)
-        self.proj = Dense(self.dim, dtype=self.dtype)
+        self.qkv = Dense(3 * self.dim, self.dtype, self.switches.qkv_bias == "qkv")
+        if self.switches.qkv_bias == "qv":
+            self.q_bias = self.param("q_bias", nn.initializers.zeros, (self.dim,))
+            self.v_bias = self.param("v_bias", nn.initializers.zeros, (self.dim,))
+        if self.switches.relative_bias:
+            rows = bias_rows(self.grid)
+            self.relative_bias = self.param("relative_bias", nn.initializers.zeros, (rows, self.heads))
+        if self.switches.attention_norm:
+            self.norm = make_norm(self.switches, self.dtype)
+        self.proj = Dense(self.dim, self.dtype, self.switches.linear_bias)
 
-    def __call__(self, x: Tokens) -> tuple[Float[Array, "batch tokens three_dim"], Tokens]:
-        """(q, k and v, the output). The columns are ordered (q|k|v, head, channel), as in the PyTorch checkpoints."""
+    def __call__(
+        self, x: Tokens, keep: Int[Array, "batch kept"] | None = None
+    ) -> tuple[Float[Array, "batch tokens three_dim"], Tokens]:
+        """(q, k and v as attention uses them, the output).
+
+        The columns are ordered (q|k|v, head, channel), as in the PyTorch checkpoints.
+
+        Args:
+          keep: positions of the visible patches; None: all are visible.
+        """
         qkv = self.qkv(x)
-        return qkv, self.proj(joint_attention(qkv, self.heads, self.form))
+        if self.switches.qkv_bias == "qv":
+            bias = jnp.concatenate([self.q_bias, jnp.zeros_like(self.q_bias), self.v_bias])
+            qkv = qkv + bias.astype(self.dtype)
+        if self.switches.rope is not None:
+            qkv = self._rotated(qkv, self.switches.rope, keep)
+        if self.switches.relative_bias:
+            if keep is not None:
+                raise ValueError("an encoder with relative position biases takes all patches: it cannot be masked")
+            attended = biased_attention(qkv, self.heads, relative_bias(self.relative_bias, self.grid), self.form)
+        else:
+            attended = joint_attention(qkv, self.heads, self.form)
+        return qkv, self.proj(self.norm(attended) if self.switches.attention_norm else attended)
 
-
-class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
-
-    dim: int
-    hidden_dim: int
-    dtype: Any = jnp.float32
-
-    def setup(self):
-        self.fc1 = Dense(self.hidden_dim, dtype=self.dtype)
-        self.fc2 = Dense(self.dim, dtype=self.dtype)
-
-    def __call__(self, x: Tokens) -> Tokens:
-        return self.fc2(gelu(self.fc1(x)))
+    def _rotated(self, qkv: Array, rope: Rope, keep: Array | None) -> Array:
+        angle: Any = angles(rope, self.grid, self.dim // self.heads)
+        if keep is not None:
+            angle = jnp.asarray(angle)[keep]
+        q, k, v = split_heads(qkv, self.heads)
+        parts = (rotate(q, angle, rope.layout), rotate(k, angle, rope.layout), v)
+        return jnp.stack(parts, axis=2).reshape(qkv.shape)
 
 
 class Block(nn.Module):
@@ -122,20 +117,37 @@ class Block(nn.Module):
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     attention: str = "auto"
+    switches: Switches = PLAIN
+    grid: tuple[int, int] = (0, 0)
 
     def setup(self):
-        self.norm1 = LayerNorm(self.dtype)
-        self.attn = Attention(self.dim, self.heads, self.dtype, self.attention)
-        self.norm2 = LayerNorm(self.dtype)
-        self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype)
+        self.norm1 = make_norm(self.switches, self.dtype)
+        self.attn = Attention(self.dim, self.heads, self.dtype, self.attention, self.switches, self.grid)
+        self.norm2 = make_norm(self.switches, self.dtype)
+        self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype, self.switches)
+        if self.switches.layer_scale:
+            small = nn.initializers.constant(1e-5)
+            self.scale1 = self.param("scale1", small, (self.dim,))
+            self.scale2 = self.param("scale2", small, (self.dim,))
 
-    def __call__(self, x: Tokens, path_scales: PathScales | None = None) -> Tap:
-        """`path_scales` are the factors of the two residual branches for each image (drop path); None: all 1."""
+    def __call__(
+        self, x: Tokens, path_scales: PathScales | None = None, keep: Int[Array, "batch kept"] | None = None
+    ) -> Tap:
+        """Intermediate values of the block for the input `x`.
+
+        Args:
+          path_scales: factors of the two residual branches for each image (drop path); None: all 1.
+          keep: positions of the visible patches; None: all are visible.
+        """
         x = split_batch(x)
-        qkv, attended = self.attn(self.norm1(x))
+        qkv, attended = self.attn(self.norm1(x), keep)
+        if self.switches.layer_scale:
+            attended = attended * self.scale1.astype(self.dtype)
         q, k, v = split_heads(qkv, self.heads)
         middle = split_batch(x + _scaled(attended, path_scales, 0))
         ffn = self.mlp(self.norm2(middle))
+        if self.switches.layer_scale:
+            ffn = ffn * self.scale2.astype(self.dtype)
         output = split_batch(middle + _scaled(ffn, path_scales, 1))
         return Tap(q=q, k=k, v=v, qkv=qkv, attention=attended, middle=middle, ffn=ffn, output=output)
 
@@ -153,6 +165,7 @@ def run_blocks(
     *,
     scan: bool = False,
     remat: str = "none",
+    keep: Int[Array, "batch kept"] | None = None,
 ) -> Tokens:
     """The residual stream after all of `blocks`, which are bound submodules of one parent.
 
@@ -163,15 +176,16 @@ def run_blocks(
       scan: run consecutive blocks of equal shape as one `lax.scan`, which compiles a single block; their parameters are
         stacked inside the step.
       remat: a name in REMAT_POLICIES.
+      keep: positions of the visible patches; None: all are visible.
     """
     if not blocks:
         return x
     if blocks[0].is_initializing():
         for block in blocks:
-            x = block(x).output
+            x = block(x, keep=keep).output
         return x
     for start, stop in _runs([block.heads for block in blocks]):
-        step = _block_step(blocks[start].clone(parent=None, name=None), scan, remat)
+        step = _block_step(blocks[start].clone(parent=None, name=None), scan, remat, keep)
         params = [block.variables["params"] for block in blocks[start:stop]]
         scales = None if path_scales is None else path_scales[start:stop]
         if scan and stop - start > 1:
@@ -183,10 +197,10 @@ def run_blocks(
     return x
 
 
-def _block_step(block: Block, scan: bool, remat: str) -> Callable:
+def _block_step(block: Block, scan: bool, remat: str, keep: Array | None) -> Callable:
     def step(x: Tokens, inputs: tuple) -> tuple[Tokens, None]:
         params, scales = inputs
-        tap: Any = block.apply({"params": params}, x, scales)
+        tap: Any = block.apply({"params": params}, x, scales, keep)
         return tap.output, None
 
     if remat not in REMAT_POLICIES:

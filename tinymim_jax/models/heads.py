@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinymim_jax.models.blocks import Dense, LayerNorm
+from tinymim_jax.models.layers import Dense, LayerNorm
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.placement import split_batch

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinymim_jax.models.blocks import Block, Dense, LayerNorm, run_blocks
+from tinymim_jax.models.blocks import Block, run_blocks
+from tinymim_jax.models.layers import Dense, LayerNorm
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.masking import Masking, take_tokens
 from tinymim_jax.ops.posembed import sincos_table

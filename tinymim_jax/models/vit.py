@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tinymim_jax.models.blocks import Block, Dense, LayerNorm, Tap, run_blocks
+from tinymim_jax.models.blocks import Block, Tap, run_blocks
+from tinymim_jax.models.layers import Dense, make_norm
+from tinymim_jax.models.switches import PLAIN, Switches
 from tinymim_jax.ops.drop_path import drop_path_rates, drop_path_scales
 from tinymim_jax.ops.masking import take_tokens
 from tinymim_jax.ops.patches import patchify
@@ -31,7 +33,7 @@ Tokens = Float[Array, "batch tokens dim"]
 
 
 class ViT(nn.Module):
-    """Encodes images as tokens in the order CLS, DIST (if `dist_token`), patches.
+    """Encodes images as tokens in the order CLS, DIST (if `dist_token`), registers (if any), patches.
 
     Attributes:
       embed_dim, depth, mlp_ratio: width, number of blocks, hidden width of the MLPs relative to embed_dim.
@@ -44,6 +46,7 @@ class ViT(nn.Module):
       attention: 'auto', 'dense' or 'fused', see ops.attention.choose_form.
       scan, remat: how the blocks are run, see models.blocks.run_blocks.
       dtype: of the computation; parameters are float32.
+      switches: how the encoder differs from the plain ViT; only models of other authors do.
     """
 
     embed_dim: int = 768
@@ -61,6 +64,7 @@ class ViT(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     dtype: Any = jnp.float32
+    switches: Switches = PLAIN
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -70,12 +74,17 @@ class ViT(nn.Module):
     @property
     def prefix(self) -> int:
         """Number of tokens before the patch tokens."""
-        return 2 if self.dist_token else 1
+        return self.switches.cls_tokens + self.dist_token + self.switches.registers
+
+    @property
+    def table_prefix(self) -> int:
+        """Number of rows before those of the patches in the position table: registers have none."""
+        return self.switches.cls_tokens + self.dist_token if self.switches.positions == "all" else 0
 
     @property
     def fixed_table(self) -> np.ndarray:
-        """The sin-cos position table, float32 [1, tokens, embed_dim]."""
-        return sincos_table(self.embed_dim, self.grid, self.prefix)
+        """The sin-cos position table, float32 [1, table_prefix + patches, embed_dim]."""
+        return sincos_table(self.embed_dim, self.grid, self.table_prefix)
 
     @property
     def block_heads(self) -> tuple[int, ...]:
@@ -88,7 +97,8 @@ class ViT(nn.Module):
     def record(self) -> dict:
         """The architecture as plain JSON; it is saved with the parameters so that they can be used without a config.
 
-        `dist_token` is present only if True, so that records from before it existed remain valid.
+        `dist_token` and `switches` are present only if they differ from the default, so that records from before they
+        existed remain valid.
         """
         record = {
             "embed_dim": self.embed_dim,
@@ -100,31 +110,45 @@ class ViT(nn.Module):
             "pos_embed": self.pos_embed,
             "final_norm": self.final_norm,
         }
-        return record | ({"dist_token": True} if self.dist_token else {})
+        record |= {"dist_token": True} if self.dist_token else {}
+        switches = self.switches.record()
+        return record | ({"switches": switches} if switches else {})
 
     @classmethod
     def from_record(cls, record: dict, **overrides: Any) -> "ViT":
         """The encoder described by `record`; `overrides` are attributes (dtype, scan, image_size, ...)."""
         fields: dict[str, Any] = dict(record, heads=tuple(record["heads"]), image_size=tuple(record["image_size"]))
+        fields["switches"] = Switches.from_record(record.get("switches", {}))
         return cls(**(fields | overrides))
 
     def setup(self):
         if self.pos_embed not in ("sincos", "learned"):
             raise ValueError(f"pos_embed={self.pos_embed!r} is unknown. Choices: 'sincos', 'learned'")
-        self.patch_embed = Dense(self.embed_dim, dtype=self.dtype)
-        self.cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
+        switches = self.switches
+        token = nn.initializers.normal(0.02)
+        self.patch_embed = Dense(self.embed_dim, self.dtype, switches.patch_bias)
+        if switches.patch_norm:
+            self.patch_norm = make_norm(switches, self.dtype)
+        leading = []
+        if switches.cls_tokens:
+            leading.append(self.param("cls_token", token, (1, switches.cls_tokens, self.embed_dim)))
         if self.dist_token:
-            self.dist = self.param("dist_token", nn.initializers.normal(0.02), (1, 1, self.embed_dim))
-        table = self.fixed_table
-        if self.pos_embed == "learned":
-            self.positions = self.param("pos_embed", lambda key: jnp.asarray(table))
-        else:
-            self.positions = table
+            leading.append(self.param("dist_token", token, (1, 1, self.embed_dim)))
+        self.leading = leading
+        if switches.registers:
+            self.registers = self.param("registers", token, (1, switches.registers, self.embed_dim))
+        if switches.positions != "none":
+            table = self.fixed_table
+            learned = self.pos_embed == "learned"
+            self.positions = self.param("pos_embed", lambda key: jnp.asarray(table)) if learned else table
+        if switches.pre_norm:
+            self.pre_norm = make_norm(switches, self.dtype)
         self.blocks = [
-            Block(self.embed_dim, heads, self.mlp_ratio, self.dtype, self.attention) for heads in self.block_heads
+            Block(self.embed_dim, heads, self.mlp_ratio, self.dtype, self.attention, switches, self.grid)
+            for heads in self.block_heads
         ]
         if self.final_norm:
-            self.norm = LayerNorm(self.dtype)
+            self.norm = make_norm(switches, self.dtype)
 
     def __call__(
         self,
@@ -141,7 +165,7 @@ class ViT(nn.Module):
           drop_key: random key for drop path; None disables it.
         """
         x, scales = self.embed(images, keep), self._path_scales(images, drop_key)
-        x = run_blocks(self.blocks, x, scales, scan=self.scan, remat=self.remat)
+        x = run_blocks(self.blocks, x, scales, scan=self.scan, remat=self.remat, keep=keep)
         return self.finish(x)
 
     def encode(
@@ -165,8 +189,8 @@ class ViT(nn.Module):
         done = 0
         for block in sorted(set(wanted)):
             between = None if scales is None else scales[done : block - 1]
-            x = run_blocks(self.blocks[done : block - 1], x, between, scan=self.scan, remat=self.remat)
-            taps[block] = self.blocks[block - 1](x, None if scales is None else scales[block - 1])
+            x = run_blocks(self.blocks[done : block - 1], x, between, scan=self.scan, remat=self.remat, keep=keep)
+            taps[block] = self.blocks[block - 1](x, None if scales is None else scales[block - 1], keep)
             x, done = taps[block].output, block
         return taps[tap] if isinstance(tap, int) else tuple(taps[block] for block in wanted)
 
@@ -183,16 +207,28 @@ class ViT(nn.Module):
                 f"{self.image_size[0]}x{self.image_size[1]}: change the image size of the data or of the model"
             )
         patches = patchify(images, self.patch_size)
-        positions = jnp.asarray(self.positions, self.dtype)
-        patch_positions = positions[:, self.prefix :]
         if keep is not None:
             patches = take_tokens(patches, keep)
-            batch_positions = jnp.broadcast_to(patch_positions, (images.shape[0], *patch_positions.shape[1:]))
-            patch_positions = take_tokens(batch_positions, keep)
-        tokens = self.patch_embed(patches.astype(self.dtype)) + patch_positions
-        leading = jnp.concatenate([self.cls_token, self.dist], axis=1) if self.dist_token else self.cls_token
-        leading = leading.astype(self.dtype) + positions[:, : self.prefix]
-        return jnp.concatenate([jnp.broadcast_to(leading, (tokens.shape[0], *leading.shape[1:])), tokens], axis=1)
+        tokens = self.patch_embed(patches.astype(self.dtype))
+        if self.switches.patch_norm:
+            tokens = self.patch_norm(tokens)
+        leading = [token.astype(self.dtype) for token in self.leading]
+        if self.switches.positions != "none":
+            positions = jnp.asarray(self.positions, self.dtype)
+            tokens = tokens + self._patch_positions(positions, keep, images.shape[0])
+            if self.table_prefix:
+                leading = [jnp.concatenate(leading, axis=1) + positions[:, : self.table_prefix]]
+        if self.switches.registers:
+            leading.append(self.registers.astype(self.dtype))
+        repeated = [jnp.broadcast_to(token, (tokens.shape[0], *token.shape[1:])) for token in leading]
+        tokens = jnp.concatenate([*repeated, tokens], axis=1) if repeated else tokens
+        return self.pre_norm(tokens) if self.switches.pre_norm else tokens
+
+    def _patch_positions(self, positions: Array, keep: Array | None, batch: Any) -> Array:
+        of_patches = positions[:, self.table_prefix :]
+        if keep is None:
+            return of_patches
+        return take_tokens(jnp.broadcast_to(of_patches, (batch, *of_patches.shape[1:])), keep)
 
     def _path_scales(self, images: Images, drop_key: jax.Array | None) -> Array | None:
         if drop_key is None or self.drop_path == 0:

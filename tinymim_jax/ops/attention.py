@@ -32,6 +32,18 @@ def joint_attention(qkv: Float[Array, "batch tokens three_dim"], heads: int, for
     return attention(q, k, v).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
+def biased_attention(
+    qkv: Float[Array, "batch tokens three_dim"], heads: int, bias: Float[Array, "heads tokens tokens"], form: str
+) -> Array:
+    """As `joint_attention`, with `bias` added to the logits; always dense, as no kernel here takes a bias."""
+    if choose_form("model.attention", form, tokens=qkv.shape[1]) == "fused":
+        _log_once("model.attention: dense, as the fused kernels take no relative position bias")
+    q, k, v = split_heads(qkv, heads)
+    weights = jax.nn.softmax(scaled_products(q, k) + bias.astype(jnp.float32), axis=-1).astype(v.dtype)
+    attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=full_precision(v.dtype))
+    return attended.reshape(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
 def fused_attention(qkv: Array, heads: int) -> Array:
     """The kernel of the platform that is traced for: cuDNN on GPUs, Pallas on TPUs and, in its interpreter, on CPUs."""
     if target() == "gpu":

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinymim_jax.errors import unknown
-from tinymim_jax.models.blocks import Dense, Tap
+from tinymim_jax.models.blocks import Tap
+from tinymim_jax.models.layers import Dense
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.distill.targets import Target, find_target
