@@ -1,8 +1,8 @@
 """Every key of an experiment, explained, with its default value.
 
-The other files of this folder are experiments: each takes the config of distill(), mae(), probe() or classify() and
-changes some keys. Keys describe the experiment only; where it runs (devices, workers, folders) is set by options of
-`tinymim train`.
+The other files of this folder are experiments: each takes the config of one of the functions here, such as distill() or
+segment(), and changes some keys. Keys describe the experiment only; where it runs (devices, workers, folders) is set by
+options of `tinymim train`.
 
 Durations are strings: "300 epochs" or "700 steps". Learning rates are given for a batch of 256 images; the rate that is
 used is base_lr * batch_size / 256. Defaults are those of TinyMIM's pre-training unless a comment says otherwise.
@@ -16,7 +16,7 @@ from ml_collections import config_dict
 def common(task: str) -> ml_collections.ConfigDict:
     """The keys that all tasks share."""
     config = ml_collections.ConfigDict()
-    config.task = task  # mae | distill | classify | probe
+    config.task = task  # mae | distill | classify | probe | segment
     config.seed = 0  # of weights, order of the images, crops, masks and everything else that is random
     config.init = ""  # run or converted checkpoint with the initial weights; empty: random weights
 
@@ -59,8 +59,10 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.optim = ml_collections.ConfigDict()
     config.optim.name = "adamw"  # adamw | sgd | lars
     config.optim.base_lr = 1.5e-4  # peak learning rate for a batch of 256
-    config.optim.warmup = "15 epochs"  # linear increase to the peak; a half cosine down to final_lr follows
-    config.optim.final_lr = 0.0  # at the end; not scaled by the batch
+    config.optim.warmup = "15 epochs"  # linear increase to the peak
+    config.optim.schedule = "cosine"  # after it. cosine: half a cosine to final_lr | poly: (1 - step / all)^power to 0
+    config.optim.power = 1.0  # poly; 1: a straight line
+    config.optim.final_lr = 0.0  # cosine: at the end; not scaled by the batch
     config.optim.b1 = 0.9  # adamw: decay rates of the two moments
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8  # adamw
@@ -68,7 +70,9 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.optim.nesterov = False  # sgd
     config.optim.trust = 0.001  # lars: trust coefficient
     config.optim.weight_decay = 0.05  # adamw: decoupled from the gradient; sgd, lars: added to the gradient
-    # Parameters without weight decay. pretrain: biases and norms | finetune: also the CLS token and the position table
+    # Parameters without weight decay. pretrain: biases and norms | finetune: also the CLS token, the position table and
+    # relative position biases | official: as the authors' segmentation code does it, which is as pretrain, and the
+    # learning rate of the DIST token is not reduced by layer_decay
     config.optim.no_decay = "pretrain"
     config.optim.layer_decay = 1.0  # factor on the learning rate per block, counted down from the head; 1: off
     config.optim.clip_norm = 0.0  # largest norm of the gradient; 0: not clipped
@@ -216,4 +220,40 @@ def classify() -> ml_collections.ConfigDict:
     # Normalisation of the teacher's input, as data.mean and data.std; None: those of its model.json, else ImageNet's
     config.classify.teacher.mean = config_dict.placeholder(object)
     config.classify.teacher.std = config_dict.placeholder(object)
+    return config
+
+
+def segment() -> ml_collections.ConfigDict:
+    """Semantic segmentation: the recipe of TinyMIM on ADE20K."""
+    config = common("segment")
+    config.model.image_size = (512, 512)  # of the crops, and of the windows in evaluation
+    config.model.pos_embed = "learned"
+    config.model.drop_path_schedule = "linear"
+    config.optim.base_lr = 1.6e-3  # 1e-4 for a batch of 16
+    config.optim.warmup = "1500 steps"
+    config.optim.schedule = "poly"
+    config.optim.b2 = 0.999
+    config.optim.no_decay = "finetune"
+    config.optim.layer_decay = 0.75
+    config.train.batch_size = 16
+    config.train.duration = "160000 steps"
+    config.train.eval_every = "16000 steps"
+    config.segment = ml_collections.ConfigDict()
+    # upernet: pyramid and UPerNet (published) | linear: batch norm and a 1x1 convolution on the patches | light: a
+    # small decoder of ours, without a pyramid
+    config.segment.head = "upernet"
+    config.segment.num_classes = config_dict.placeholder(int)  # None: as many as the data has
+    # Blocks, counted from 1, that the head sees; None: the last for linear, else 4, 6, 8, 12 of 12 and in proportion
+    config.segment.taps = config_dict.placeholder(object)
+    config.segment.channels = 768  # of the head; linear has none
+    config.segment.auxiliary_channels = 256  # of the FCN head on the third map that is trained beside upernet
+    config.segment.auxiliary_weight = 0.4  # of its loss; 0: no such head
+    config.segment.dropout = 0.1  # of channels, before the last convolution
+    config.segment.pyramid = "plain"  # of upernet. plain: published for T, S and B | star: that of TinyMIM*-T
+    config.segment.widen = 0  # star: width of the layer between the last block and the pyramid (1280); plain: 0
+    config.segment.frozen_encoder = False  # the encoder of init keeps its values
+    config.segment.relative_bias = True  # each block gets relative position biases, which start at 0
+    config.segment.layer_scale = True  # each branch gets a learned factor for each channel, which starts at 1
+    # Attention heads. keep: as pre-trained | official: 3 (Ti), 6 (S) or 12 (B) in every block, as the published ones
+    config.segment.heads = "keep"
     return config

@@ -136,8 +136,18 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         batch_size=batch_size,
         total_steps=total_steps,
         eval_every=in_steps(config.train.eval_every, "train.eval_every"),
-        schedule=optim.warmup_cosine(peak, warmup_steps, total_steps, config.optim.final_lr),
+        schedule=_schedule(config.optim, peak, warmup_steps, total_steps),
     )
+
+
+def _schedule(settings: ConfigDict, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    if settings.schedule not in optim.SCHEDULES:
+        raise unknown("optim.schedule", settings.schedule, optim.SCHEDULES)
+    if settings.schedule == "cosine":
+        return optim.warmup_cosine(peak, warmup_steps, total_steps, settings.final_lr)
+    if settings.final_lr:
+        raise ValueError(f"optim.final_lr={settings.final_lr}: optim.schedule='poly' ends at 0, so leave it at 0")
+    return optim.warmup_poly(peak, warmup_steps, total_steps, settings.power)
 
 
 def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source) -> None:

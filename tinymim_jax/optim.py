@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.traverse_util as traverse
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -16,17 +17,34 @@ Path = tuple[str, ...]
 OPTIMIZERS = ("adamw", "sgd", "lars")
 
 # Parameters without weight decay besides 1-D ones (norms, biases). The published pre-training decays the CLS token.
-NO_DECAY = {"pretrain": (), "finetune": ("pos_embed", "cls_token", "dist_token")}
+# The authors' segmentation ("official") means to leave out those of fine-tuning, but compares names without the prefix
+# `backbone.` that they have there, so all are decayed.
+NO_DECAY = {
+    "pretrain": (),
+    "finetune": ("pos_embed", "cls_token", "dist_token", "relative_bias"),
+    "official": (),
+}
+SCHEDULES = ("cosine", "poly")
 
 
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> optax.Schedule:
     """Linear from exactly 0 to `peak`, then half a cosine to `final` (MAE release, util/lr_sched.py), step by step."""
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"a warm-up of {warmup_steps} steps does not fit into {total_steps} steps: shorten optim.warmup or "
-            "lengthen train.duration"
-        )
+        raise ValueError(_too_long(warmup_steps, total_steps))
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, final)
+
+
+def warmup_poly(peak: float, warmup_steps: int, total_steps: int, power: float = 1.0) -> optax.Schedule:
+    """`peak (1 - step / total)^power` to 0, times a linear warm-up from 1e-6 to 1 (mmcv's poly policy)."""
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(_too_long(warmup_steps, total_steps))
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        left = jnp.clip(1 - jnp.asarray(step, jnp.float32) / total_steps, 0.0, 1.0)
+        missing = jnp.clip(1 - jnp.asarray(step, jnp.float32) / max(warmup_steps, 1), 0.0, 1.0)
+        return peak * left**power * (1 - missing * (1 - 1e-6) * (warmup_steps > 0))
+
+    return rate
 
 
 def make_optimizer(
@@ -68,6 +86,8 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise unknown("optim.name", name, OPTIMIZERS)
+    if no_decay not in NO_DECAY:
+        raise unknown("optim.no_decay", no_decay, NO_DECAY)
     decay = optax.add_decayed_weights(weight_decay, decay_mask(params, no_decay))
     steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if name == "adamw":
@@ -80,7 +100,8 @@ def make_optimizer(
         steps += [optax.trace(momentum)]
     steps.append(_scale_by_learning_rate(schedule))
     if layer_decay != 1.0:
-        steps.append(_scale_leaves(layer_scales(params, layer_decay, depth)))
+        scales = layer_scales(params, layer_decay, depth, official=no_decay == "official")
+        steps.append(_scale_leaves(scales))
     return optax.with_extra_args_support(optax.chain(*steps))
 
 
@@ -90,16 +111,17 @@ def decay_mask(params: Params, no_decay: str) -> Params:
     return _map_paths(lambda path, leaf: np.ndim(leaf) != 1 and path[-1] not in names, params)
 
 
-def layer_scales(params: Params, decay: float, depth: int) -> Params:
+def layer_scales(params: Params, decay: float, depth: int, *, official: bool = False) -> Params:
     """Learning-rate factor of each parameter: decay^(depth + 1 - i) (MAE release, util/lr_decay.py).
 
-    i is 0 for the embeddings, k + 1 for block k; everything after the blocks has factor 1.
+    i is 0 for the embeddings, k + 1 for block k; everything after the blocks has factor 1. So has, if `official`, the
+    DIST token, which the authors' segmentation counts to no layer.
     """
-    return _map_paths(lambda path, leaf: decay ** (depth + 1 - _layer(path, depth)), params)
+    return _map_paths(lambda path, leaf: decay ** (depth + 1 - _layer(path, depth, official)), params)
 
 
 def params_with_gradient(function: Callable, params: Params, *args) -> frozenset[Path]:
-    """Paths of the parameters on which the value of `function(params, *args)` depends.
+    """Paths of the parameters on which the value of `function(params, *args)` depends, except behind stop_gradient.
 
     The others have no gradient. An optimizer would still decay them (the MLP of a tapped block shrinks 270-fold in 300
     epochs), so they are excluded from it, as torch excludes parameters whose gradient is None.
@@ -108,7 +130,8 @@ def params_with_gradient(function: Callable, params: Params, *args) -> frozenset
     jaxpr = jax.make_jaxpr(lambda leaves, *rest: function(traverse.unflatten_dict(leaves), *rest))(flat, *args).jaxpr
     live = {id(v) for v in jaxpr.outvars}
     for equation in reversed(jaxpr.eqns):
-        if any(id(v) in live for v in equation.outvars):
+        stops = equation.primitive.name == "stop_gradient"
+        if not stops and any(id(v) in live for v in equation.outvars):
             live.update(id(v) for v in equation.invars)
     # A dict is flattened in sorted order, so the leading inputs are the sorted paths.
     return frozenset(path for path, v in zip(sorted(flat), jaxpr.invars) if id(v) in live)
@@ -127,8 +150,17 @@ def join(first: Params, second: Params) -> Params:
     return traverse.unflatten_dict({**traverse.flatten_dict(first), **traverse.flatten_dict(second)})
 
 
-def _layer(path: Path, depth: int) -> int:
+def _too_long(warmup_steps: int, total_steps: int) -> str:
+    return (
+        f"a warm-up of {warmup_steps} steps does not fit into {total_steps} steps: shorten optim.warmup or "
+        "lengthen train.duration"
+    )
+
+
+def _layer(path: Path, depth: int, official: bool) -> int:
     names = [name for name in path if name != "encoder"]
+    if names[0] == "dist_token" and official:
+        return depth + 1
     if names[0] in ("cls_token", "dist_token", "registers", "pos_embed", "patch_embed", "patch_norm", "pre_norm"):
         return 0
     if names[0].startswith("blocks_"):

@@ -61,6 +61,7 @@ class Attention(nn.Module):
     form: str = "auto"
     switches: Switches = PLAIN
     grid: tuple[int, int] = (0, 0)
+    prefix: int = 1
 
     def setup(self):
         if self.dim % self.heads:
@@ -70,7 +71,7 @@ class Attention(nn.Module):
             self.q_bias = self.param("q_bias", nn.initializers.zeros, (self.dim,))
             self.v_bias = self.param("v_bias", nn.initializers.zeros, (self.dim,))
         if self.switches.relative_bias:
-            rows = bias_rows(self.grid)
+            rows = bias_rows(self.grid, self.prefix)
             self.relative_bias = self.param("relative_bias", nn.initializers.zeros, (rows, self.heads))
         if self.switches.attention_norm:
             self.norm = make_norm(self.switches, self.dtype)
@@ -95,7 +96,8 @@ class Attention(nn.Module):
         if self.switches.relative_bias:
             if keep is not None:
                 raise ValueError("an encoder with relative position biases takes all patches: it cannot be masked")
-            attended = biased_attention(qkv, self.heads, relative_bias(self.relative_bias, self.grid), self.form)
+            bias = relative_bias(self.relative_bias, self.grid, self.prefix)
+            attended = biased_attention(qkv, self.heads, bias, self.form)
         else:
             attended = joint_attention(qkv, self.heads, self.form)
         return qkv, self.proj(self.norm(attended) if self.switches.attention_norm else attended)
@@ -119,14 +121,15 @@ class Block(nn.Module):
     attention: str = "auto"
     switches: Switches = PLAIN
     grid: tuple[int, int] = (0, 0)
+    prefix: int = 1
 
     def setup(self):
         self.norm1 = make_norm(self.switches, self.dtype)
-        self.attn = Attention(self.dim, self.heads, self.dtype, self.attention, self.switches, self.grid)
+        self.attn = Attention(self.dim, self.heads, self.dtype, self.attention, self.switches, self.grid, self.prefix)
         self.norm2 = make_norm(self.switches, self.dtype)
         self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype, self.switches)
         if self.switches.layer_scale:
-            small = nn.initializers.constant(1e-5)
+            small = nn.initializers.constant(self.switches.layer_scale_start)
             self.scale1 = self.param("scale1", small, (self.dim,))
             self.scale2 = self.param("scale2", small, (self.dim,))
 

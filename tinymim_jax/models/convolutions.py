@@ -43,7 +43,7 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """A square convolution that keeps the grid, or halves it with stride 2: zeros are padded on both sides, as in torch.
+    """A square convolution that keeps the grid, or halves it with stride 2; zeros on both sides, as torch pads.
 
     Attributes:
       features: output channels.

@@ -33,6 +33,7 @@ class Switches:
     linear_bias: biases in the projection after attention and in the MLP.
     attention_norm: a norm before the projection after attention.
     layer_scale: each branch is multiplied by a learned vector before it is added to the residual stream.
+    layer_scale_start: the initial value of that vector.
     mlp: 'plain' is fc2(f(fc1(x))), 'gated' is fc2(f(gate(x)) * fc1(x)).
     mlp_norm: a norm before fc2.
     activation: f; 'gelu' is exact, 'gelu_tanh' its tanh approximation, 'quick_gelu' is x sigmoid(1.702 x).
@@ -52,6 +53,7 @@ class Switches:
     linear_bias: bool = True
     attention_norm: bool = False
     layer_scale: bool = False
+    layer_scale_start: float = 1e-5
     mlp: str = "plain"
     mlp_norm: bool = False
     activation: str = "gelu"

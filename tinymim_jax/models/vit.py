@@ -144,7 +144,7 @@ class ViT(nn.Module):
         if switches.pre_norm:
             self.pre_norm = make_norm(switches, self.dtype)
         self.blocks = [
-            Block(self.embed_dim, heads, self.mlp_ratio, self.dtype, self.attention, switches, self.grid)
+            Block(self.embed_dim, heads, self.mlp_ratio, self.dtype, self.attention, switches, self.grid, self.prefix)
             for heads in self.block_heads
         ]
         if self.final_norm:

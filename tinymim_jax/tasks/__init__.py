@@ -4,6 +4,7 @@ from tinymim_jax.tasks.classify.task import TASK as CLASSIFY
 from tinymim_jax.tasks.distill.task import TASK as DISTILL
 from tinymim_jax.tasks.mae.task import TASK as MAE
 from tinymim_jax.tasks.probe.task import TASK as PROBE
+from tinymim_jax.tasks.segment.task import TASK as SEGMENT
 from tinymim_jax.tasks.task import TaskType
 
 TASKS: dict[str, TaskType] = {
@@ -11,4 +12,5 @@ TASKS: dict[str, TaskType] = {
     "distill": DISTILL,
     "classify": CLASSIFY,
     "probe": PROBE,
+    "segment": SEGMENT,
 }

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 Params = Any  # nested dicts of arrays
 Numbers = tuple[float, ...]
 
+# Attention heads of every block in the authors' fine-tuning code, by width (models_vit.py).
+OFFICIAL_HEADS = {192: 3, 384: 6, 768: 12}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -188,12 +190,14 @@ def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
     return params
 
 
-def fill_encoder(params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bool = True) -> Params:
+def fill_encoder(
+    params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bool = True, new: Collection[str] = ()
+) -> Params:
     """`params` with the encoder of `loaded`.
 
     Parameters that differ in name or shape are an error that lists them. Numbers of attention heads do not show in
     shapes, so the recorded ones are compared, unless `same_heads` is False. A DIST token that the checkpoint lacks
-    keeps its initial value, with a log line.
+    keeps its initial value, with a log line. So do, without one, parameters named in `new` that it lacks.
     """
     if same_heads and tuple(loaded.model["encoder"]["heads"]) != encoder.block_heads:
         raise ValueError(
@@ -202,8 +206,9 @@ def fill_encoder(params: Params, loaded: Loaded, encoder: ViT, *, same_heads: bo
             "Set model.heads to the former"
         )
     unused = () if encoder.final_norm else ("norm",)
-    new = () if loaded.model["encoder"].get("dist_token") else ("dist_token",)
-    if encoder.dist_token and new:
+    no_token = not loaded.model["encoder"].get("dist_token")
+    if encoder.dist_token and no_token:
         log.info("init: %s has no DIST token; it starts from its initialization", loaded.path)
-    filled = merge(params["encoder"], fit_positions(loaded, encoder), allow_missing=new, allow_unused=unused)
+    missing = (*new, *(["dist_token"] if no_token else []))
+    filled = merge(params["encoder"], fit_positions(loaded, encoder), allow_missing=missing, allow_unused=unused)
     return params | {"encoder": filled}

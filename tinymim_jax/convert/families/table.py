@@ -34,6 +34,18 @@ PATCHES = Layout(
     lambda x, shape: x.reshape(*shape[2:], shape[1], shape[0]).transpose(3, 2, 0, 1),
     lambda shape: (math.prod(shape[1:]), shape[0]),
 )
+# Of nn.Conv2d [out, in, row, column]; ours is [row, column, in, out].
+CONV = Layout(
+    lambda x: x.transpose(2, 3, 1, 0),
+    lambda x, shape: x.transpose(3, 2, 0, 1),
+    lambda shape: (shape[2], shape[3], shape[1], shape[0]),
+)
+# Of nn.ConvTranspose2d [in, out, row, column]; ours is [in, row, column, out].
+UPSAMPLE = Layout(
+    lambda x: x.transpose(0, 2, 3, 1),
+    lambda x, shape: x.transpose(0, 3, 1, 2),
+    lambda shape: (shape[0], shape[2], shape[3], shape[1]),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +53,11 @@ class Row:
     """One tensor, or one tensor of each block.
 
     torch, ours: its name in PyTorch and its path in our parameters; `{i}` stands for the number of the block.
-    shape: its shape in PyTorch. A size is a product such as `3d` or `3pp` of a number and these letters:
+    shape: its shape in PyTorch. A size is a product such as `3d` or `3pp` of a number and letters, or a sum of such
+      products, `d+4c`. The letters:
       d width, m hidden width of the MLP, n tokens (CLS and DIST included), p patch size, k classes, e width of the
-      decoder, w width of widened tokens, f width of the norm behind pooling.
+      decoder, w width of widened tokens, f width of the norm behind pooling, r rows of a relative position bias, h
+      attention heads, c and a channels of a segmentation network's head and auxiliary head.
     layout: its layout in PyTorch.
     part: the optional part of the model that it belongs to; '' if every model of the family has it.
     """
@@ -79,11 +93,13 @@ class Family:
     rows: its tensors in the order of its state dict.
     heads: attention heads by width, which no tensor shows: (all blocks but the last, the last block).
     decoder_heads: attention heads of an MAE decoder by its width.
+    ignored: a pattern of tensor names that a file may have and that are neither read nor written.
     """
 
     rows: Rows
     heads: Mapping[int, tuple[int, int]]
     decoder_heads: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    ignored: str = ""
 
     def rows_with(self, parts: set[str]) -> Rows:
         """The rows of a model that has these optional parts."""
@@ -136,8 +152,13 @@ def _stem(row: Row) -> str | None:
 
 
 def _leaf(row: Row, sizes: Sizes, i: int = 0) -> Leaf:
-    shape = tuple(_product(size, sizes) for size in row.shape.split())
+    shape = tuple(_size(size, sizes) for size in row.shape.split())
     return Leaf(row.torch.format(i=i), row.ours.format(i=i), shape, row.layout)
+
+
+def _size(size: str, sizes: Sizes) -> int | str:
+    terms = [_product(term, sizes) for term in size.split("+")]
+    return sum(terms) if all(isinstance(term, int) for term in terms) else size
 
 
 def _product(size: str, sizes: Sizes) -> int | str:

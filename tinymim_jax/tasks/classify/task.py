@@ -23,7 +23,15 @@ from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
 from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.tasks.classify.last_block import check_last_block, with_last_block, without_last_block
 from tinymim_jax.tasks.classify.teacher import SupervisedTeacher, reorder_heads, supervised_teacher, teacher_stand_in
-from tinymim_jax.tasks.pretrained import Loaded, build_encoder, class_order, fill_encoder, load, log_unused
+from tinymim_jax.tasks.pretrained import (
+    OFFICIAL_HEADS,
+    Loaded,
+    build_encoder,
+    class_order,
+    fill_encoder,
+    load,
+    log_unused,
+)
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType, nothing_frozen
 
@@ -32,8 +40,6 @@ log = logging.getLogger(__name__)
 LOSSES = ("softmax", "bce")
 # (key, normalized images, soft targets) -> images and targets
 Augmentation = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-# Attention heads of every block in the authors' fine-tuning code, by width (models_vit.py).
-OFFICIAL_HEADS = {192: 3, 384: 6, 768: 12}
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:

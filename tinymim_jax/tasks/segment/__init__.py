@@ -1,0 +1,1 @@
+"""Semantic segmentation: an encoder and a head learn the class of every pixel."""

@@ -1,0 +1,41 @@
+"""The encoder of a segmentation network: relative position biases and scaled branches, and whose attention heads."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from tinymim_jax.errors import unknown
+from tinymim_jax.models.switches import PLAIN, Switches
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.tasks.pretrained import OFFICIAL_HEADS, Loaded, build_encoder
+
+HEADS = ("keep", "official")
+
+
+def segmentation_encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
+    """The encoder that `config` describes, with the switches of the pre-trained one.
+
+    `segment.relative_bias` and `segment.layer_scale` add to each block what the published segmentation adds: biases of
+    attention that start at 0, and factors of the branches that start at 1, so that nothing changes at first.
+    """
+    settings = config.segment
+    encoder = build_encoder(config.model, final_norm=settings.head == "linear")
+    switches = Switches.from_record(loaded.model["encoder"].get("switches", {})) if loaded else PLAIN
+    if settings.layer_scale and not switches.layer_scale:
+        switches = dataclasses.replace(switches, layer_scale=True, layer_scale_start=1.0)
+    if settings.relative_bias:
+        switches = dataclasses.replace(switches, relative_bias=True)
+    return encoder.clone(heads=_heads(config, encoder, loaded), switches=switches)
+
+
+def _heads(config: ConfigDict, encoder: ViT, loaded: Loaded | None) -> tuple[int, ...]:
+    choice, asked = config.segment.heads, config.model.heads
+    if choice not in HEADS:
+        raise unknown("segment.heads", choice, HEADS)
+    if choice == "official":
+        if encoder.embed_dim not in OFFICIAL_HEADS:
+            raise ValueError(f"segment.heads='official' is published for widths {tuple(OFFICIAL_HEADS)} only")
+        return (OFFICIAL_HEADS[encoder.embed_dim],) * encoder.depth
+    if loaded is None or asked is not None:
+        return encoder.block_heads
+    return tuple(loaded.model["encoder"]["heads"])

@@ -1,0 +1,81 @@
+"""A segmentation network that starts from a pre-trained encoder, or from a whole segmentation network."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinymim_jax.class_names import ClassMismatch, match_classes
+from tinymim_jax.models.segmentation import SegmentationNetwork
+from tinymim_jax.ops.relative_bias import resize_bias_table
+from tinymim_jax.tasks.pretrained import Loaded, fill_encoder, log_unused
+from tinymim_jax.tasks.task import Params
+
+log = logging.getLogger(__name__)
+
+
+def start_from(
+    loaded: Loaded, network: SegmentationNetwork, class_names: Sequence[str], same_heads: bool, params: Params
+) -> Params:
+    """`params` with the encoder of `loaded`, and with its heads where they are those of `network`.
+
+    What the checkpoint lacks of the encoder's additions (relative biases, factors of branches, the final norm) keeps
+    its initial values. Relative biases for another grid of patches are resized. `same_heads`: see fill_encoder.
+    """
+    fitted = with_fitted_biases(loaded, network)
+    filled = fill_encoder(params, fitted, network.encoder, same_heads=same_heads, new=_additions(network))
+    record = loaded.model.get("segmenter")
+    if network.widen and "widen" in loaded.params:
+        filled = filled | {"widen": jax.tree.map(np.asarray, loaded.params["widen"])}
+    if record is None:
+        log_unused(loaded, {"encoder", "widen"} if network.widen else {"encoder"})
+        return filled
+    if record != network.record():
+        log.warning("the head of %s (%s) does not fit and is initialized anew", loaded.path, record)
+        return filled
+    return filled | _loaded_heads(loaded, class_names)
+
+
+def with_fitted_biases(loaded: Loaded, network: SegmentationNetwork) -> Loaded:
+    """The checkpoint with its tables of relative position biases resized to the grid of `network`'s encoder."""
+    record = loaded.model["encoder"]
+    if not record.get("switches", {}).get("relative_bias"):
+        return loaded
+    height, width = record["image_size"]
+    grid = height // record["patch_size"], width // record["patch_size"]
+    if grid == network.encoder.grid:
+        return loaded
+    prefix = network.encoder.prefix
+
+    def fit(path: Any, leaf: Any) -> Any:
+        is_table = path[-1].key == "relative_bias"
+        return resize_bias_table(np.asarray(leaf), grid, network.encoder.grid, prefix) if is_table else leaf
+
+    encoder = jax.tree_util.tree_map_with_path(fit, loaded.params["encoder"])
+    return Loaded(loaded.path, loaded.model, loaded.params | {"encoder": encoder})
+
+
+def _additions(network: SegmentationNetwork) -> tuple[str, ...]:
+    blocks = [f"blocks_{i}" for i in range(network.encoder.depth)]
+    names = [f"{block}/{name}" for block in blocks for name in ("attn/relative_bias", "scale1", "scale2")]
+    return (*names, "norm")
+
+
+def _loaded_heads(loaded: Loaded, class_names: Sequence[str]) -> Params:
+    """The checkpoint's heads, pyramid and statistics, with its classes in the order of `class_names`."""
+    classes = loaded.model["segmenter"]["classes"]
+    known = loaded.model.get("preprocessing", {}).get("class_names", ())
+    heads = {name: jax.tree.map(np.asarray, tree) for name, tree in loaded.params.items() if name != "encoder"}
+    if not class_names:
+        return heads
+    try:
+        order = match_classes(known, class_names, classes=classes, classifier=loaded.path, data="the data")
+    except ClassMismatch as error:
+        log.warning("the head of %s is initialized anew: %s", loaded.path, error)
+        return {}
+    for name in {"decode_head", "auxiliary_head"} & set(heads):
+        last = heads[name]["classifier"]
+        heads[name] = heads[name] | {"classifier": jax.tree.map(lambda leaf: leaf[..., order], last)}
+    return heads
