@@ -40,9 +40,10 @@ def warmup_poly(peak: float, warmup_steps: int, total_steps: int, power: float =
         raise ValueError(_too_long(warmup_steps, total_steps))
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
-        left = jnp.clip(1 - jnp.asarray(step, jnp.float32) / total_steps, 0.0, 1.0)
-        missing = jnp.clip(1 - jnp.asarray(step, jnp.float32) / max(warmup_steps, 1), 0.0, 1.0)
-        return peak * left**power * (1 - missing * (1 - 1e-6) * (warmup_steps > 0))
+        # Differences of whole numbers are exact; 1 - step / total_steps would lose digits near the end.
+        left = jnp.maximum(total_steps - step, 0) / total_steps
+        done = jnp.minimum(step, warmup_steps) / warmup_steps if warmup_steps else 1.0
+        return peak * left**power * (done + 1e-6 * (1 - done))
 
     return rate
 

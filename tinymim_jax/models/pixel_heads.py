@@ -12,7 +12,7 @@ from tinymim_jax.models.convolutions import BatchNorm, ConvNormRelu, PixelClassi
 from tinymim_jax.ops.gelu import gelu
 
 Maps = Float[Array, "batch rows columns channels"]
-Logits = Float[Array, "batch rows columns classes"]
+Logits = Float[Array, "batch new_rows new_columns classes"]
 
 
 class LinearHead(nn.Module):

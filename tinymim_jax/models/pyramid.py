@@ -9,9 +9,11 @@ from jaxtyping import Array, Float
 
 from tinymim_jax.models.convolutions import BatchNorm, Conv, Upsample
 from tinymim_jax.ops.gelu import gelu
-from tinymim_jax.ops.maps import max_pool
+from tinymim_jax.ops.pooling import max_pool
 
 Maps = Float[Array, "batch rows columns channels"]
+AnyMap = Float[Array, "batch _ _ _"]  # of any size: they differ within a pyramid
+Finer = Float[Array, "batch finer_rows finer_columns features"]
 
 
 class Pyramid(nn.Module):
@@ -20,7 +22,7 @@ class Pyramid(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, taps: Sequence[Maps], *, train: bool) -> tuple[Maps, ...]:
+    def __call__(self, taps: Sequence[AnyMap], *, train: bool) -> tuple[AnyMap, ...]:
         """`taps`: outputs of four blocks as maps at stride 16."""
         dim = taps[0].shape[-1]
         first = quadruple(dim, dim, self.dtype, taps[0], train)
@@ -37,7 +39,7 @@ class StarPyramid(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, taps: Sequence[Maps], *, train: bool) -> tuple[Maps, ...]:
+    def __call__(self, taps: Sequence[AnyMap], *, train: bool) -> tuple[AnyMap, ...]:
         """`taps`: outputs of four blocks as maps at stride 16."""
         dim = taps[0].shape[-1]
         first = quadruple(2 * dim, 4 * dim, self.dtype, taps[0], train)
@@ -46,7 +48,7 @@ class StarPyramid(nn.Module):
         return first, second, third, Conv(4 * dim, 3, 2, use_bias=True, dtype=self.dtype, name="down")(taps[3])
 
 
-def quadruple(middle: int, features: int, dtype: Any, x: Maps, train: bool) -> Maps:
+def quadruple(middle: int, features: int, dtype: Any, x: Maps, train: bool) -> Finer:
     """A map of four times the grid, by two transposed convolutions; for use inside a compact module."""
     x = Upsample(middle, dtype, name="up4_first")(x)
     x = gelu(BatchNorm(dtype, name="up4_norm")(x, train=train))

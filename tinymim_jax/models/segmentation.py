@@ -20,8 +20,8 @@ from tinymim_jax.ops.keys import fold_in_name
 HEADS = ("upernet", "linear", "light")
 
 Images = Float[Array, "batch height width 3"]
-Maps = Float[Array, "batch rows columns channels"]
-Logits = Float[Array, "batch rows columns classes"]
+AnyMap = Float[Array, "batch _ _ _"]
+Logits = Float[Array, "batch _ _ classes"]  # on grids that differ between the two heads
 
 
 class SegmentationNetwork(nn.Module):
@@ -38,6 +38,7 @@ class SegmentationNetwork(nn.Module):
       dropout: probability of dropping a channel before the last convolution of a head, in training.
       pyramid: 'plain' (published for T, S and B) or 'star' (TinyMIM*-T); used by 'upernet'.
       widen: width of the layer between the last block and the pyramid 'star'; 0: none.
+      pool_scales: of UPerNet.
     """
 
     encoder: ViT
@@ -49,6 +50,7 @@ class SegmentationNetwork(nn.Module):
     dropout: float = 0.1
     pyramid: str = "plain"
     widen: int = 0
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
 
     def record(self) -> dict[str, Any]:
         """The attributes besides the encoder, as plain JSON; see `from_record`."""
@@ -74,7 +76,7 @@ class SegmentationNetwork(nn.Module):
             self.widened = Widen(self.widen, dtype, name="widen")
         if self.head == "upernet":
             self.maps = PYRAMIDS[self.pyramid](dtype, name="pyramid")
-            self.decode_head = UperNet(self.classes, self.channels, dropout=self.dropout, dtype=dtype)
+            self.decode_head = UperNet(self.classes, self.channels, self.pool_scales, self.dropout, dtype)
             if self.auxiliary:
                 self.auxiliary_head = Fcn(self.classes, self.auxiliary, self.dropout, dtype)
         elif self.head == "light":
@@ -106,7 +108,7 @@ class SegmentationNetwork(nn.Module):
 
     def feature_maps(
         self, images: Images, *, train: bool = False, drop_key: jax.Array | None = None
-    ) -> tuple[Maps, ...]:
+    ) -> tuple[AnyMap, ...]:
         """What the head sees: the pyramid's maps, or the tapped tokens as maps."""
         taps: Any = self.encoder.encode(images, tap=self.taps, drop_key=drop_key)
         tokens = [tap.output for tap in taps]

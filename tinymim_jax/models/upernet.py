@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tinymim_jax.models.convolutions import ConvNormRelu, PixelClassifier
-from tinymim_jax.ops.maps import adaptive_pool, resize_maps
+from tinymim_jax.ops.pooling import adaptive_pool
+from tinymim_jax.ops.segmentation import resize_bilinear
 
 Maps = Float[Array, "batch rows columns channels"]
+AnyMap = Float[Array, "batch _ _ _"]  # of any size
 Logits = Float[Array, "batch rows columns classes"]
 
 
@@ -31,23 +33,24 @@ class UperNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, maps: Sequence[Maps], *, train: bool, drop_key: jax.Array | None = None) -> Logits:
+    def __call__(self, maps: Sequence[AnyMap], *, train: bool, drop_key: jax.Array | None = None) -> Logits:
         """float32. `maps`: from fine to coarse."""
 
-        def block(name: str, size: int, x: Maps) -> Maps:
+        def block(name: str, size: int, x: AnyMap) -> AnyMap:
             return ConvNormRelu(self.channels, size, self.dtype, name=name)(x, train=train)
 
         coarsest = maps[-1]
-        pooled = [block(f"pool_{scale}", 1, adaptive_pool(coarsest, scale)) for scale in self.pool_scales]
-        context = jnp.concatenate([coarsest, *(resize_maps(each, coarsest.shape[1:3]) for each in pooled)], axis=-1)
+        bins = [adaptive_pool(coarsest, scale) for scale in self.pool_scales]
+        pooled = [block(f"pool_{i}", 1, each) for i, each in enumerate(bins)]
+        context = jnp.concatenate([coarsest, *(resize_bilinear(each, coarsest.shape[1:3]) for each in pooled)], axis=-1)
         merged = [block("bottleneck", 3, context)]  # from coarse to fine
         for i in reversed(range(len(maps) - 1)):
             lateral = block(f"lateral_{i}", 1, maps[i])
-            merged.append(lateral + resize_maps(merged[-1], lateral.shape[1:3]))
+            merged.append(lateral + resize_bilinear(merged[-1], lateral.shape[1:3]))
         last, *finer = merged
         fused = [block(f"fpn_{i}", 3, each) for i, each in enumerate(reversed(finer))] + [last]
         grid = fused[0].shape[1:3]
-        fused = block("fpn_bottleneck", 3, jnp.concatenate([resize_maps(each, grid) for each in fused], axis=-1))
+        fused = block("fpn_bottleneck", 3, jnp.concatenate([resize_bilinear(each, grid) for each in fused], axis=-1))
         return PixelClassifier(self.classes, self.dropout, name="classifier")(fused, drop_key)
 
 

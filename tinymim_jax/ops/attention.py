@@ -39,8 +39,7 @@ def biased_attention(
     if choose_form("model.attention", form, tokens=qkv.shape[1]) == "fused":
         _log_once("model.attention: dense, as the fused kernels take no relative position bias")
     q, k, v = split_heads(qkv, heads)
-    weights = jax.nn.softmax(scaled_products(q, k) + bias.astype(jnp.float32), axis=-1).astype(v.dtype)
-    attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=full_precision(v.dtype))
+    attended = attention(q, k, v, bias.astype(jnp.float32))
     return attended.reshape(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
@@ -102,26 +101,32 @@ def _log_once(message: str) -> None:
     log.info("%s", message)
 
 
-def attention(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> HeadFeatures:
-    """`softmax(q k^T / sqrt(head_dim)) v` for every head, [batch, tokens, heads, head_dim]."""
+def attention(
+    q: HeadFeatures, k: HeadFeatures, v: HeadFeatures, bias: Float[Array, "heads queries keys"] | None = None
+) -> HeadFeatures:
+    """`softmax(q k^T / sqrt(head_dim) + bias) v` for every head, [batch, tokens, heads, head_dim]."""
     if on_cpu():
-        return attention_for_cpu(q, k, v)
-    weights = jax.nn.softmax(scaled_products(q, k), axis=-1).astype(v.dtype)
+        return attention_for_cpu(q, k, v, bias)
+    logits = scaled_products(q, k)
+    weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=full_precision(v.dtype))
 
 
 @jax.custom_vjp
-def attention_for_cpu(q: HeadFeatures, k: HeadFeatures, v: HeadFeatures) -> HeadFeatures:
+def attention_for_cpu(
+    q: HeadFeatures, k: HeadFeatures, v: HeadFeatures, bias: Float[Array, "heads queries keys"] | None = None
+) -> HeadFeatures:
     """The same with a custom gradient and with barriers that keep XLA from recomputing the exponentials.
 
     The products have the heads axis before the tokens: in the other order XLA's CPU products take up to twice as long.
     """
-    return _forward(q, k, v)[0]
+    return _forward(q, k, v, bias)[0]
 
 
-def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
+def _forward(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, tuple]:
     q, k, v = (_swap(x) for x in (q, k, v))
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = logits if bias is None else logits + bias
     powers = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     powers = jax.lax.optimization_barrier(powers)  # [batch, heads, queries, keys]
     # The result [queries, head_dim] is divided, not the weights [queries, keys], since it is smaller.
@@ -129,22 +134,23 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
     powers = powers.astype(v.dtype)
     product = jnp.einsum("bhqk,bhkd->bhqd", powers, v, preferred_element_type=jnp.float32)
     output = (product * inverse).astype(v.dtype)
-    return _swap(output), (q, k, v, powers, inverse, output)
+    return _swap(output), (q, k, v, bias, powers, inverse, output)
 
 
-def _backward(saved: tuple, cotangent: Array) -> tuple[Array, Array, Array]:
-    q, k, v, powers, inverse, output = saved
+def _backward(saved: tuple, cotangent: Array) -> tuple[Array, Array, Array, Array | None]:
+    q, k, v, bias, powers, inverse, output = saved
     scaled = _swap(cotangent).astype(jnp.float32) * inverse
     # The softmax's gradient subtracts each query's mean, which is the dot product of output and cotangent.
     mean = jnp.sum(scaled * output.astype(jnp.float32), axis=-1, keepdims=True)
     scaled = scaled.astype(v.dtype)
     d_v = jnp.einsum("bhqk,bhqd->bhkd", powers, scaled)
     d_weights = jnp.einsum("bhqd,bhkd->bhqk", scaled, v, preferred_element_type=jnp.float32)
-    d_logits = powers.astype(jnp.float32) * (d_weights - mean) * q.shape[-1] ** -0.5
-    d_logits = jax.lax.optimization_barrier(d_logits.astype(v.dtype))
+    d_logits = powers.astype(jnp.float32) * (d_weights - mean)
+    d_bias = None if bias is None else d_logits.sum(axis=0).astype(bias.dtype)
+    d_logits = jax.lax.optimization_barrier((d_logits * q.shape[-1] ** -0.5).astype(v.dtype))
     d_q = jnp.einsum("bhqk,bhkd->bhqd", d_logits, k)
     d_k = jnp.einsum("bhqk,bhqd->bhkd", d_logits, q)
-    return _swap(d_q), _swap(d_k), _swap(d_v)
+    return _swap(d_q), _swap(d_k), _swap(d_v), d_bias
 
 
 def _swap(x: Array) -> Array:

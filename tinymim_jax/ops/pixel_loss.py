@@ -4,10 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, UInt
 
-from tinymim_jax.ops.maps import resize_maps
+from tinymim_jax.ops.segmentation import ignore_value, resize_bilinear
 
 
 @functools.partial(jax.checkpoint, prevent_cse=True)
@@ -23,11 +22,11 @@ def pixel_cross_entropy(
     Args:
       labels: classes; the largest value of their dtype marks a pixel as ignored.
     """
-    logits = resize_maps(logits.astype(jnp.float32), labels.shape[1:3])
+    logits = resize_bilinear(logits.astype(jnp.float32), labels.shape[1:3])
     classes = jnp.arange(logits.shape[-1])
     chosen = labels[..., None].astype(jnp.int32) == classes  # all False where ignored
     picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-    labelled = labels != np.iinfo(labels.dtype).max
+    labelled = labels != ignore_value(labels.dtype)
     loss = jnp.where(labelled, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
     right = labelled & (jnp.argmax(logits, axis=-1) == labels.astype(jnp.int32))
     counted = jnp.sum(labelled, axis=(1, 2))

@@ -33,7 +33,7 @@ def bias_index(grid: Grid, prefix: int = 1) -> Int[np.ndarray, "tokens tokens"]:
 
 
 def relative_bias(
-    table: Float[Array, "rows heads"], grid: Grid, prefix: int = 1
+    table: Float[Array | np.ndarray, "rows heads"], grid: Grid, prefix: int = 1
 ) -> Float[Array, "heads tokens tokens"]:
     """The biases of all pairs of tokens of one block."""
     return jnp.transpose(table[bias_index(grid, prefix)], (2, 0, 1))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from tinymim_jax.ops.platform import on_cpu
+from tinymim_jax.ops.products import full_precision
 from tinymim_jax.ops.token_grid import bilinear_matrix
 
 
@@ -28,16 +29,15 @@ def resize_bilinear(
 ) -> Float[Array, "batch new_height new_width channels"]:
     """Maps resized to (height, width) as by torch's bilinear interpolation: align_corners False, no antialiasing.
 
-    Computed in float32 and returned in the dtype of `maps`.
+    Computed and returned in the dtype of `maps`.
     """
     height, width = maps.shape[1:3]
     if (height, width) == size:
         return maps
-    resized = jnp.einsum(
-        "rh,bhwc->brwc", bilinear_matrix(height, size[0]), maps.astype(jnp.float32), precision="highest"
-    )
-    resized = jnp.einsum("sw,brwc->brsc", bilinear_matrix(width, size[1]), resized, precision="highest")
-    return resized.astype(maps.dtype)
+    dtype, precision = maps.dtype, full_precision(maps.dtype)
+    by_rows, by_columns = bilinear_matrix(height, size[0]), bilinear_matrix(width, size[1])
+    maps = jnp.einsum("rh,bhwc->brwc", jnp.asarray(by_rows, dtype), maps, precision=precision)
+    return jnp.einsum("sw,brwc->brsc", jnp.asarray(by_columns, dtype), maps, precision=precision)
 
 
 def confusion_matrix(

@@ -60,8 +60,8 @@ def _quadruple(inputs: str, middle: str, outputs: str) -> Rows:
 def _heads(width: str) -> Rows:
     head, ours = "decode_head", "decode_head"
     rows = _conv(f"{head}.conv_seg", f"{ours}/classifier/conv", "k", "c", 1, bias=True)
-    for i, scale in enumerate((1, 2, 3, 6)):
-        rows += _conv_norm(f"{head}.psp_modules.{i}.1", f"{ours}/pool_{scale}", "c", width, 1)
+    for i in range(4):
+        rows += _conv_norm(f"{head}.psp_modules.{i}.1", f"{ours}/pool_{i}", "c", width, 1)
     rows += _conv_norm(f"{head}.bottleneck", f"{ours}/bottleneck", "c", f"{width}+4c", 3)
     for i in range(3):
         rows += _conv_norm(f"{head}.lateral_convs.{i}", f"{ours}/lateral_{i}", "c", width, 1)

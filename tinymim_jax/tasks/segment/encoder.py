@@ -36,6 +36,13 @@ def _heads(config: ConfigDict, encoder: ViT, loaded: Loaded | None) -> tuple[int
         if encoder.embed_dim not in OFFICIAL_HEADS:
             raise ValueError(f"segment.heads='official' is published for widths {tuple(OFFICIAL_HEADS)} only")
         return (OFFICIAL_HEADS[encoder.embed_dim],) * encoder.depth
-    if loaded is None or asked is not None:
+    if loaded is None:
         return encoder.block_heads
-    return tuple(loaded.model["encoder"]["heads"])
+    heads = tuple(loaded.model["encoder"]["heads"])
+    # One number need not be that of every block: distillation gives some of them the teacher's heads.
+    if asked is None or asked in heads or (not isinstance(asked, int) and tuple(asked) == heads):
+        return heads
+    raise ValueError(
+        f"model.heads={asked!r}, but {loaded.path} was trained with {list(heads)}, block by block, and segment.heads="
+        f"'keep' takes those: set model.heads=None, or to that list"
+    )

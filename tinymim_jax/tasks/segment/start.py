@@ -16,16 +16,14 @@ from tinymim_jax.tasks.task import Params
 log = logging.getLogger(__name__)
 
 
-def start_from(
-    loaded: Loaded, network: SegmentationNetwork, class_names: Sequence[str], same_heads: bool, params: Params
-) -> Params:
+def start_from(loaded: Loaded, network: SegmentationNetwork, class_names: Sequence[str], params: Params) -> Params:
     """`params` with the encoder of `loaded`, and with its heads where they are those of `network`.
 
     What the checkpoint lacks of the encoder's additions (relative biases, factors of branches, the final norm) keeps
-    its initial values. Relative biases for another grid of patches are resized. `same_heads`: see fill_encoder.
+    its initial values. Relative biases for another grid of patches are resized.
     """
     fitted = with_fitted_biases(loaded, network)
-    filled = fill_encoder(params, fitted, network.encoder, same_heads=same_heads, new=_additions(network))
+    filled = fill_encoder(params, fitted, network.encoder, same_heads=False, new=_additions(network))
     record = loaded.model.get("segmenter")
     if network.widen and "widen" in loaded.params:
         filled = filled | {"widen": jax.tree.map(np.asarray, loaded.params["widen"])}

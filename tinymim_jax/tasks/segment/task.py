@@ -18,6 +18,7 @@ from tinymim_jax.ops.pixel_loss import pixel_cross_entropy
 from tinymim_jax.tasks.pretrained import Loaded, load
 from tinymim_jax.tasks.segment.encoder import segmentation_encoder
 from tinymim_jax.tasks.segment.start import start_from
+from tinymim_jax.tasks.segmenter import Segmenter
 from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task, TaskType
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     loaded = load(config.init) if config.init else None
     network = build_network(config, loaded, _classes(config, class_names))
     _check_training(config, network)
-    same_heads = config.segment.heads == "keep"
     method = Segmentation(
         network=network,
         mean=tuple(config.data.mean),
@@ -41,7 +41,8 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         init=method.init,
         losses=method.losses,
         names=method.names,
-        start=functools.partial(start_from, loaded, network, class_names, same_heads) if loaded else None,
+        start=functools.partial(start_from, loaded, network, class_names) if loaded else None,
+        segmenter=Segmenter(method.logits, network.encoder.image_size, network.classes, _mean_colour(config)),
     )
 
 
@@ -138,8 +139,14 @@ def _classes(config: ConfigDict, class_names: Sequence[str]) -> int:
     return classes
 
 
+def _mean_colour(config: ConfigDict) -> tuple[int, int, int]:
+    """RGB of the pixels that are closest to 0 after normalizing."""
+    red, green, blue = (round(255 * value) for value in config.data.mean)
+    return red, green, blue
+
+
 def _check_taps(taps: tuple[int, ...], encoder: ViT) -> None:
-    if not taps or any(not 1 <= tap <= encoder.depth for tap in taps) or list(taps) != sorted(set(taps)):
+    if not taps or any(not 1 <= tap <= encoder.depth for tap in taps) or list(taps) != sorted(taps):
         raise ValueError(f"segment.taps={taps}: choose ascending blocks from 1 to {encoder.depth}")
 
 
