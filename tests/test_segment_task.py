@@ -161,7 +161,7 @@ def test_the_published_additions_change_nothing_at_the_start(tmp_path, close):
     images = jnp.asarray(make_batch(2)["image"])
     assert task.start is not None
     assert plain.start is not None
-    params, others = (each.start(fresh(each)) for each in (task, plain))
+    params, others = (jax.device_put(each.start(fresh(each))) for each in (task, plain))
     assert float(np.abs(params["encoder"]["blocks_0"]["attn"]["relative_bias"]).max()) == 0
     assert float(params["encoder"]["blocks_0"]["scale1"].min()) == 1
     close(task.segmenter.logits(params, {}, images), plain.segmenter.logits(others, {}, images), 1e-6)

@@ -67,7 +67,9 @@ class SegmentationNetwork(nn.Module):
     ) -> "SegmentationNetwork":
         """The network described by `record`; without the auxiliary head, which only training needs, if so asked."""
         fields: dict[str, Any] = dict(record, taps=tuple(record["taps"]), dropout=dropout)
-        return cls(encoder, **(fields if auxiliary else fields | {"auxiliary": 0}))
+        if not auxiliary:
+            fields["auxiliary"] = 0
+        return cls(encoder, **fields)
 
     def setup(self):
         self._check()

@@ -42,14 +42,14 @@ class UperNet(nn.Module):
         coarsest = maps[-1]
         bins = [adaptive_pool(coarsest, scale) for scale in self.pool_scales]
         pooled = [block(f"pool_{i}", 1, each) for i, each in enumerate(bins)]
-        context = jnp.concatenate([coarsest, *(resize_bilinear(each, coarsest.shape[1:3]) for each in pooled)], axis=-1)
+        context = jnp.concatenate([coarsest, *(resize_bilinear(each, _grid(coarsest)) for each in pooled)], axis=-1)
         merged = [block("bottleneck", 3, context)]  # from coarse to fine
         for i in reversed(range(len(maps) - 1)):
             lateral = block(f"lateral_{i}", 1, maps[i])
-            merged.append(lateral + resize_bilinear(merged[-1], lateral.shape[1:3]))
+            merged.append(lateral + resize_bilinear(merged[-1], _grid(lateral)))
         last, *finer = merged
         fused = [block(f"fpn_{i}", 3, each) for i, each in enumerate(reversed(finer))] + [last]
-        grid = fused[0].shape[1:3]
+        grid = _grid(fused[0])
         fused = block("fpn_bottleneck", 3, jnp.concatenate([resize_bilinear(each, grid) for each in fused], axis=-1))
         return PixelClassifier(self.classes, self.dropout, name="classifier")(fused, drop_key)
 
@@ -67,3 +67,7 @@ class Fcn(nn.Module):
         """float32."""
         x = ConvNormRelu(self.channels, 3, self.dtype, name="conv")(maps, train=train)
         return PixelClassifier(self.classes, self.dropout, name="classifier")(x, drop_key)
+
+
+def _grid(maps: AnyMap) -> tuple[int, int]:
+    return maps.shape[1], maps.shape[2]

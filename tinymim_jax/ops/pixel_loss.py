@@ -22,7 +22,7 @@ def pixel_cross_entropy(
     Args:
       labels: classes; the largest value of their dtype marks a pixel as ignored.
     """
-    logits = resize_bilinear(logits.astype(jnp.float32), labels.shape[1:3])
+    logits = resize_bilinear(logits.astype(jnp.float32), (labels.shape[1], labels.shape[2]))
     classes = jnp.arange(logits.shape[-1])
     chosen = labels[..., None].astype(jnp.int32) == classes  # all False where ignored
     picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)

@@ -158,7 +158,8 @@ def _leaf(row: Row, sizes: Sizes, i: int = 0) -> Leaf:
 
 def _size(size: str, sizes: Sizes) -> int | str:
     terms = [_product(term, sizes) for term in size.split("+")]
-    return sum(terms) if all(isinstance(term, int) for term in terms) else size
+    known = [term for term in terms if isinstance(term, int)]
+    return sum(known) if len(known) == len(terms) else size
 
 
 def _product(size: str, sizes: Sizes) -> int | str:
