@@ -16,7 +16,7 @@ FLOORS = {
     "train": 5, "evaluation": 5, "run_log": 5, "analysis": 5, "reports": 5,
     "experiment": 4, "memory": 4, "state": 4, "flops": 4, "resume": 4,
     "tasks": 3,
-    "checkpoints": 2, "convert": 2, "optim": 2, "sharding": 2, "metrics": 2,
+    "checkpoints": 2, "convert": 2, "optim": 2, "sharding": 2, "metrics": 2, "loggers": 2,
     "models": 1, "data": 1,
     "ops": 0, "runtime": 0, "pages": 0, "errors": 0, "markdown": 0, "config": 0, "class_names": 0,
 }  # fmt: skip

@@ -147,10 +147,18 @@ class Writer:
 
     Only process 0 writes. Lines of steps that a killed run had reached beyond its last checkpoint go on resuming. To
     what lies in a bucket nothing can be appended: there both are written on this machine and copied every minute.
+    `others` is called with the same step and figures, for trackers such as those of `--log` (loggers.py).
     """
 
-    def __init__(self, workdir: epath.PathLike, *, start_step: int, active: bool):
-        self._active = active
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        start_step: int,
+        active: bool,
+        others: Callable[[int, Mapping[str, float]], None] | None = None,
+    ):
+        self._active, self._others = active, others
         if not active:
             return
         workdir = epath.Path(workdir)
@@ -184,6 +192,8 @@ class Writer:
             raise OSError(f"cannot write {self._file.name}: {error.strerror}; is the disk full?") from error
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._others:
+            self._others(step, values)
         if self._remote and time.monotonic() - self._copied_at > _COPY_SECONDS:
             self._events.flush()
             self._copied_at = time.monotonic()

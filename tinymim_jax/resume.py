@@ -75,7 +75,7 @@ def check_same(workdir: epath.Path, config: ConfigDict, *, extend: bool = False)
     if not path.exists():
         return {}
     stored = json.loads(with_retries(path.read_text, f"reading {path}"))
-    there, here = _flat(as_json(from_json(stored))), _flat(as_json(config))
+    there, here = flat(as_json(from_json(stored))), flat(as_json(config))
     changes = {key: (there.get(key), here.get(key)) for key in sorted(there | here) if there.get(key) != here.get(key)}
     recorded = (epath.Path(workdir) / _RECORD).exists()
     refused = [key for key in changes if not _may_change(key, *changes[key], recorded) and key != _DURATION]
@@ -154,6 +154,14 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"model": {"depth": 4}} -> {"model.depth": 4}."""
+    rows = {}
+    for key, value in tree.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return rows
+
+
 def _recorded(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / _RECORD
     return json.loads(with_retries(path.read_text, f"reading {path}")) if path.exists() else {}
@@ -186,10 +194,3 @@ def _differences(before: Mapping[str, Any], inputs: Inputs) -> list[str]:
 
 def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
     return "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in changes.items())
-
-
-def _flat(tree: Mapping, prefix: str = "") -> dict:
-    rows = {}
-    for key, value in tree.items():
-        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return rows

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -21,7 +21,9 @@ from jax.sharding import Mesh
 from tinymim_jax import optim
 from tinymim_jax.data.sources.labels import class_summary
 from tinymim_jax.experiment import Experiment
+from tinymim_jax.loggers import open_loggers
 from tinymim_jax.metrics import Averages, Writer, compute
+from tinymim_jax.resume import as_json, flat
 from tinymim_jax.runtime.exits import Interrupted, is_first, joined_processes
 from tinymim_jax.runtime.goodput import Goodput, describe, shares
 from tinymim_jax.runtime.heartbeat import Heartbeat, read_status
@@ -36,11 +38,13 @@ class RunLog:
 
     stall_minutes: without a finished step, evaluation batch or checkpoint for so long, the process exits with 86; 0:
       never.
+    loggers: names of loggers.LOGGERS, to which process 0 sends its figures as well.
     """
 
-    def __init__(self, workdir: epath.Path, *, stall_minutes: float):
+    def __init__(self, workdir: epath.Path, *, stall_minutes: float, loggers: Sequence[str] = ()):
         active = is_first()
         self._workdir, self._active = workdir, active
+        self._logger_names, self._loggers = tuple(loggers) if active else (), None
         self._before = read_status(workdir) if active else {}
         self._goodput = Goodput(self._before.get("seconds"))
         if self._before and not self._before.get("by_hand"):
@@ -71,6 +75,8 @@ class RunLog:
         elif error is not None:
             self._heart.note(stage="failed", error=f"{kind.__name__}: {error}")
         self._stack.close()
+        if self._loggers:
+            self._loggers.close(failed=error is not None and not isinstance(error, Interrupted | KeyboardInterrupt))
 
     def begin(self, experiment: Experiment, state: TrainState, paths: frozenset, mesh: Mesh, workers: int) -> None:
         """Call it before the loop, with the state that it starts from."""
@@ -82,7 +88,10 @@ class RunLog:
         if ahead:
             log.info("the last %d steps of the previous attempt are repeated: they were not saved", ahead)
         self._progress = Progress(experiment.total_steps, experiment.batch_size, start)
-        self._writer = self._stack.enter_context(Writer(self._workdir, start_step=start, active=self._active))
+        self._loggers = open_loggers(self._logger_names, self._workdir, flat(as_json(experiment.config)))
+        self._writer = self._stack.enter_context(
+            Writer(self._workdir, start_step=start, active=self._active, others=self._loggers.write)
+        )
         self._began = time.perf_counter()
         device = mesh.devices.flat[0].device_kind
         self._heart.note(stage="compiling", total_steps=experiment.total_steps, saved=start)

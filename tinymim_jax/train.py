@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
@@ -23,6 +23,7 @@ from tinymim_jax.experiment import (
     preprocessing,
     training_batches,
 )
+from tinymim_jax.loggers import check_installed
 from tinymim_jax.memory import explained, smallest_accumulate
 from tinymim_jax.metrics import Averages, no_averages
 from tinymim_jax.reports.write import write_at_end
@@ -55,6 +56,7 @@ def train(
     fsdp: int = 1,
     stall_minutes: float = STALL_MINUTES,
     extend: bool = False,
+    loggers: Sequence[str] = (),
 ) -> dict[str, float]:
     """Runs the experiment of `config` to its end and returns the metrics of its last evaluation.
 
@@ -68,6 +70,7 @@ def train(
       stall_minutes: if no step, evaluation batch or checkpoint finishes for this long, the process prints the stacks of
         its threads and ends with exit status 86; 0 disables this.
       extend: a run in this workdir, finished or not, may go on for a longer train.duration; see resume.py.
+      loggers: experiment trackers that get the figures too: names of loggers.LOGGERS.
 
     Raises:
       ValueError: the workdir holds another experiment, or one with another teacher or other data.
@@ -76,6 +79,7 @@ def train(
       FloatingPointError: loss or gradient were not finite more than `train.max_skipped` times in a row.
     """
     check_output_path(workdir, "--workdir")
+    check_installed(loggers)
     folder = epath.Path(workdir).expanduser()
     changes = check_same(folder, config, extend=extend)
     result = read_result(folder)
@@ -84,7 +88,7 @@ def train(
         return result
     if result is None and (folder / RESULT).exists():
         log.warning("%s is empty or damaged: the last evaluation is repeated", folder / RESULT)
-    with claimed(folder, as_json(config)), RunLog(folder, stall_minutes=stall_minutes) as run_log:
+    with claimed(folder, as_json(config)), RunLog(folder, stall_minutes=stall_minutes, loggers=loggers) as run_log:
         result = _run(config, folder, run_log, changes, data_dir=data_dir, workers=workers, fsdp=fsdp)
         write_json(folder / RESULT, result)
         run_log.end()

@@ -30,6 +30,14 @@ def add_training(command: argparse.ArgumentParser) -> None:
         help="accept a longer train.duration than the workdir was begun with; the learning rate then follows the "
         "schedule of the new length",
     )
+    command.add_argument(
+        "--log",
+        type=_loggers,
+        default=(),
+        metavar="NAMES",
+        help="send the figures to wandb, mlflow or both (wandb,mlflow) as well; their own environment variables say "
+        "where to, and WANDB_MODE=offline works without a network",
+    )
     add_runtime(command)
     add_overrides(command)
 
@@ -39,6 +47,7 @@ def training_words(options: argparse.Namespace) -> list[str]:
     words = ["--workers", str(options.workers), "--fsdp", str(options.fsdp), "--compile_cache", options.compile_cache]
     words += ["--stall_minutes", str(options.stall_minutes)]
     words += ["--data_dir", options.data_dir] if options.data_dir else []
+    words += ["--log", ",".join(options.log)] if options.log else []
     return [*words, "--extend"] if options.extend else words
 
 
@@ -119,6 +128,15 @@ def start_jax(options: argparse.Namespace, *, resumable: bool = False) -> None:
         exits.end_on_sigterm()
     quiet_unless_first()
     use_compile_cache(options.compile_cache)
+
+
+def _loggers(text: str) -> tuple[str, ...]:
+    from tinymim_jax.loggers import parse
+
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def print_result(result: dict[str, Any]) -> None:

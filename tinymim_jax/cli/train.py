@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
     where = {"data_dir": options.data_dir, "workers": options.workers, "fsdp": options.fsdp, "extend": options.extend}
     try:
-        train(config, options.workdir, stall_minutes=options.stall_minutes, **where)
+        train(config, options.workdir, stall_minutes=options.stall_minutes, loggers=options.log, **where)
     except exits.Interrupted as stop:
         if exits.is_first():
             logging.getLogger("tinymim_jax").warning("%s", stop)
