@@ -4,6 +4,8 @@ import logging
 import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pictures import encoded
 from PIL import Image
@@ -11,7 +13,9 @@ from PIL import Image
 from tinymim_jax.data.masks.classes import KNOWN, class_colours, class_names, distinct_colours, known_set, read_classes
 from tinymim_jax.data.masks.rules import MaskRules
 from tinymim_jax.data.masks.source import open_masks
-from tinymim_jax.data.sources.examples import MaskClass
+from tinymim_jax.data.prepare.prepare import prepare_images, read_report
+from tinymim_jax.data.prepare.shards import Conversion
+from tinymim_jax.data.sources.examples import MaskClass, Source
 from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.data.sources.sources import open_source, splits
 from tinymim_jax.data.views.decoding import Undecodable
@@ -317,3 +321,86 @@ def test_images_without_masks_are_refused(tmp_path):
     put(tmp_path, "a.jpg", "b.jpg")
     with pytest.raises(LabelError, match=r"[ab].jpg has no mask. Segmentation needs images with masks: pairs:LOCATION"):
         open_masks(open_source(f"folder:{tmp_path}", split="all"), classes=2)
+
+
+def test_parquet_with_two_columns_of_images(tmp_path):
+    masks = [mask(n, 2) for n in range(3)]
+    files = [{"bytes": PICTURE, "path": None}] * 3
+    (tmp_path / "classes.txt").write_text("sky\nroad 1 2 3\ncar\n")
+    tables = {
+        "binary": pa.table({"image": [PICTURE] * 3, "mask": masks, "label": [0, 1, 0]}),
+        "sidewalk": pa.table({"pixel_values": files, "label": [{"bytes": m, "path": None} for m in masks]}),
+        "scene_parse": pa.table(
+            {"image": files, "annotation": [{"bytes": m, "path": "x"} for m in masks], "id": [1] * 3}
+        ),
+    }
+    for name, table in tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+        source = open_source(f"parquet:{tmp_path / name}.parquet", split="all")
+        assert [source[i]["mask"] for i in range(3)] == masks, name
+        assert pickle.loads(pickle.dumps(source))[2]["image"] == PICTURE
+        labels = open_masks(source, classes=3)
+        assert [labels[i]["pixel_labels"][0, 0] for i in range(3)] == [0, 1, 2]
+        assert [source[i]["label"] for i in range(3)] == ([0, 1, 0] if name == "binary" else [-1] * 3)
+    assert open_masks(source).class_names == ("sky", "road 1 2 3", "car")
+
+
+def test_a_missing_mask_in_parquet_is_named(tmp_path):
+    pq.write_table(pa.table({"image": [PICTURE] * 2, "mask": [mask(0, 1), None]}), tmp_path / "a.parquet")
+    with pytest.raises(LabelError, match=r"row 1 of .*a.parquet has no mask"):
+        open_masks(open_source(f"parquet:{tmp_path / 'a.parquet'}", split="all"), classes=2)
+
+
+@pytest.mark.parametrize("short_side", [None, 2])
+def test_prepared_sets_have_masks_and_classes(short_side, tmp_path):
+    root = tmp_path / "scenes"
+    for number in range(5):
+        pixels = np.full((4, 6, 3), 40 * number, np.uint8)
+        put(root, f"train/images/{number}.jpg", content=encoded(pixels, "PNG"))
+        put(root, f"train/masks/{number}.png", content=mask(number % 2, 2, mode="P"))
+        put(root, f"val/images/{number}.jpg", f"val/masks/{number}.png")
+    put(root, "classes.txt", content=b"sky 1 2 3\nroad\ncar\n")
+    original = open_source(f"pairs:{root}", split="train")
+    conversion = Conversion(short_side=short_side)
+    prepare_images(f"pairs:{root}", output=tmp_path / "out", set_name="scenes", conversion=conversion, workers=0)
+    source = open_source("scenes", split="train", data_dir=tmp_path / "out")
+    assert source.mask_classes == original.mask_classes
+    got, want = open_masks(source, ignore=()), open_masks(original, ignore=())
+    assert got.class_names == ("sky", "road", "car")
+    for index in range(5):
+        labels, kept = got[index]["pixel_labels"], want[index]["pixel_labels"]
+        np.testing.assert_array_equal(labels, kept[::2, ::2] if short_side else kept)
+        if not short_side:
+            assert (source[index]["mask"], source[index]["image"]) == tuple(
+                original[index][k] for k in ("mask", "image")
+            )
+
+
+def test_pairs_that_cannot_be_prepared_are_listed(tmp_path):
+    for number in range(4):
+        put(tmp_path / "in", f"images/{number}.jpg", f"masks/{number}.png")
+    put(tmp_path / "in", "masks/1.png", content=mask(0, 1)[:40])
+    put(tmp_path / "in", "masks/2.png", content=grey(4, 7))
+    options = {"set_name": "scenes", "workers": 0, "max_rejected": 0.5}
+    folder = prepare_images(f"pairs:{tmp_path / 'in'}", output=tmp_path / "out", **options)
+    rejected = read_report(folder)["splits"]["train"]["rejected"]
+    reasons = {each["description"].rsplit("/", 1)[1]: each["reason"] for each in rejected}
+    assert sorted(reasons) == ["1.png", "2.png"]
+    assert reasons["1.png"].startswith("its mask cannot be decoded: ")
+    assert reasons["2.png"].startswith("its mask has 7 x 4 pixels, but the image 6 x 4")
+    assert len(open_source("scenes", split="train", data_dir=tmp_path / "out")) == 2
+
+
+class Renamed(Source):
+    name, split, class_names = "scene_parse150", "train", ()
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"image": PICTURE, "label": -1, "mask": mask(0, 1)}
+
+
+def test_scene_parse150_of_tfds_is_refused():
+    with pytest.raises(ValueError, match=r"instance masks of scene_parse150.*ADEChallengeData2016"):
+        open_masks(Renamed(), classes="ade20k")

@@ -135,6 +135,11 @@ def read_classes(path: str) -> tuple[MaskClass, ...]:
     return tuple(found)
 
 
+def classes_text(classes: tuple[MaskClass, ...]) -> str:
+    """The classes as lines that `read_classes` reads: `NAME`, or `NAME R G B`."""
+    return "".join(" ".join([each.name, *map(str, each.colour or ())]) + "\n" for each in classes)
+
+
 def class_names(classes: tuple[MaskClass, ...]) -> tuple[str, ...]:
     """The names in the order of their numbers, without repetitions and without `ignore`."""
     return tuple(dict.fromkeys(each.name for each in classes if each.name.lower() not in _IGNORED_NAMES))

@@ -47,6 +47,8 @@ def _digest(sources: dict[str, Source]) -> str:
             try:
                 record = source[index]
                 content = hashlib.sha256(record["image"]).hexdigest() + f" {record['label']}"
+                if "mask" in record:
+                    content += " " + hashlib.sha256(record["mask"]).hexdigest()
             except Exception as error:
                 raise_if_of_the_machine(error)
                 content = type(error).__name__

@@ -5,7 +5,6 @@ when everything is complete, so that an incomplete data set is never opened. Eac
 indices, so the bytes written do not depend on the number of workers or on interruptions. TensorFlow is not needed.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -18,7 +17,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from tinymim_jax.data.masks.classes import CLASS_FILES, classes_text
 from tinymim_jax.data.prepare.folder import LOCK, SIDECARS, VERSION, begin, is_done, locked, settings_of, shards_of
+from tinymim_jax.data.prepare.masks import mask_channels
 from tinymim_jax.data.prepare.report import split_report
 from tinymim_jax.data.prepare.shards import Conversion, Shard, finished, set_features, sync, write_json
 from tinymim_jax.data.prepare.workers import GO_ON, Progress, write_shards
@@ -127,7 +128,7 @@ def write_set(
         accounts = {split: [_account(shard) for shard in shards[split]] for split in shards}
         report = {"settings": settings, "workers": workers, **numbers}
         report["splits"] = {split: split_report(accounts[split], class_names) for split in shards}
-        _describe(scratch, settings, class_names, accounts, report)
+        _describe(scratch, settings, class_names, sources, accounts, report)
         os.rename(scratch, folder)
         sync(root)
         shutil.rmtree(folder / SIDECARS)
@@ -185,9 +186,7 @@ def _check(sources, name, shard_images, max_rejected, workers) -> tuple[str, ...
             raise ValueError(f"split={split!r} becomes part of file names and must be a whole split, such as 'train'")
         if not len(source):
             raise ValueError(f"split={split!r} of {source.name!r} holds no images; leave it out with --splits")
-        with contextlib.suppress(OSError):  # unreadable records are reported while the shards are written
-            if "mask" in source[0]:
-                raise ValueError(f"{source.name!r} is a segmentation data set, and its masks would be lost")
+        mask_channels(source)
     if not sources:
         raise ValueError("no split was given; name at least one")
     class_names = {source.class_names for source in sources.values()}
@@ -210,8 +209,11 @@ def _too_many(shard: Shard, listed: list[dict[str, Any]], length: int, max_rejec
     )
 
 
-def _describe(scratch, settings, class_names, accounts, report) -> None:
-    """Writes report.json and the metadata that TFDS needs to open the data set."""
+def _describe(scratch, settings, class_names, sources, accounts, report) -> None:
+    """Writes report.json, the metadata that TFDS needs to open the data set, and the classes of masks."""
+    first: Source = next(iter(sources.values()))
+    if first.mask_classes:
+        (scratch / CLASS_FILES[0]).write_text(classes_text(first.mask_classes))
     template = tfds.core.ShardedFileTemplate(
         data_dir=scratch, dataset_name=settings["name"], filetype_suffix="array_record"
     )
@@ -224,7 +226,7 @@ def _describe(scratch, settings, class_names, accounts, report) -> None:
     formats = {stored for split in report["splits"].values() for stored in split["formats"]}
     tfds.folder_dataset.write_metadata(
         data_dir=scratch,
-        features=set_features(class_names, "png" if formats == {"png"} else "jpeg"),
+        features=set_features(class_names, "png" if formats == {"png"} else "jpeg", mask_channels(first)),
         split_infos=infos,
         version=VERSION,
         description=f"Made from {settings['source']} by `tinymim prepare`; see report.json for its settings.",

@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import UnidentifiedImageError
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from tinymim_jax.data.prepare.masks import MASK, convert_mask, mask_channels, mask_features
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.views.decoding import Picture, open_image
 from tinymim_jax.data.views.transforms import resize_exact, short_side_size
@@ -76,14 +77,17 @@ class Stopped(Exception):
     """Raised in a worker that was asked to stop before its shard was complete."""
 
 
-def set_features(class_names: tuple[str, ...], encoding: Literal["jpeg", "png"] = "jpeg") -> tfds.features.FeaturesDict:
-    """The TFDS features of a prepared data set, without `label` if there are no classes.
+def set_features(
+    class_names: tuple[str, ...], encoding: Literal["jpeg", "png"] = "jpeg", channels: int = 0
+) -> tfds.features.FeaturesDict:
+    """The TFDS features of a prepared data set, without `label` if there are no classes; `channels` are those of masks.
 
     `encoding` only matters to programs that add images; stored images are read in whatever format they have.
     """
     label = {"label": tfds.features.ClassLabel(names=list(class_names))} if class_names else {}
     image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding)
-    return tfds.features.FeaturesDict({"image": image, "file_name": tfds.features.Text(), **label})
+    features = {"image": image, "file_name": tfds.features.Text(), **label, **mask_features(channels)}
+    return tfds.features.FeaturesDict(features)
 
 
 def convert(data: bytes, conversion: Conversion) -> Converted:
@@ -129,7 +133,7 @@ def write_shard(source: Source, shard: Shard, conversion: Conversion, on_image: 
     Raises OSError if the shard cannot be written.
     """
     temporary = shard.path.with_name(f"{shard.path.name}.{os.getpid()}.tmp")
-    features = set_features(source.class_names)
+    features = set_features(source.class_names, channels=mask_channels(source))
     layout: Any = features.get_serialized_info()
     serializer = ExampleSerializer(layout)
     account = _Account(shard)
@@ -138,7 +142,7 @@ def write_shard(source: Source, shard: Shard, conversion: Conversion, on_image: 
             writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
         try:
             for index in range(shard.first, shard.last):
-                example, read = _example(source, index, conversion, account)
+                example, read = _example(source, index, conversion, account, features)
                 if example is not None:
                     record = serializer.get_tf_example(features.encode_example(example))
                     with _writing(shard.path):
@@ -230,7 +234,7 @@ class _Account:
 
 
 def _example(
-    source: Source, index: int, conversion: Conversion, account: _Account
+    source: Source, index: int, conversion: Conversion, account: _Account, features: Any
 ) -> tuple[dict[str, Any] | None, int]:
     """The TFDS example of a record, or None if it is rejected; and the number of bytes read."""
     data, description = b"", _printable(source.describe(index))
@@ -240,6 +244,10 @@ def _example(
         if not -1 <= label < max(source.classes, 1):
             raise ValueError(f"label {label} is not one of the {source.classes} classes")
         converted = convert(data, conversion)
+        masks = {}
+        if MASK in features:
+            after = Picture(converted.data).size if converted.action == "resized" else converted.size
+            masks[MASK] = io.BytesIO(convert_mask(record.get("mask"), converted.size, after))
     except Exception as error:
         raise_if_of_the_machine(error)
         account.list("rejected", index, description, _reason(error, data))
@@ -248,7 +256,7 @@ def _example(
         account.list("warnings", index, description, _printable(converted.warning))
     account.add(label, data, converted)
     example = {"image": io.BytesIO(converted.data), "file_name": description}
-    return example | ({"label": label} if source.classes else {}), len(data)
+    return example | masks | ({"label": label} if source.classes else {}), len(data)
 
 
 def _reason(error: Exception, data: bytes) -> str:

@@ -13,14 +13,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinymim_jax.data.sources import files, shards
-from tinymim_jax.data.sources.examples import Example, Source
+from tinymim_jax.data.sources.examples import Example, MaskClass, Source
 from tinymim_jax.data.sources.files import File
 from tinymim_jax.data.sources.index import Index, Records, cached
 
 log = logging.getLogger(__name__)
 
 FORMAT = shards.Format("parquet", re.compile(r"\.(parquet|parq|pq)$"))
-IMAGE_COLUMNS = ("image", "img", "jpg")
+IMAGE_COLUMNS = ("image", "img", "jpg", "pixel_values")
+# Of segmentation sets: a second column of images.
+MASK_COLUMNS = (
+    "mask",
+    "segmentation_mask",
+    "annotation",
+    "annotations",
+    "label",
+    "labels",
+    "segmentation",
+    "seg",
+    "gt",
+)
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 # Reading one row reads its row group. Recently read groups are cached per process, up to this many bytes.
 CACHE_BYTES = 256 * 2**20
@@ -31,7 +43,8 @@ _INT32 = -(2**31), 2**31 - 1
 def open_split(name: str, location: str, split: str) -> Source:
     """Opens a whole split of the files at `location`; see `sources.open_source` for the file layout and errors."""
     found = shards.find(FORMAT, name, location, split)
-    index = cached(f"{name}/{split}", shards.fingerprint(FORMAT, found), lambda: _records(found))
+    fingerprint = [*shards.fingerprint(FORMAT, found), "with masks"]  # indexes before these have no column of masks
+    index = cached(f"{name}/{split}", fingerprint, lambda: _records(found))
     largest = int(index.sizes.max())
     if largest > _LARGE_GROUP:
         log.warning(
@@ -48,6 +61,17 @@ def split_names(location: str) -> list[str]:
     return shards.split_names(FORMAT, location)
 
 
+class _Files(NamedTuple):
+    """Columns of encoded files of one row group."""
+
+    images: Any
+    masks: Any | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.images.nbytes + (0 if self.masks is None else self.masks.nbytes)
+
+
 class ParquetSource(Source):
     """The rows of Parquet files, in file order."""
 
@@ -57,9 +81,10 @@ class ParquetSource(Source):
         self.class_names = tuple(index.meta["class_names"])
         self.label_problem = index.meta["label_problem"]
         self._columns = Columns(**index.meta["columns"])
+        self.mask_classes = tuple(MaskClass(name, None) for name in index.meta["mask_classes"])
         self._paths: list[str] = index.meta["paths"]
         self._index = index  # one entry per row group, see `_records`
-        self._groups: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
+        self._groups: OrderedDict[int, tuple[_Files, Any]] = OrderedDict()
         self._kept_bytes = 0
         self._loading: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -69,12 +94,13 @@ class ParquetSource(Source):
 
     def __getitem__(self, index: int) -> Example:
         group, row = self._place(index)
-        images, labels = self._group(group)
-        image = images[row].as_py()
+        stored, labels = self._group(group)
+        image = stored.images[row].as_py()
         if image is None:
             raise ValueError(f"{self.describe(index)} holds no image, or only a path to an external file")
         label = labels[row].as_py() if labels is not None else None
-        return {"image": image, "label": -1 if label is None else int(label)}
+        example: Example = {"image": image, "label": -1 if label is None else int(label)}
+        return example if stored.masks is None else {**example, "mask": stored.masks[row].as_py() or b""}
 
     def known_labels(self) -> np.ndarray | None:
         return self._index.row_labels if self._columns.label else None
@@ -92,8 +118,8 @@ class ParquetSource(Source):
         group = int(np.searchsorted(self._index.offsets, index, side="right")) - 1
         return group, index - int(self._index.offsets[group])
 
-    def _group(self, group: int) -> tuple[Any, Any]:
-        """The image and label columns of a row group (labels None if there are none), from the cache or the file."""
+    def _group(self, group: int) -> tuple[_Files, Any]:
+        """The images and the labels of a row group (None if there are none), from the cache or the file."""
         with self._lock:
             loading = self._loading.setdefault(group, threading.Lock())
         with loading:  # concurrent requests for the same group read it once
@@ -106,36 +132,47 @@ class ParquetSource(Source):
                 self._groups[group] = read
                 self._kept_bytes += read[0].nbytes
                 while len(self._groups) > 1 and self._kept_bytes > CACHE_BYTES:
-                    dropped, (images, _) = self._groups.popitem(last=False)
-                    self._kept_bytes -= images.nbytes
+                    dropped, (stored, _) = self._groups.popitem(last=False)
+                    self._kept_bytes -= stored.nbytes
                     self._loading.pop(dropped, None)
         return read
 
-    def _read(self, group: int) -> tuple[Any, Any]:
+    def _read(self, group: int) -> tuple[_Files, Any]:
         number = int(self._index.labels[group])
         with files.open_file(self._paths[self._index.shards[group]]) as opened, pq.ParquetFile(opened) as file:
-            # Of a struct {bytes, path}, only the bytes are read.
             table = file.read_row_group(number, columns=self._columns.leaves(), use_threads=False)
-        images = table.column(self._columns.image).combine_chunks()
-        if pa.types.is_struct(images.type):
-            images = images.flatten()[0]  # null where the struct is
+        images, masks = (
+            _encoded(table.column(name).combine_chunks()) if name else None
+            for name in (self._columns.image, self._columns.mask)
+        )
         labels = table.column(self._columns.label).combine_chunks() if self._columns.label else None
-        return images, labels
+        return _Files(images, masks), labels
 
     def __reduce__(self):
         return ParquetSource, (self.name, self.split, self._index)
 
 
 class Columns(NamedTuple):
-    """The names of the image column and of the label column, if there is one."""
+    """The names of the image column, and of the columns of labels and masks, if there are such."""
 
     image: str
     is_struct: bool
     label: str | None
+    mask: str | None = None
+    mask_is_struct: bool = False
 
     def leaves(self) -> list[str]:
-        image = f"{self.image}.bytes" if self.is_struct else self.image
-        return [image] if self.label is None else [image, self.label]
+        """The columns to read; of a struct {bytes, path}, only the bytes."""
+        found = [f"{self.image}.bytes" if self.is_struct else self.image]
+        if self.label is not None:
+            found.append(self.label)
+        if self.mask is not None:
+            found.append(f"{self.mask}.bytes" if self.mask_is_struct else self.mask)
+        return found
+
+
+def _encoded(column: Any) -> Any:
+    return column.flatten()[0] if pa.types.is_struct(column.type) else column  # null where the struct is
 
 
 def _records(found: list[File]) -> Records:
@@ -172,6 +209,7 @@ def _records(found: list[File]) -> Records:
         "columns": columns._asdict(),
         "class_names": names or [],
         "label_problem": problem,
+        "mask_classes": shards.named_classes(found[0].path) if columns.mask and not columns.label else [],
     }
     return records
 
@@ -202,22 +240,31 @@ def _columns(path: str, schema: Any) -> tuple[Columns, list[str] | None, str]:
             f"{path} has no image column: it has {', '.join(schema.names)}; expected one of "
             f"{', '.join(IMAGE_COLUMNS)}, or one that has type Image in Hugging Face's metadata"
         )
-    kind = schema.field(image).type
-    is_struct = pa.types.is_struct(kind)
-    stored = kind.field("bytes").type if is_struct and kind.get_field_index("bytes") >= 0 else kind
-    if not any(is_kind(stored) for is_kind in (pa.types.is_binary, pa.types.is_large_binary)):
+    if not _holds_files(schema, image):
         raise ValueError(
-            f"column {image!r} of {path} holds {kind}; expected encoded image files as "
+            f"column {image!r} of {path} holds {schema.field(image).type}; expected encoded image files as "
             "binary, or as a struct with 'bytes'"
         )
+    is_struct = pa.types.is_struct(schema.field(image).type)
+    masks = [name for name in MASK_COLUMNS if name in schema.names and name != image and _holds_files(schema, name)]
+    mask = (masks[0], pa.types.is_struct(schema.field(masks[0]).type)) if masks else (None, False)
     label = _chosen(path, "label", of_type("ClassLabel"), LABEL_COLUMNS, schema)
+    if label in masks:
+        return Columns(image, is_struct, None, *mask), None, ""
     if label is not None and not pa.types.is_integer(schema.field(label).type):
         problem = f"column {label!r} of {path} holds {schema.field(label).type}; expected integers from 0"
-        return Columns(image, is_struct, None), None, problem
+        return Columns(image, is_struct, None, *mask), None, problem
     names = features.get(label or "", {}).get("names")
     if isinstance(names, dict):  # {"0": "cat"}, written by older versions of datasets
         names = [names[key] for key in sorted(names, key=int)]
-    return Columns(image, is_struct, label), names, ""
+    return Columns(image, is_struct, label, *mask), names, ""
+
+
+def _holds_files(schema: Any, column: str) -> bool:
+    """Whether a column holds bytes, or structs with a field of bytes."""
+    kind = schema.field(column).type
+    stored = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    return pa.types.is_binary(stored) or pa.types.is_large_binary(stored)
 
 
 def _chosen(path: str, what: str, noted: list[str], usual: tuple[str, ...], schema: Any) -> str | None:

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from tinymim_jax.data.masks.classes import CLASS_FILES, read_classes
 from tinymim_jax.data.sources.examples import Example, Source
 from tinymim_jax.data.sources.files import raise_open_file_limit
 
 log = logging.getLogger(__name__)
 
 _INFO_FILE = "dataset_info.json"  # TFDS writes it when a directory is complete
-_MASK = "segmentation_mask"  # the key in TFDS
+_MASKS = ("segmentation_mask", "segmentation_label")
 _LABELS = ("label", "original_label")  # the latter in ImageNet ReaL, beside the multi-label `real_label`
 _MULTI_LABEL = "real_label"
 _SAMPLED = 16  # at most this many records are read to find out whether a split is labelled
@@ -91,19 +92,21 @@ class TfdsSource(Source):
         self._label = next((key for key in _LABELS if _has(features, key, tfds.features.ClassLabel)), None)
         self._directory = Path(directory)
         self._has_file_names = "file_name" in features
-        self._has_masks = _has(features, _MASK, tfds.features.Image)
+        self._mask = next((key for key in _MASKS if _has(features, key, tfds.features.Image)), None)
         self._has_multi_label = _has(features, _MULTI_LABEL, tfds.features.Sequence)
         # Other features are not decoded, because that may need TensorFlow.
-        served = ["image"] + [self._label] * (self._label is not None) + [_MASK] * self._has_masks
+        served = ["image"] + [self._label] * (self._label is not None) + [self._mask] * bool(self._mask)
         served += ["file_name"] * self._has_file_names + [_MULTI_LABEL] * self._has_multi_label
         self._features = tfds.features.FeaturesDict({key: features[key] for key in served})
-        self._decoders = {key: tfds.decode.SkipDecoding() for key in ("image", _MASK) if key in served}
+        self._decoders = {key: tfds.decode.SkipDecoding() for key in ("image", self._mask) if key in served}
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         self._records = builder.as_data_source(split, deserialize_method=raw)
         if self._label and self._is_unlabelled():
             self.label_problem = f"all of {min(_SAMPLED, len(self))} records checked have label -1"
             self._label = None
         self.class_names = tuple(features[self._label].names) if self._label else ()
+        named = Path(directory) / CLASS_FILES[0]  # written by `tinymim prepare`
+        self.mask_classes = read_classes(str(named)) if self._mask and named.is_file() else ()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -113,8 +116,8 @@ class TfdsSource(Source):
             raise IndexError(f"{self.name}/{self.split} has records 0 to {len(self) - 1}, got {index}")
         record = self._record(index)
         example: Example = {"image": record["image"], "label": int(record[self._label]) if self._label else -1}
-        if self._has_masks:
-            example["mask"] = record[_MASK]
+        if self._mask:
+            example["mask"] = record[self._mask]
         if self._has_multi_label:
             example["labels"] = tuple(map(int, record[_MULTI_LABEL]))
         return example
