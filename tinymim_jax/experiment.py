@@ -241,15 +241,26 @@ def preprocessing(config: ConfigDict, class_names: Sequence[str]) -> dict[str, A
 
     It is saved with the weights, in model.json, so that they can be used without the config (evaluation/predictor.py).
     """
+    resize = {"resize": config.data.eval_resize} if "eval_resize" in config.data else {}
     return {
         "image_size": list(config.model.image_size),
-        "resize": config.data.eval_resize,
+        **resize,
         "interpolation": "bicubic",
         "upright": config.data.upright,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "class_names": list(class_names),
     }
+
+
+def input_record(experiment: Experiment) -> dict[str, Any]:
+    """`preprocessing` of an experiment; for a task that labels pixels also its windows and the colours of the classes."""
+    record = preprocessing(experiment.config, experiment.train_source.class_names)
+    if (segmenter := experiment.task.segmenter) is not None:
+        record["windows"] = dataclasses.asdict(segmenter.windows)
+        colours = getattr(experiment.train_source, "class_colours", ())
+        record["class_colours"] = [list(colour) for colour in colours]
+    return record
 
 
 def _this_process() -> dict[str, int]:

@@ -13,14 +13,13 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import digest
 from tinymim_jax.checkpoints.manager import Checkpoints
-from tinymim_jax.evaluation.evaluate import evaluate
+from tinymim_jax.evaluation.evaluate import Evaluation, make_evaluation
 from tinymim_jax.experiment import (
     Experiment,
     batch_shapes,
     build_experiment,
     build_optimizer,
-    evaluation_batches,
-    preprocessing,
+    input_record,
     training_batches,
 )
 from tinymim_jax.loggers import check_installed
@@ -37,12 +36,10 @@ from tinymim_jax.state import (
     TrainState,
     evaluated_params,
     init_state,
-    make_eval_step,
     make_train_step,
     place_frozen,
     trained_paths,
 )
-from tinymim_jax.tasks.task import evaluation_metric
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +135,7 @@ def _run(
         check_inputs(workdir, inputs, frozen_before=checkpoints.extra.get("frozen"))
         accept(workdir, config, inputs, changes)
         state = fresh_state() if state is None else state
-        write_json(workdir / "model.json", task.model | task.origin | {"preprocessing": preprocessing(config, names)})
+        write_json(workdir / "model.json", task.model | task.origin | {"preprocessing": input_record(experiment)})
         run_log.begin(experiment, state, paths, mesh, workers)
         return _loop(experiment, mesh, state, frozen, train_step, checkpoints, run_log, workers, inputs.frozen)
 
@@ -155,7 +152,7 @@ def _loop(
     frozen_digest: str,
 ) -> dict[str, float]:
     settings, task, total = experiment.config.train, experiment.task, experiment.total_steps
-    eval_step = make_eval_step(evaluation_metric(task), mesh)
+    evaluation = make_evaluation(experiment, mesh)
     root = jax.random.key(experiment.config.seed)
     names = (*task.names, "gradient_norm")
     start, extra = int(state.step), {"frozen": frozen_digest}
@@ -179,7 +176,7 @@ def _loop(
                 run_log.training(step, recorded, state, batches.substitutions)
                 recorded = _nothing_recorded(names, mesh)
             if experiment.eval_every and step % experiment.eval_every == 0 and step < total:
-                _evaluate(experiment, mesh, state, frozen, eval_step, run_log, workers, step)
+                _evaluate(evaluation, state, frozen, run_log, workers, step)
             stopping = stop.requested  # read once: a signal after the save is for the next step
             with run_log.saving(step):
                 checkpoints.save(step, state, force=stopping or step == total, extra=extra)
@@ -193,27 +190,17 @@ def _loop(
                 )
         _check_finite(skipped_in_a_row, total, settings.max_skipped)
         run_log.finished(total)
-        result = _evaluate(experiment, mesh, state, frozen, eval_step, run_log, workers, total)
+        result = _evaluate(evaluation, state, frozen, run_log, workers, total)
         with run_log.saving(total):
             checkpoints.wait()
     return result
 
 
 def _evaluate(
-    experiment: Experiment, mesh: Mesh, state: TrainState, frozen, eval_step, run_log: RunLog, workers: int, step: int
+    evaluation: Evaluation, state: TrainState, frozen, run_log: RunLog, workers: int, step: int
 ) -> dict[str, float]:
     with run_log.evaluating():
-        result = evaluate(
-            eval_step,
-            evaluation_metric(experiment.task),
-            evaluated_params(state),
-            frozen,
-            evaluation_batches(experiment, workers=workers),
-            mesh,
-            examples=len(experiment.eval_source),
-            seed=experiment.config.seed,
-            on_batch=run_log.evaluated_batch,
-        )
+        result = evaluation(evaluated_params(state), frozen, workers=workers, on_batch=run_log.evaluated_batch)
     run_log.evaluation(step, result)
     return result
 

@@ -13,7 +13,8 @@ from tinymim_jax.class_names import REMEDY, match_classes
 from tinymim_jax.data.pipeline import Batches
 from tinymim_jax.evaluation.checks import check_preprocessing
 from tinymim_jax.evaluation.collect import count_substituted
-from tinymim_jax.experiment import build_experiment, evaluation_batches, task_type
+from tinymim_jax.evaluation.segmentation import PixelLabeller, score_split
+from tinymim_jax.experiment import Experiment, build_experiment, evaluation_batches, task_type
 from tinymim_jax.metrics import Metric, Tally
 from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.state import make_eval_step, place_frozen
@@ -55,6 +56,37 @@ def evaluate(
     return figures | {"examples": counted, "substituted": count_substituted(batches, examples)}
 
 
+# (params, frozen, workers=, on_batch=) -> figures
+Evaluation = Callable[..., dict[str, float]]
+
+
+def make_evaluation(experiment: Experiment, mesh: Mesh) -> Evaluation:
+    """`(params, frozen, *, workers=0, on_batch=...) -> figures` of the experiment's evaluation split.
+
+    A function, so that an evaluation that is repeated during training compiles its programs once. Tasks that label pixels
+    are shown whole images (evaluation/segmentation.py), which are decoded by threads, not by `workers`.
+    """
+    task, config = experiment.task, experiment.config
+    if task.segmenter is not None:
+        labeller = PixelLabeller(task.segmenter, mesh)
+
+        def score(params: Params, frozen: Params, *, workers: int = 0, on_batch=lambda: None) -> dict[str, float]:
+            del workers
+            source, upright = experiment.eval_source, config.data.upright
+            return score_split(labeller, params, frozen, source, mesh, upright=upright, on_image=on_batch)
+
+        return score
+    metric = evaluation_metric(task)
+    step = make_eval_step(metric, mesh)
+
+    def measure(params: Params, frozen: Params, *, workers: int = 0, on_batch=lambda: None) -> dict[str, float]:
+        batches, examples = evaluation_batches(experiment, workers=workers), len(experiment.eval_source)
+        options = {"examples": examples, "seed": config.seed, "on_batch": on_batch}
+        return evaluate(step, metric, params, frozen, batches, mesh, **options)
+
+    return measure
+
+
 def evaluate_checkpoint(
     config: ConfigDict, checkpoint: str | pathlib.Path, *, data_dir: str | None = None, workers: int = 0
 ) -> dict[str, float]:
@@ -70,7 +102,7 @@ def evaluate_checkpoint(
     experiment = build_experiment(config, data_dir=data_dir)
     task = experiment.task
     known = model.get("preprocessing", {}).get("class_names")
-    if known and "classifier" in model and "classifier" in task.model:
+    if known and any(part in model and part in task.model for part in ("classifier", "segmenter")):
         # Without names this happens in `task.start`, which takes the head; there a mismatch is no error.
         names, data = experiment.train_source.class_names, config.data.source
         remedy = f"{REMEDY}. For data with only some of the classes: --suite {data}@{config.data.eval_split}"
@@ -87,15 +119,6 @@ def evaluate_checkpoint(
                 f"of a {config.task!r} run, or correct the config"
             )
     assert task.start is not None
-    mesh, metric = make_mesh(), evaluation_metric(task)
+    mesh = make_mesh()
     params = place_frozen(task.start(jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))), mesh)
-    return evaluate(
-        make_eval_step(metric, mesh),
-        metric,
-        params,
-        place_frozen(task.load_frozen(), mesh),
-        evaluation_batches(experiment, workers=workers),
-        mesh,
-        examples=len(experiment.eval_source),
-        seed=config.seed,
-    )
+    return make_evaluation(experiment, mesh)(params, place_frozen(task.load_frozen(), mesh), workers=workers)

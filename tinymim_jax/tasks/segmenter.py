@@ -39,6 +39,8 @@ class Windows:
             raise ValueError(f"resize={self.resize}: (long side, short side) in pixels")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales={self.scales}: needs one or more positive numbers")
+        if self.mode == "whole" and len(self.scales) > 1:
+            raise ValueError(f"scales={self.scales}: mode 'whole' has one scale, in which the image fits into a window")
 
 
 @dataclasses.dataclass(frozen=True)
