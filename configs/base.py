@@ -229,6 +229,23 @@ def segment() -> ml_collections.ConfigDict:
     config.model.image_size = (512, 512)  # of the crops, and of the windows in evaluation
     config.model.pos_embed = "learned"
     config.model.drop_path_schedule = "linear"
+    for name in ("crop_scale", "crop_ratio", "rand_augment", "eval_resize"):
+        del config.data[name]  # segmentation has views of its own
+    # An image is scaled, with its proportions, to fit into (long, short) sides; None: it keeps its size
+    config.data.scale = (2048, 512)
+    config.data.scale_range = (0.5, 2.0)  # in training, that size times a random factor from this range
+    config.data.max_class_share = 0.75  # a crop with more of one class is drawn again, up to ten times; 1: never
+    config.data.photometric = True  # random brightness, contrast, saturation and hue in training
+    config.data.masks = ml_collections.ConfigDict()
+    # ade20k | cityscapes | cityscapes_train_ids | voc | camvid | a file with a class a line, NAME or NAME R G B | their
+    # number; None: classes.txt beside the data
+    config.data.masks.classes = config_dict.placeholder(object)
+    # Stored value, or values, of pixels to ignore; None: as the named set says, or 255 (65535 in 16-bit masks)
+    config.data.masks.ignore = config_dict.placeholder(object)
+    # ((stored value, class), ...), class -1: ignored; None: as the named set says, or stored values are classes
+    config.data.masks.label_map = config_dict.placeholder(object)
+    # Stored 0 is ignored and k is class k - 1; None: as the named set says (ade20k: True)
+    config.data.masks.reduce_zero_label = config_dict.placeholder(bool)
     config.optim.base_lr = 1.6e-3  # 1e-4 for a batch of 16
     config.optim.warmup = "1500 steps"
     config.optim.schedule = "poly"
@@ -256,4 +273,10 @@ def segment() -> ml_collections.ConfigDict:
     config.segment.layer_scale = True  # each branch gets a learned factor for each channel, which starts at 1
     # Attention heads. keep: as pre-trained | official: 3 (Ti), 6 (S) or 12 (B) in every block, as the published ones
     config.segment.heads = "keep"
+    config.segment.evaluation = ml_collections.ConfigDict()  # and of `tinymim predict`
+    # slide: windows of model.image_size, whose logits are averaged | whole: the image scaled into one window
+    config.segment.evaluation.mode = "slide"
+    config.segment.evaluation.stride = (341, 341)  # (down, across) between windows
+    config.segment.evaluation.flip = False  # probabilities averaged with those of the mirrored image
+    config.segment.evaluation.scales = (1.0,)  # sizes relative to data.scale whose probabilities are averaged
     return config

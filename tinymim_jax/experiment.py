@@ -132,7 +132,7 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         train_source=train_source,
         eval_source=eval_source,
         task=kind.build(config, train_source.class_names),
-        views=kind.views(config),
+        views=kind.class_views(config, train_source.classes) if kind.class_views else kind.views(config),
         batch_size=batch_size,
         total_steps=total_steps,
         eval_every=in_steps(config.train.eval_every, "train.eval_every"),
@@ -254,7 +254,7 @@ def preprocessing(config: ConfigDict, class_names: Sequence[str]) -> dict[str, A
 
 
 def input_record(experiment: Experiment) -> dict[str, Any]:
-    """`preprocessing` of an experiment; for a task that labels pixels also its windows and the colours of the classes."""
+    """`preprocessing` of an experiment; where pixels are labelled, also its windows and the colours of the classes."""
     record = preprocessing(experiment.config, experiment.train_source.class_names)
     if (segmenter := experiment.task.segmenter) is not None:
         record["windows"] = dataclasses.asdict(segmenter.windows)

@@ -63,8 +63,8 @@ Evaluation = Callable[..., dict[str, float]]
 def make_evaluation(experiment: Experiment, mesh: Mesh) -> Evaluation:
     """`(params, frozen, *, workers=0, on_batch=...) -> figures` of the experiment's evaluation split.
 
-    A function, so that an evaluation that is repeated during training compiles its programs once. Tasks that label pixels
-    are shown whole images (evaluation/segmentation.py), which are decoded by threads, not by `workers`.
+    A function, so that an evaluation that is repeated during training compiles its programs once. Tasks that label
+    pixels are shown whole images (evaluation/segmentation.py), which are decoded by threads, not by `workers`.
     """
     task, config = experiment.task, experiment.config
     if task.segmenter is not None:

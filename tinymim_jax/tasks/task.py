@@ -77,6 +77,7 @@ class TaskType:
       config that cannot be trained.
     needs_labels: training and evaluation read `batch["label"]`, so the data must have labels.
     views: config -> how examples become rows of a batch, and so which arrays a batch has.
+    class_views: (config, number of classes) -> the same, in place of `views`, for arrays that depend on that number.
     for_evaluation: config -> the config under which a checkpoint is evaluated, without what only training needs; it
       may change its argument.
     sources: (config, source as opened) -> the source that the task uses, for training and evaluation data alike; such
@@ -88,6 +89,7 @@ class TaskType:
     build: Callable[[ConfigDict, Sequence[str]], Task]
     needs_labels: bool = False
     views: Callable[[ConfigDict], Views] = image_views
+    class_views: Callable[[ConfigDict, int], Views] | None = None
     for_evaluation: Callable[[ConfigDict], ConfigDict] = unchanged
     sources: Callable[[ConfigDict, Source], Source] = as_opened
     stand_ins: Callable[[ConfigDict, int], list[StandIn]] = lambda config, classes: init_stand_in(config)

@@ -16,6 +16,7 @@ from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.pixel_loss import pixel_cross_entropy
 from tinymim_jax.tasks.pretrained import Loaded, load
+from tinymim_jax.tasks.segment.data import evaluation_windows, mean_colour, segmentation_views, with_masks
 from tinymim_jax.tasks.segment.encoder import segmentation_encoder
 from tinymim_jax.tasks.segment.start import start_from
 from tinymim_jax.tasks.segmenter import Segmenter
@@ -42,7 +43,13 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         losses=method.losses,
         names=method.names,
         start=functools.partial(start_from, loaded, network, class_names) if loaded else None,
-        segmenter=Segmenter(method.logits, network.encoder.image_size, network.classes, _mean_colour(config)),
+        segmenter=Segmenter(
+            method.logits,
+            network.encoder.image_size,
+            network.classes,
+            mean_colour(config),
+            evaluation_windows(config),
+        ),
     )
 
 
@@ -139,12 +146,6 @@ def _classes(config: ConfigDict, class_names: Sequence[str]) -> int:
     return classes
 
 
-def _mean_colour(config: ConfigDict) -> tuple[int, int, int]:
-    """RGB of the pixels that are closest to 0 after normalizing."""
-    red, green, blue = (round(255 * value) for value in config.data.mean)
-    return red, green, blue
-
-
 def _check_taps(taps: tuple[int, ...], encoder: ViT) -> None:
     if not taps or any(not 1 <= tap <= encoder.depth for tap in taps) or list(taps) != sorted(taps):
         raise ValueError(f"segment.taps={taps}: choose ascending blocks from 1 to {encoder.depth}")
@@ -181,4 +182,4 @@ def _check_training(config: ConfigDict, network: SegmentationNetwork) -> None:
         )
 
 
-TASK = TaskType(build=build, usual_data=(20_210, 150))  # ADE20K
+TASK = TaskType(build=build, sources=with_masks, class_views=segmentation_views, usual_data=(20_210, 150))  # ADE20K
