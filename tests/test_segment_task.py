@@ -11,7 +11,7 @@ from tinymim_jax import optim
 from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.models.convolutions import STATISTICS
-from tinymim_jax.models.segmentation import default_taps
+from tinymim_jax.models.taps import default_taps
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.pixel_loss import pixel_cross_entropy
 from tinymim_jax.ops.pooling import adaptive_pool, max_pool

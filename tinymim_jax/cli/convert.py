@@ -6,7 +6,7 @@ from typing import Any
 HELP = "read a PyTorch checkpoint (.pth or .safetensors), a hub folder or an exported ONNX file, without PyTorch"
 
 # The keys of convert.FAMILIES and convert.INTERPOLATIONS: importing that package would make --help slow.
-FAMILIES = ("mae", "tinymim", "vit", "tinymim_star")
+FAMILIES = ("mae", "tinymim", "vit", "tinymim_star", "tinymim_segmentation", "tinymim_star_segmentation")
 INTERPOLATIONS = ("bicubic", "bilinear")
 # What `tinymim export` wrote, and in the case of the hub what timm saved: these say themselves what they are.
 EXPORTS = ("hub", "onnx")
@@ -20,8 +20,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         required=True,
         choices=(*FAMILIES, *EXPORTS),
         help="which model's tensor names the file has: those of MAE's or TinyMIM's release, of the fine-tuned "
-        "TinyMIM*-T, or of timm's and DeiT's classifiers (vit). hub: a folder that `tinymim export` or timm's "
-        "save_for_hf wrote; onnx: a float32 file of `tinymim export`",
+        "TinyMIM*-T, of timm's and DeiT's classifiers (vit), or of the release's segmentation networks. hub: a folder "
+        "that `tinymim export` or timm's save_for_hf wrote; onnx: a float32 file of `tinymim export`",
     )
     command.add_argument("--input", required=True, metavar="FILE", help="for the hub a folder")
     command.add_argument("--output", required=True, metavar="DIR")
@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     save_params(options.output, params, model)
     encoder, source = model["encoder"], model["source"]
     parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
+    parts += ", segmentation network" * ("segmenter" in model)
     assumed = " (assumed: those of the published model of this width)" * ("heads" in source.get("assumed", []))
     print(
         f"{options.output}: {parts}; width {encoder['embed_dim']}, {encoder['depth']} blocks, heads {encoder['heads']}"
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"  left out: {text}")
     for text in source.get("notes", []):
         print(f"  note: {text}")
-    print("\n".join(described(model["preprocessing"], classifier="classifier" in model)))
+    print("\n".join(described(model["preprocessing"], classifier="classifier" in model or "segmenter" in model)))
     return 0
 
 

@@ -35,8 +35,8 @@ def make_architecture(
             "depth": depth,
             "heads": parse_heads(heads, depth, sizes["d"]),
             "patch_size": sizes["p"],
-            "image_size": _image_size(sizes["n"], 2 if dist_token else 1, sizes["p"], image_size),
-            "mlp_ratio": _ratio(sizes["m"], sizes["d"]),
+            "image_size": make_image_size(sizes["n"], 2 if dist_token else 1, sizes["p"], image_size),
+            "mlp_ratio": ratio(sizes["m"], sizes["d"]),
             "pos_embed": "learned",
             "final_norm": "encoder/norm/scale" in paths,
         }
@@ -131,7 +131,7 @@ def _published(table: Mapping[int, Any], width: int, remedy: str) -> Any:
     return table[width]
 
 
-def _image_size(rows: int, prefix: int, patch_size: int, image_size: tuple[int, int] | None) -> list[int]:
+def make_image_size(rows: int, prefix: int, patch_size: int, image_size: tuple[int, int] | None) -> list[int]:
     """[height, width] in pixels of the images that a position table of so many rows is for.
 
     prefix: the rows before those of the patches.
@@ -167,7 +167,7 @@ def _oblong(patches: int, patch_size: int) -> str:
     return f"{height * patch_size} {patches // height * patch_size}"
 
 
-def _ratio(hidden: int, width: int) -> float:
+def ratio(hidden: int, width: int) -> float:
     """mlp_ratio such that int(width * ratio), with which models are built, gives `hidden`."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    quotient = hidden / width
+    return quotient if int(width * quotient) == hidden else math.nextafter(quotient, math.inf)

@@ -13,6 +13,7 @@ from tinymim_jax.convert.errors import ConvertError, printable
 from tinymim_jax.convert.families import FAMILIES
 from tinymim_jax.convert.families.table import Family, Leaf, Shape, leaves, sizes_shown
 from tinymim_jax.convert.readers.inert_pickle import Opaque
+from tinymim_jax.convert.segmentation import check_segmenter, make_segmenter, segmenter_parts, segmenter_sizes
 from tinymim_jax.convert.state_dict import find_state_dict
 from tinymim_jax.errors import unknown
 
@@ -76,7 +77,10 @@ def from_state_dict(
     plan = _plan(family_of(family), state)
     if plan.problems:
         raise ConvertError(_listed(f"the file does not hold a {family!r} model", plan.problems) + _hint(family, state))
-    model = make_architecture(FAMILIES[family], plan.parts, plan.sizes, heads, decoder_heads, image_size)
+    if FAMILIES[family].pyramid:
+        model = make_segmenter(FAMILIES[family], plan.parts, plan.sizes, heads, image_size)
+    else:
+        model = make_architecture(FAMILIES[family], plan.parts, plan.sizes, heads, decoder_heads, image_size)
     params: dict = {}
     for leaf in plan.leaves:
         *folders, name = leaf.ours.split("/")
@@ -102,7 +106,12 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
     Raises:
       ConvertError: the parameters are not those of this model in this family; all differences are listed.
     """
-    expected = leaves(family_of(family).rows_with(parts_of(model)), sizes_of(model))
+    if pyramid := family_of(family).pyramid:
+        check_segmenter(family, pyramid, model)
+        parts, sizes = segmenter_parts(model), segmenter_sizes(model)
+    else:
+        parts, sizes = parts_of(model), sizes_of(model)
+    expected = leaves(family_of(family).rows_with(parts), sizes)
     # The adapter of a distillation is used in its training only; PyTorch's families have no name for it.
     added = {"adapter"} & set(model)
     arrays = dict(_flatten({part: tree for part, tree in params.items() if part not in added}))
@@ -129,6 +138,8 @@ class _Plan:
 
 
 def _plan(family: Family, state: Mapping[str, Any]) -> _Plan:
+    if family.ignored:
+        state = {name: value for name, value in state.items() if not re.search(family.ignored, name)}
     shapes = {name: value.shape for name, value in state.items() if isinstance(value, np.ndarray)}
     parts = {row.part for row in family.rows if row.torch.format(i=0) in state}
     # A state dict shows one of the two ways to pool; the norm of the other one is then unexpected.
@@ -187,6 +198,8 @@ def _hint(family: str, state: Mapping[str, Any]) -> str:
             "\nIt holds numpy arrays, not tensors: save {name: torch.from_numpy(x) for name, x in state.items()}, or "
             "use safetensors.numpy.save_file"
         )
+    if any(name.startswith("fpn1.") for name in state):
+        return "\nIt is the encoder of a segmentation network: use --from tinymim_segmentation"
     found = [what for pattern, what in _UNSUPPORTED.items() if any(re.search(pattern, name) for name in state)]
     return f"\nThe models here do not have: {'; '.join(found)}. Such a file cannot be converted" if found else ""
 

@@ -64,6 +64,7 @@ def convert_file(
             decoder_heads=decoder_heads or decoder.get("heads"),
             image_size=image_size or _size(encoder.get("image_size")) or _fitting(sidecar, found.state),
         )
+        _restore_taps(model, exported)
         preprocessing = complete_preprocessing(model, given or Given(), exported.get("preprocessing", {}), sidecar)
     except ConvertError as error:
         where = f" ({found.place})" if "found" in locals() and found.place else ""
@@ -90,11 +91,18 @@ def _exported(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     try:
         record = json.loads(metadata[METADATA])
-        if all(isinstance(record.get(part, {}), dict) for part in ("encoder", "decoder", "preprocessing")):
+        if all(isinstance(record.get(part, {}), dict) for part in ("encoder", "decoder", "segmenter", "preprocessing")):
             return record, []
     except (ValueError, AttributeError, RecursionError):
         pass
     return {}, [f"the file's metadata {METADATA!r} are damaged and were ignored"]
+
+
+def _restore_taps(model: dict[str, Any], exported: Mapping[str, Any]) -> None:
+    """Which blocks the head of a segmentation network sees, which no tensor shows."""
+    taps = exported.get("segmenter", {}).get("taps")
+    if taps and "segmenter" in model:
+        model["segmenter"]["taps"] = [int(tap) for tap in taps]
 
 
 def _size(value: Any) -> tuple[int, int] | None:

@@ -73,7 +73,7 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
         value = values[key]
         result[key] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         origin[key] = where(key)
-    _check(result, origin, model.get("classifier", {}).get("classes", 0))
+    _check(result, origin, model.get("classifier", model.get("segmenter", {})).get("classes", 0))
     return result | {"origin": origin}
 
 
@@ -147,7 +147,7 @@ def _check(result: Mapping[str, Any], origin: Mapping[str, str], classes: int) -
         )
     names = result["class_names"]
     if names and len(names) != classes:
-        has = f"has {classes} classes" if classes else "has no classifier"
+        has = f"has {classes} classes" if classes else "has no classes"
         raise ConvertError(
             f"{len(names)} class names ({origin['class_names']}), and the model {has}. If a file beside the weights "
             "belongs to another model, use --config none or --config FILE"

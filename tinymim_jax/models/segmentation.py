@@ -1,6 +1,5 @@
 """Semantic segmentation: an encoder, a feature pyramid where the head needs one, and a head that labels pixels."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,10 +141,3 @@ def variables(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"params": {name: tree for name, tree in params.items() if name != STATISTICS}} | {
         name: tree for name, tree in params.items() if name == STATISTICS
     }
-
-
-def default_taps(head: str, depth: int) -> tuple[int, ...]:
-    """The last block for 'linear', else four: blocks 4, 6, 8 and 12 of 12 as published, or in proportion."""
-    if head == "linear":
-        return (depth,)
-    return tuple(max(1, math.ceil(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1))

@@ -1,6 +1,6 @@
 """Families of PyTorch checkpoints, one file each: a new one is a file with `FAMILY`, and a row here and in the cli."""
 
-from tinymim_jax.convert.families import mae, tinymim, tinymim_star, vit
+from tinymim_jax.convert.families import mae, segmentation, tinymim, tinymim_star, vit
 from tinymim_jax.convert.families.table import Family
 
 FAMILIES: dict[str, Family] = {
@@ -8,4 +8,6 @@ FAMILIES: dict[str, Family] = {
     "tinymim": tinymim.FAMILY,
     "vit": vit.FAMILY,
     "tinymim_star": tinymim_star.FAMILY,
+    "tinymim_segmentation": segmentation.FAMILY,
+    "tinymim_star_segmentation": segmentation.STAR,
 }

@@ -87,6 +87,7 @@ FAMILY = Family(
     (*_TOKENS, *_PATCHES, *_block(), *_quadruple("d", "d", "d"), *_heads("d")),
     heads={},
     ignored=_BUFFERS,
+    pyramid="plain",
 )
 
 STAR = Family(
@@ -104,4 +105,5 @@ STAR = Family(
     ),
     heads={},
     ignored=_BUFFERS,
+    pyramid="star",
 )

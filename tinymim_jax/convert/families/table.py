@@ -94,12 +94,14 @@ class Family:
     heads: attention heads by width, which no tensor shows: (all blocks but the last, the last block).
     decoder_heads: attention heads of an MAE decoder by its width.
     ignored: a pattern of tensor names that a file may have and that are neither read nor written.
+    pyramid: of a family of segmentation networks; '' for others.
     """
 
     rows: Rows
     heads: Mapping[int, tuple[int, int]]
     decoder_heads: Mapping[int, int] = dataclasses.field(default_factory=dict)
     ignored: str = ""
+    pyramid: str = ""
 
     def rows_with(self, parts: set[str]) -> Rows:
         """The rows of a model that has these optional parts."""

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinymim_jax.models.convolutions import STATISTICS
-from tinymim_jax.models.segmentation import SegmentationNetwork, default_taps, variables
+from tinymim_jax.models.segmentation import SegmentationNetwork, variables
+from tinymim_jax.models.taps import default_taps
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.ops.pixel_loss import pixel_cross_entropy
