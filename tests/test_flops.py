@@ -48,6 +48,20 @@ def test_a_second_pair_of_blocks_costs_its_relations_alone(tiny):
     assert flops_of(two) - tiny == relations * 768 + 3 * relations * 192
 
 
+def test_convolutions_forward_and_backward_by_hand():
+    x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+
+    def loss(x, kernel, stride):
+        padding = ((1, 1), (1, 1))
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=dimensions).sum()
+
+    once = 2 * 2 * 64 * 3 * 3 * 3 * 5
+    assert matmul_flops(lambda *a: loss(*a, 1), x, kernel) == once
+    assert matmul_flops(jax.grad(lambda *a: loss(*a, 1) ** 2, argnums=(0, 1)), x, kernel) == 3 * once
+    assert matmul_flops(jax.grad(lambda *a: loss(*a, 2) ** 2, argnums=(0, 1)), x, kernel) == 3 * once // 4
+
+
 def test_they_are_the_compilers():
     encoder = ViT(embed_dim=64, depth=4, heads=2, patch_size=8, image_size=(64, 64))
     images = jnp.zeros((4, 64, 64, 3))

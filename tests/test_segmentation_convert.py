@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run
 from segmentation_files import segmentation_dir, segmentation_golden
 from segmentation_networks import golden_params, golden_weights
 
 from configs import base
 from tinymim_jax.checkpoints.params import save_params
-from tinymim_jax.cli.main import main
 from tinymim_jax.convert import FORMATS, ConvertError, convert_file, from_torch, to_torch
 from tinymim_jax.convert.families.segmentation import STAR
 from tinymim_jax.convert.families.table import leaves, sizes_shown
@@ -104,10 +104,12 @@ def test_files_that_do_not_fit_are_refused(converted):
 def test_the_command_converts_and_exports(converted, tmp_path, capsys):
     save_params(tmp_path / "run", converted[1], converted[0])
     file = tmp_path / "x.safetensors"
-    assert main(["export", str(tmp_path / "run"), "--to", "tinymim_segmentation", "--output", str(file)]) == 0
-    words = ["--from", "tinymim_segmentation", "--input", str(file), "--output", str(tmp_path / "back")]
-    assert main(["convert", *words]) == 0
-    assert "encoder, segmentation network; width" in capsys.readouterr().out
+    status, _, _ = run(capsys, "export", tmp_path / "run", "--to", "tinymim_segmentation", "--output", file)
+    assert status == 0
+    words = ("--from", "tinymim_segmentation", "--input", file, "--output", tmp_path / "back")
+    status, out, _ = run(capsys, "convert", *words)
+    assert status == 0
+    assert "encoder, segmentation network; width" in out
     assert set(read(file)[0]) == set(golden_weights())
 
 

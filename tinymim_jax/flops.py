@@ -1,4 +1,4 @@
-"""FLOPs of matrix products, counted in the traced program, so for any task, tap, mask and number of micro-batches."""
+"""FLOPs of products and convolutions, counted in the traced program, so for any task, tap, mask and micro-batches."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,8 @@ def matmul_flops(function: Callable, *arguments: Any) -> int:
     count, as the compiler removes them. Norms, softmax, GELU and the optimizer are left out: they are a few per cent of
     a ViT, and the peak FLOP/s of a chip refers to matrix products.
 
-    Raises NotImplementedError for loops of unknown length (`while`) and for convolutions.
+    Of a convolution every product counts, those with padded zeros too. Raises NotImplementedError for loops of unknown
+    length (`while`).
     """
     with compiling_for("gpu"):  # in dense form, on any machine: kernels compute some products twice
         return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
@@ -42,8 +43,8 @@ def _count(jaxpr: Any) -> int:
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     total = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("while", "conv_general_dilated"):
-            raise NotImplementedError(f"FLOPs of {equation.primitive.name!r} are not counted")
+        if equation.primitive.name == "while":
+            raise NotImplementedError("FLOPs of loops of unknown length are not counted")
         if equation.primitive.name == "pallas_call":
             total += equation.params["cost_estimate"].flops
             continue
@@ -55,6 +56,8 @@ def _count(jaxpr: Any) -> int:
             total += times * sum(inner)
         elif equation.primitive.name == "dot_general":
             total += _dot_flops(equation)
+        elif equation.primitive.name == "conv_general_dilated":
+            total += _convolution_flops(equation)
     return total
 
 
@@ -75,3 +78,11 @@ def _dot_flops(equation: Any) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
     shape = equation.invars[0].aval.shape
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+
+
+def _convolution_flops(equation: Any) -> int:
+    """Of the input's places only those count that are not zeros put in between (the gradient of a stride)."""
+    kernel = equation.invars[1].aval.shape
+    outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    products = math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+    return 2 * products // math.prod(equation.params["lhs_dilation"])
