@@ -5,8 +5,12 @@ import json
 import numpy as np
 import pytest
 from pictures import encoded
+from PIL import Image
 
 from configs import base
+from tinymim_jax import load
+from tinymim_jax.class_names import ClassMismatch
+from tinymim_jax.cli import main as cli
 from tinymim_jax.config import apply_overrides
 from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
@@ -107,3 +111,69 @@ def test_masks_that_do_not_fit_are_told_before_the_first_step(pairs, tmp_path):
     words = (f"data.source=folder:{pairs}/train/images", "data.train_split=all", "data.eval_split=all")
     with pytest.raises(LabelError, match="has no mask"):
         build_experiment(experiment(pairs, *words, "data.masks.classes=2"))
+
+
+def command(capsys, *words) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*map(str, words)])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_segmenting_images_by_function(run, pairs):
+    model = load(run[0])
+    path = next((pairs / "val" / "images").glob("*.png"))
+    found = model.segment(path)
+    pixels = np.asarray(Image.open(path))
+    assert found.labels.shape == pixels.shape[:2]
+    assert found.labels.dtype == np.uint8
+    np.testing.assert_array_equal(model.segment(pixels).labels, found.labels)
+    assert [x.labels.shape for x in model.segment([pixels[:20], pixels])] == [(20, pixels.shape[1]), pixels.shape[:2]]
+    assert model.class_names == ("ground", "square")
+    assert sum(found.shares().values()) == pytest.approx(1)
+    assert found.shares()["square"] == (found.labels == 1).mean()
+    # The labels are those by which evaluation counted.
+    total = np.zeros((2, 2), np.int64)
+    for number in range(20, 25):
+        image, truth = scene(number)
+        labels = model.segment(image).labels
+        np.add.at(total, (truth[truth != 7], labels[truth != 7]), 1)
+    assert np.trace(total) / total.sum() == pytest.approx(run[1]["aAcc"], abs=1e-3)
+    with pytest.raises(ValueError, match="has no classifier"):
+        model.classify(pixels)
+
+
+def test_segmenting_images_by_command(run, pairs, tmp_path, capsys):
+    workdir = run[0]
+    paths = sorted((pairs / "val" / "images").glob("*.png"))[:2]
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    words = ("predict", workdir, *paths, tmp_path / "damaged.png", "--output", tmp_path / "out", "--json", "--flip")
+    code, out, err = command(capsys, *words)
+    assert code == 1
+    assert "damaged.png cannot be decoded" in err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["image"] for line in lines] == [str(path) for path in paths]
+    mask, overlay = Image.open(lines[0]["mask"]), Image.open(lines[0]["overlay"])
+    assert (mask.mode, mask.getpalette()[:6]) == ("P", [0, 0, 100, 200, 0, 0])
+    labels = np.asarray(mask)
+    assert lines[0]["shares"]["square"] == pytest.approx((labels == 1).mean(), abs=1e-4)
+    assert labels.shape == np.asarray(overlay).shape[:2]
+    red = np.asarray(overlay).astype(int)[..., 0] - np.asarray(Image.open(paths[0])).astype(int)[..., 0] * 0.45
+    assert red[labels == 1].mean() > red[labels == 0].mean() + 60
+    code, out, err = command(capsys, "predict", workdir, paths[0], "--output", tmp_path / "out")
+    assert code == 0
+    assert "ground" in out and "_overlay.jpg" in out  # noqa: PT018
+    code, out, err = command(capsys, "predict", workdir, paths[0], paths[0])
+    assert code == 1
+    assert "would write the same files" in err
+
+
+def test_evaluating_by_command(run, capsys):
+    code, out, _ = command(capsys, "evaluate", run[0])
+    assert code == 0
+    assert json.loads(out.splitlines()[-1]) == run[1]
+
+
+def test_classes_of_the_checkpoint_and_of_the_data_must_agree(run, pairs):
+    with pytest.raises(ClassMismatch):
+        evaluate_checkpoint(experiment(pairs, "data.masks.classes=2"), run[0])

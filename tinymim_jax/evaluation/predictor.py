@@ -14,10 +14,14 @@ from tinymim_jax.checkpoints.params import load_params
 from tinymim_jax.data.views.decoding import Picture, Undecodable
 from tinymim_jax.data.views.transforms import EvalView
 from tinymim_jax.errors import unknown
+from tinymim_jax.evaluation.segmentation import PixelLabeller
+from tinymim_jax.evaluation.segmented import Segmented, colours_of, segmenter_of
 from tinymim_jax.models.heads import POOLS, Classifier, pool_tokens
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
+from tinymim_jax.sharding import make_mesh
 from tinymim_jax.tasks.pretrained import Loaded, fit_positions
+from tinymim_jax.tasks.segmenter import Windows
 
 # A path, a Pillow image, or pixels uint8 [height, width, 3], RGB, of any size.
 AnyImage = str | os.PathLike | Image.Image | np.ndarray
@@ -51,10 +55,11 @@ def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> "Model":
 
 
 class Model:
-    """A trained encoder, with a classifier where the checkpoint has one.
+    """A trained encoder, with a classifier, or a network that labels pixels, where the checkpoint has one.
 
     preprocessing: how images are prepared, from the checkpoint's record: `image_size` (height, width), `resize` (short
-        side before the center crop), `interpolation`, `upright`, `mean`, `std`; and `class_names`.
+        side before the center crop), `interpolation`, `upright`, `mean`, `std`; and `class_names`. Of one that labels
+        pixels, also `windows` and `class_colours`.
     """
 
     def __init__(self, path: str, record: dict[str, Any], params: dict[str, Any], dtype: Any = jnp.float32):
@@ -67,6 +72,7 @@ class Model:
         params = params | {"encoder": fit_positions(Loaded(path, record, params), encoder)}
         self._params = jax.device_put(params)
         self._programs: dict[str, Any] = {}
+        self._labellers: dict[Windows | None, PixelLabeller] = {}
         self._classifier = None
         if record.get("classifier", {}).get("classes") and "head" in params:
             self._classifier = Classifier(encoder, **record["classifier"])
@@ -77,7 +83,12 @@ class Model:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; empty where there is no classifier, or the checkpoint does not name its classes."""
-        return tuple(self.preprocessing["class_names"]) if self._classifier else ()
+        return tuple(self.preprocessing["class_names"]) if self._classifier or self.labels_pixels else ()
+
+    @property
+    def labels_pixels(self) -> bool:
+        """Whether `segment` can be used."""
+        return "segmenter" in self._record
 
     def classify(self, images: AnyImage | Sequence[AnyImage], *, top: int = 5) -> Any:
         """The `top` most probable classes, best first, as Predictions; for several images a list of such lists."""
@@ -126,13 +137,39 @@ class Model:
 
         return self._run(pool, images, pooled)
 
+    def segment(self, images: AnyImage | Sequence[AnyImage], *, windows: Windows | None = None) -> Any:
+        """The class of every pixel, for images of any size: a Segmented; for several images a list of them.
+
+        windows: how images are shown to the network; None: as in the evaluation of its training.
+
+        Raises ValueError where the checkpoint does not label pixels.
+        """
+        if not self.labels_pixels:
+            raise ValueError(
+                f"{self._path} does not label pixels: train it first (tinymim train --config configs/segment_b.py "
+                f"init={self._path}), or use classify() or embed()"
+            )
+        labeller = self._labeller(windows)
+        several = _are_several(images)
+        given: Any = images if several else [images]
+        classes = self._record["segmenter"]["classes"]
+        colours, found = colours_of(self.preprocessing, classes), []
+        for image in given:
+            work = labeller.work(self._picture(image).pixels())
+            _, (labels,) = labeller.label(self._params, {}, [work], fetch=True)
+            found.append(Segmented(labels, self.class_names, colours))
+        return found if several else found[0]
+
+    def pixels(self, image: AnyImage) -> np.ndarray:
+        """The image as it is read: RGB, uint8 `[height, width, 3]`, of its own size."""
+        return self._picture(image).pixels()
+
     def views(self, images: Sequence[AnyImage]) -> np.ndarray:
         """The images resized and cropped as the network sees them: uint8 [images, height, width, 3]."""
         return np.stack([self._view(self._picture(image)) for image in images])
 
     def _run(self, name: str, images: Any, function: Any) -> np.ndarray:
-        several = isinstance(images, Sequence) and not isinstance(images, str)
-        several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
+        several = _are_several(images)
         given: Any = images if several else [images]
         if len(given) == 0:
             raise ValueError("no images were given")
@@ -151,6 +188,12 @@ class Model:
             mean, std = tuple(self.preprocessing["mean"]), tuple(self.preprocessing["std"])
             self._programs[name] = jax.jit(lambda params, pixels: function(params, normalize(pixels, mean, std)))
         return self._programs[name]
+
+    def _labeller(self, windows: Windows | None) -> PixelLabeller:
+        if windows not in self._labellers:
+            segmenter = segmenter_of(self._record, self._encoder, self.preprocessing, windows)
+            self._labellers[windows] = PixelLabeller(segmenter, make_mesh(devices=jax.local_devices()[:1]))
+        return self._labellers[windows]
 
     def _picture(self, image: AnyImage) -> Picture:
         if isinstance(image, (str, os.PathLike)):
@@ -181,6 +224,12 @@ class Model:
         names = self.class_names
         order = np.argsort(-probabilities, kind="stable")[:top]
         return [Prediction(names[i] if names else str(i), int(i), float(probabilities[i])) for i in order]
+
+
+def _are_several(images: Any) -> bool:
+    """Whether this is a sequence of images, or an array of them, and not one image."""
+    is_sequence = isinstance(images, Sequence) and not isinstance(images, str)
+    return is_sequence or (isinstance(images, np.ndarray) and images.ndim == 4)
 
 
 def _read(path: pathlib.Path) -> bytes:
