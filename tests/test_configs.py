@@ -38,7 +38,7 @@ SMALL = [
     for file in ("digits", "cifar10")
     for name in ("mae_teacher", "mae_student", "distill", "finetune")
 ]
-OTHERS = ("__init__", "base", "chain", "cifar10", "digits")
+OTHERS = ("__init__", "base", "camvid", "chain", "cifar10", "digits", "shapes")
 SPECS = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py")) if p.stem not in OTHERS]
 SPECS += ["configs/linprobe.py:sgd", "configs/own_images.py:t,8000", "configs/own_images.py:b"]
 NEEDS = {
