@@ -113,22 +113,12 @@ def make_train_step(
       ema: decay of the moving average; 0 disables it.
     """
 
-    def gradients(trained: Params, fixed: Params, frozen: Params, batch: Batch, key: jax.Array):
-        def mean_loss(trained: Params) -> tuple[jax.Array, dict]:
-            values = task.losses(optim.join(trained, fixed), frozen, batch, key, True)
-            return jnp.mean(values["loss"]), values
-
-        with splitting_batches(mesh):
-            (_, values), grads = jax.value_and_grad(mean_loss, has_aux=True)(trained)
-        return values, optim.join(fixed, values.pop(RUNNING, {})), grads
+    gradients = _gradients(task, mesh, accumulate)
 
     def step(state: TrainState, recorded: Averages, frozen: Params, batch: Batch, root: jax.Array):
         key = jax.random.fold_in(root, state.step)
         trained, fixed = optim.split(state.params, paths)
-        if accumulate == 1:
-            values, new_fixed, grads = gradients(trained, fixed, frozen, batch, key)
-        else:
-            values, new_fixed, grads = _accumulated(gradients, accumulate, trained, fixed, frozen, batch, key)
+        values, new_fixed, grads = gradients(trained, fixed, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained, step=state.step)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(jnp.mean(values["loss"])) & jnp.isfinite(norm)
@@ -156,6 +146,37 @@ def make_train_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+def make_gradients(
+    task: Task, paths: frozenset, mesh: Mesh, *, accumulate: int = 1
+) -> Callable[[Params, Params, Batch, jax.Array], tuple[dict[str, jax.Array], Params]]:
+    """What a training step computes before its update, to be looked at.
+
+    The jitted `(params, frozen, batch, key) -> (losses float32 [batch] by name, in the order of the batch, gradients of
+    the trained parameters)`; `key` is `fold_in(root key, number of steps done before)`.
+    """
+    gradients = _gradients(task, mesh, accumulate)
+
+    def step(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, jax.Array], Params]:
+        trained, fixed = optim.split(params, paths)
+        values, _, grads = gradients(trained, fixed, frozen, batch, key)
+        return {name: value.reshape(accumulate, -1).T.reshape(-1) for name, value in values.items()}, grads
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def micro_batch(batch: Batch, parts: int, index: int) -> Batch:
+    """Rows `index`, `index + parts`, ... of each array: the micro-batch `index` of `parts`.
+
+    Strided, so that each micro-batch takes rows of every device and no rows move between devices.
+    """
+    return jax.tree.map(lambda x: x[index::parts], batch)
+
+
+def micro_batch_key(key: jax.Array, parts: int, index: int | jax.Array) -> jax.Array:
+    """The key of micro-batch `index` within a step whose key is `key`."""
+    return key if parts == 1 else jax.random.fold_in(key, index)
+
+
 def make_eval_step(
     metric: Metric, mesh: Mesh
 ) -> Callable[[Params, Params, Batch, jax.Array], tuple[dict[str, jax.Array], jax.Array]]:
@@ -180,18 +201,35 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
+def _gradients(task: Task, mesh: Mesh, accumulate: int) -> Callable[..., tuple[dict, Params, Params]]:
+    """(trained, fixed, frozen, batch, key) -> (losses of every example, the new `fixed`, mean gradient)."""
+
+    def gradients(trained: Params, fixed: Params, frozen: Params, batch: Batch, key: jax.Array):
+        def mean_loss(trained: Params) -> tuple[jax.Array, dict]:
+            values = task.losses(optim.join(trained, fixed), frozen, batch, key, True)
+            return jnp.mean(values["loss"]), values
+
+        with splitting_batches(mesh):
+            (_, values), grads = jax.value_and_grad(mean_loss, has_aux=True)(trained)
+        return values, optim.join(fixed, values.pop(RUNNING, {})), grads
+
+    if accumulate == 1:
+        return gradients
+    return lambda *arguments: _accumulated(gradients, accumulate, *arguments)
+
+
 def _accumulated(gradients: Callable, parts: int, trained: Params, fixed: Params, frozen: Params, batch: Batch, key):
     """(values of every example, updated `fixed`, mean gradient), computed in `parts` micro-batches one after another.
 
     Running statistics are updated once for each micro-batch, as in PyTorch when gradients are accumulated.
     """
 
-    # Strided slices: each micro-batch takes rows of every device, so no rows move between devices.
+    # The slices of `micro_batch`, stacked.
     sliced = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
 
     def body(carried: tuple[Params, Params], inputs: tuple) -> tuple[tuple[Params, Params], dict]:
         (total, fixed), (part, index) = carried, inputs
-        values, fixed, grads = gradients(trained, fixed, frozen, part, jax.random.fold_in(key, index))
+        values, fixed, grads = gradients(trained, fixed, frozen, part, micro_batch_key(key, parts, index))
         return (jax.tree.map(lambda t, g: t + g / parts, total, grads), fixed), values
 
     zeros = jax.tree.map(jnp.zeros_like, trained)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from etils import epath
@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tinymim_jax.analysis.replay import explain_step
 from tinymim_jax.checkpoints.format import digest
 from tinymim_jax.checkpoints.manager import Checkpoints
 from tinymim_jax.evaluation.evaluate import Evaluation, make_evaluation
@@ -40,6 +41,7 @@ from tinymim_jax.state import (
     place_frozen,
     trained_paths,
 )
+from tinymim_jax.tasks.task import Params
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +87,16 @@ def train(
         return result
     if result is None and (folder / RESULT).exists():
         log.warning("%s is empty or damaged: the last evaluation is repeated", folder / RESULT)
-    with claimed(folder, as_json(config)), RunLog(folder, stall_minutes=stall_minutes, loggers=loggers) as run_log:
-        result = _run(config, folder, run_log, changes, data_dir=data_dir, workers=workers, fsdp=fsdp)
-        write_json(folder / RESULT, result)
-        run_log.end()
-        seconds = run_log.seconds()
+    try:
+        with claimed(folder, as_json(config)), RunLog(folder, stall_minutes=stall_minutes, loggers=loggers) as run_log:
+            result = _run(config, folder, run_log, changes, data_dir=data_dir, workers=workers, fsdp=fsdp)
+            write_json(folder / RESULT, result)
+            run_log.end()
+            seconds = run_log.seconds()
+    except FloatingPointError:
+        if is_first():
+            write_at_end(folder, 0.0, data_dir=data_dir, workers=workers)
+        raise
     if is_first():
         write_at_end(folder, seconds, data_dir=data_dir, workers=workers)
     if jax.process_count() > 1:
@@ -137,7 +144,11 @@ def _run(
         state = fresh_state() if state is None else state
         write_json(workdir / "model.json", task.model | task.origin | {"preprocessing": input_record(experiment)})
         run_log.begin(experiment, state, paths, mesh, workers)
-        return _loop(experiment, mesh, state, frozen, train_step, checkpoints, run_log, workers, inputs.frozen)
+
+        def explain(params: Params, step: int) -> str:
+            return explain_step(workdir, experiment, mesh, params, frozen, paths, number=step, accumulate=accumulate)
+
+        return _loop(experiment, mesh, state, frozen, train_step, checkpoints, run_log, workers, inputs.frozen, explain)
 
 
 def _loop(
@@ -150,6 +161,7 @@ def _loop(
     run_log: RunLog,
     workers: int,
     frozen_digest: str,
+    explain: Callable[[Params, int], str],
 ) -> dict[str, float]:
     settings, task, total = experiment.config.train, experiment.task, experiment.total_steps
     evaluation = make_evaluation(experiment, mesh)
@@ -168,7 +180,7 @@ def _loop(
             before = skipped_in_a_row
             state, recorded, skipped_in_a_row = train_step(state, recorded, frozen, place_batch(mesh, batch), root)
             run_log.dispatched(skipped_in_a_row)
-            _check_finite(before, step - 1, settings.max_skipped)
+            _check_finite(before, step - 1, settings.max_skipped, lambda first, now=state: explain(now.params, first))
             run_log.finished(step - 1)
             if step == start + 1:
                 run_log.first_step(step, recorded)
@@ -188,7 +200,7 @@ def _loop(
                 raise Interrupted(
                     f"stopped after step {step}, all saved: run the same command again to resume", by_hand=stop.by_hand
                 )
-        _check_finite(skipped_in_a_row, total, settings.max_skipped)
+        _check_finite(skipped_in_a_row, total, settings.max_skipped, lambda first: explain(state.params, first))
         run_log.finished(total)
         result = _evaluate(evaluation, state, frozen, run_log, workers, total)
         with run_log.saving(total):
@@ -216,13 +228,14 @@ def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
         )
 
 
-def _check_finite(skipped_in_a_row: jax.Array | int, step: int, limit: int) -> None:
+def _check_finite(skipped_in_a_row: jax.Array | int, step: int, limit: int, explain: Callable[[int], str]) -> None:
+    """Raises FloatingPointError after too many skipped steps, with what `explain` says of the first of them."""
     count = int(skipped_in_a_row)
     if count > limit:
         raise FloatingPointError(
             f"loss or gradient were not finite in the {count} step{'s' * (count > 1)} up to step {step}. These updates "
             "were skipped, so the checkpoints are sound. "
-            "Lower optim.base_lr, lengthen optim.warmup or set model.dtype='float32'"
+            f"Lower optim.base_lr, lengthen optim.warmup or set model.dtype='float32'. {explain(step - count + 1)}"
         )
 
 

@@ -312,6 +312,27 @@ class Checkpoints:
         self._manager.reload()
 
 
+def read_state(directory: epath.PathLike, step: int, abstract_state: Any) -> Any:
+    """The state of one saved step of a run, verified; nothing on disk is changed, so the run may still be training.
+
+    Args:
+      directory: the run's folder of checkpoints.
+      abstract_state: as for `Checkpoints.restore`.
+
+    Raises:
+      Damaged: it is not what was saved.
+      CheckpointError: it differs from `abstract_state`.
+    """
+    folder = epath.Path(directory).expanduser().resolve() / str(step)
+    leaves, _ = stored.read_manifest(folder / "manifest")
+    if difference := stored.compare(leaves, stored.outline(abstract_state)):
+        raise CheckpointError(f"{folder} holds a different model or optimizer than this configuration:\n{difference}")
+    wanted = stored.leaves_by_name(abstract_state)
+    arrays = stored.read_arrays(folder / "state", wanted)
+    stored.verify(arrays, leaves)
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted])
+
+
 def _together(read: Callable[[], Any]) -> Any:
     """The result of `read`; Damaged on all processes if it is raised on any of them."""
     result, error = None, None

@@ -18,6 +18,7 @@ from tinymim_jax.cli import (
     predict,
     prepare,
     probe,
+    replay,
     report,
     status,
     sweep,
@@ -29,7 +30,7 @@ from tinymim_jax.runtime.startup import start_logging
 
 # In the order of `tinymim --help`. Each module has HELP, add_arguments(parser) and run(options) -> exit status.
 COMMANDS = (
-    *(train, chain, sweep, status, report, analyze, plan, evaluate, knn, probe, predict),
+    *(train, chain, sweep, status, report, analyze, replay, plan, evaluate, knn, probe, predict),
     *(convert, export, bench, prepare, demo),
 )
 

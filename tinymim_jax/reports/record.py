@@ -27,6 +27,7 @@ class RunRecord:
     rows: the lines of metrics.jsonl.
     analysis, pictures, scores: what `tinymim_jax.analysis` left in the folder ANALYSIS.
     suites: results of `tinymim evaluate --suite ... --output` in the workdir, by file name.
+    replays: what `tinymim replay` found, by step.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RunRecord:
     pictures: Mapping[str, Any]
     scores: Mapping[str, Any]
     suites: Mapping[str, Mapping[str, Any]]
+    replays: list[dict[str, Any]]
 
     @property
     def changed(self) -> dict[str, tuple[Any, Any]]:
@@ -72,6 +74,9 @@ def read_record(folder: epath.PathLike, name: str = "") -> RunRecord:
         inputs=read_json(folder / "resume.json"),
         rows=rows,
         suites=find_suites(folder),
+        replays=sorted(
+            filter(None, map(read_json, (folder / "replay").glob("step_*.json"))), key=lambda found: found["step"]
+        ),
         **found,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tinymim_jax.evaluation.suites.registry import PAPER_MODELS, SUITES
 from tinymim_jax.pages.charts import stacked_bar
-from tinymim_jax.pages.page import details, number, paragraph, picture, table
+from tinymim_jax.pages.page import Raw, details, number, paragraph, picture, table
 from tinymim_jax.reports.analysis import analysis_section
 from tinymim_jax.reports.curves import curves
 from tinymim_jax.reports.record import RunRecord
@@ -22,6 +22,7 @@ def run_sections(run: RunRecord) -> list[tuple[str, str]]:
     return [
         ("Curves", curves(run.rows)),
         ("Result", _result(run)),
+        ("Replayed steps", _replays(run)),
         ("Images as the networks see them", _samples(run.pictures)),
         ("Relations", _relations(run.pictures)),
         ("Layers", analysis_section(run.analysis)),
@@ -88,6 +89,16 @@ def _paper(run: RunRecord, figures: Mapping[str, Any]) -> str:
         for name, suite in (("imagenet", "ImageNet-1K, top-1"), ("a", "ImageNet-A"), ("r", "ImageNet-R"))
     ]
     return table(["in per cent", "this run", f"{PAPER_MODELS[width]}, paper"], rows, "the paper's figures")
+
+
+def _replays(run: RunRecord) -> str:
+    rows = []
+    for found in run.replays:
+        bad = sum(value is None for value in found["losses"]["loss"])
+        page = f"replay/step_{found['step']}.html"
+        cell = Raw(f'<a href="{page}">{found["step"]}</a>') if (run.folder / page).exists() else found["step"]
+        rows.append([cell, found["loss"], found["gradient_norm"], bad, len(found["losses"]["loss"])])
+    return table(["step", "loss", "gradient norm", "not finite", "images"], rows, "tinymim replay")
 
 
 def _samples(pictures: Mapping[str, Any]) -> str:
