@@ -97,10 +97,10 @@ def train(
         if is_first():
             write_at_end(folder, 0.0, data_dir=data_dir, workers=workers)
         raise
-    if is_first():
-        write_at_end(folder, seconds, data_dir=data_dir, workers=workers)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("result written")  # before any process reads it
+    if is_first():
+        write_at_end(folder, seconds, data_dir=data_dir, workers=workers)
     return result
 
 
