@@ -418,7 +418,7 @@ def test_the_source_is_recorded(golden, heads):
     path = golden.path("teacher.pth")
     model, params = convert_file("mae", path, **heads("teacher"))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert model["source"] == {"family": "mae", "file": "teacher.pth", "sha256": digest}
+    assert model["source"] == {"family": "mae", "file": "teacher.pth", "sha256": digest, "licence": "cc-by-nc-4.0"}
     assert len(to_torch("mae", model, params)) == len(read(path)["model"])
 
 

@@ -281,4 +281,4 @@ def test_the_command_line_knows_the_rows():
     """The tuples in the commands are written out to keep --help quick."""
     assert tuple(FAMILIES) == convert_command.FAMILIES
     assert tuple(INTERPOLATIONS) == convert_command.INTERPOLATIONS
-    assert tuple(FORMATS) == export_command.FAMILIES
+    assert tuple(FORMATS) == (*export_command.FAMILIES, "original")

@@ -165,8 +165,8 @@ def test_what_was_taken_is_recorded(tmp_path, one, two):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"blocks.0.ls1.gamma": (24,)}, r"do not have: LayerScale \(DINOv2"),
-        ({"register_tokens": (1, 4, 24)}, "do not have: register tokens"),
+        ({"blocks.0.ls1.gamma": (24,)}, r"do not have LayerScale \(DINOv2"),
+        ({"register_tokens": (1, 4, 24)}, "do not have register tokens"),
         ({"blocks.0.0.norm1.weight": (24,)}, "blocks in chunks"),
         ({"blocks.0.attn.q_norm.weight": (8,)}, "normalised queries"),
     ],

@@ -3,10 +3,16 @@
 import argparse
 from typing import Any
 
-HELP = "read a PyTorch checkpoint (.pth or .safetensors), a hub folder or an exported ONNX file, without PyTorch"
+HELP = "read a pre-trained ViT (PyTorch, safetensors, .npz, a folder or model of the hub, ONNX), without PyTorch"
 
 # The keys of convert.FAMILIES and convert.INTERPOLATIONS: importing that package would make --help slow.
 FAMILIES = ("mae", "tinymim", "vit", "tinymim_star", "tinymim_segmentation", "tinymim_star_segmentation")
+# Those of convert.PUBLISHED.
+PUBLISHED = (
+    *("dinov3", "dinov2", "deit3", "ijepa", "hf_vit", "clip", "siglip", "eva02", "beit", "pe", "aimv2", "radio"),
+    *("vit_jax", "big_vision"),
+)
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 INTERPOLATIONS = ("bicubic", "bilinear")
 # What `tinymim export` wrote, and in the case of the hub what timm saved: these say themselves what they are.
 EXPORTS = ("hub", "onnx")
@@ -17,13 +23,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--from",
         dest="family",
-        required=True,
-        choices=(*FAMILIES, *EXPORTS),
-        help="which model's tensor names the file has: those of MAE's or TinyMIM's release, of the fine-tuned "
-        "TinyMIM*-T, of timm's and DeiT's classifiers (vit), or of the release's segmentation networks. hub: a folder "
-        "that `tinymim export` or timm's save_for_hf wrote; onnx: a float32 file of `tinymim export`",
+        default="auto",
+        choices=("auto", *FAMILIES, *PUBLISHED, *EXPORTS),
+        metavar="FAMILY",
+        help="auto (the default) finds the family by the names of the tensors and config.json. Else one of: mae, "
+        "tinymim, tinymim_star and their _segmentation (those releases); vit (timm's and DeiT's plain classifiers, "
+        f"DINO, MoCo v3); {', '.join(PUBLISHED)}; hub (a folder that `tinymim export` or timm's save_for_hf wrote); "
+        "onnx (a float32 file of `tinymim export`)",
     )
-    command.add_argument("--input", required=True, metavar="FILE", help="for the hub a folder")
+    command.add_argument(
+        "--input",
+        required=True,
+        metavar="PATH",
+        help="a file, a folder with config.json and weights, or a model of the Hugging Face hub that is in the local "
+        "cache (facebook/dinov2-small)",
+    )
     command.add_argument("--output", required=True, metavar="DIR")
     command.add_argument(
         "--use",
@@ -40,6 +54,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="when the grid is not square"
     )
+    shape.add_argument("--eps", type=float, help="of the norms; default: config.json's, or the family's")
+    shape.add_argument("--activation", choices=ACTIVATIONS, help="of the MLPs; default: config.json's, or the family's")
+    shape.add_argument(
+        "--rope_grid",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="EVA-02: the grid of patches of its pre-training, to which rotary positions are scaled (default 16 16)",
+    )
+    shape.add_argument("--licence", help="of the weights, kept in model.json; default: as published")
     images = command.add_argument_group(
         "how the model wants its images",
         "Default: what `tinymim export` put into the file, else config.json of timm or Hugging Face beside it, else "
@@ -68,6 +92,10 @@ def run(options: argparse.Namespace) -> int:
         "use": options.use,
         "prefix": options.prefix,
         "config": options.config,
+        "eps": options.eps,
+        "activation": options.activation,
+        "rope_grid": tuple(options.rope_grid) if options.rope_grid else None,
+        "licence": options.licence,
     }
     given = Given(
         mean=options.mean,
@@ -76,37 +104,71 @@ def run(options: argparse.Namespace) -> int:
         interpolation=options.interpolation,
         class_names=read_class_names(options.classes) if options.classes else None,
     )
-    if options.family in EXPORTS:
-        model, params = _read_export(options, arguments, given)
+    family = _export_kind(options.input) if options.family == "auto" else options.family
+    if family in EXPORTS:
+        model, params = _read_export(family, options.input, arguments, given)
     else:
-        model, params = convert_file(options.family, options.input, given=given, **arguments)
+        model, params = convert_file(family, options.input, given=given, **arguments)
     save_params(options.output, params, model)
     encoder, source = model["encoder"], model["source"]
     parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
     parts += ", segmentation network" * ("segmenter" in model)
     assumed = " (assumed: those of the published model of this width)" * ("heads" in source.get("assumed", []))
     print(
-        f"{options.output}: {parts}; width {encoder['embed_dim']}, {encoder['depth']} blocks, heads {encoder['heads']}"
+        f"{options.output}: {source.get('family', family)}, {parts}; "
+        f"width {encoder['embed_dim']}, {encoder['depth']} blocks, heads {encoder['heads']}"
         f"{assumed}"
     )
     if "taken" in source:
         print(f"  taken: {source['taken']}")
     for text in source.get("left_out", []):
         print(f"  left out: {text}")
+    if "not_read" in source:
+        print(f"  not read: {', '.join(source['not_read'])}")
+    if "licence" in source:
+        print(f"  licence of the weights: {source['licence']} (kept in model.json, also of what is trained from them)")
     for text in source.get("notes", []):
         print(f"  note: {text}")
     print("\n".join(described(model["preprocessing"], classifier="classifier" in model or "segmenter" in model)))
     return 0
 
 
-def _read_export(options: argparse.Namespace, arguments: dict[str, Any], given: Any) -> tuple[dict, dict]:
+def _export_kind(path: str) -> str:
+    """'onnx' or 'hub' for what `tinymim export` wrote and for timm's folders of plain ViTs; else 'auto'."""
+    import json
+    import pathlib
+
+    file = pathlib.Path(path).expanduser()
+    if file.suffix == ".onnx":
+        return "onnx"
+    try:
+        config = json.loads((file / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "auto"
+    if not isinstance(config, dict):
+        return "auto"
+    return "hub" if config.get("model_type") == "tinymim" or _is_plain(config) else "auto"
+
+
+def _is_plain(config: dict[str, Any]) -> bool:
+    """Whether it is timm's configuration of a plain ViT, whose classifier is read as well."""
+    import re
+
+    from tinymim_jax.convert import PUBLISHED
+
+    name = str(config.get("architecture", ""))
+    known = any(re.match(row.architectures, name) for row in PUBLISHED.values())
+    return name.startswith(("vit_", "deit_")) and not known
+
+
+def _read_export(family: str, path: str, arguments: dict[str, Any], given: Any) -> tuple[dict, dict]:
     """Reads what says its own architecture."""
     if strange := [name for name, value in arguments.items() if value is not None]:
-        raise ValueError(f"--{strange[0]} has no meaning for --from {options.family}, which says it itself")
-    if options.family == "hub":
+        raise ValueError(f"--{strange[0]} has no meaning for --from {family}, which says it itself")
+    if family == "hub":
         from tinymim_jax.convert.formats.hub import read_folder
 
-        return read_folder(options.input, given=given)
+        return read_folder(path, given=given)
     from tinymim_jax.convert.formats.onnx import read_file
 
-    return read_file(options.input, given=given)
+    return read_file(path, given=given)

@@ -17,6 +17,7 @@ stablehlo  what jax.export.deserialize loads, on CPU, GPU and TPU; needs 'tinymi
 hub        a folder that timm, transformers and `tinymim convert --from hub` load, with a model card
 others     .safetensors with the tensor names of PyTorch code: those of MAE's or TinyMIM's release, of TinyMIM*-T, or of
            timm (vit). Its metadata have head counts, preprocessing and class names, which `tinymim convert` reads back
+original   .safetensors with the names of the file that a model of another family was converted from
 
 The exported program is run in its own runtime, where that is installed, against jax; the largest difference is printed,
 and a float32 file that differs by more than 2e-6 of the largest output is not kept.
@@ -32,7 +33,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of the `export` command."""
     command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, _EPILOG
     command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
-    command.add_argument("--to", dest="format", required=True, choices=(*PROGRAMS, *FAMILIES), help="format, see below")
+    formats = (*PROGRAMS, *FAMILIES, "original")
+    command.add_argument("--to", dest="format", required=True, choices=formats, help="format, see below")
     command.add_argument("--output", required=True, metavar="PATH", help="file to write; for the hub a new folder")
     programs = command.add_argument_group("onnx, litert, stablehlo, hub")
     programs.add_argument(

@@ -4,6 +4,7 @@ from tinymim_jax.convert.architecture import Heads, parse_heads
 from tinymim_jax.convert.conversion import from_torch, to_torch
 from tinymim_jax.convert.errors import ConvertError
 from tinymim_jax.convert.families import FAMILIES
+from tinymim_jax.convert.families.published import PUBLISHED
 from tinymim_jax.convert.files import convert_file, sha256
 from tinymim_jax.convert.formats import FORMATS
 from tinymim_jax.convert.formats.safetensors import to_safetensors
@@ -15,6 +16,7 @@ __all__ = [
     "FAMILIES",
     "FORMATS",
     "INTERPOLATIONS",
+    "PUBLISHED",
     "ConvertError",
     "Given",
     "Heads",

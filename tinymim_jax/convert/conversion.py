@@ -19,17 +19,18 @@ from tinymim_jax.errors import unknown
 
 _FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 _MAX_LISTED = 8
-# Parts of other models that ours do not have, by patterns of tensor names.
+# What this family's names do not have, by patterns of tensor names; --from auto reads the first of them.
+_AUTO = "--from auto reads such models"
 _UNSUPPORTED = {
-    r"\.ls[12]\.gamma$|\.gamma_[12]$": "LayerScale (DINOv2, DeiT III, BEiT)",
-    r"(^|\.)(register_tokens|reg_token)$": "register tokens",
+    r"\.ls[12]\.gamma$|\.gamma_[12]$": f"LayerScale (DINOv2, DeiT III, BEiT): {_AUTO}",
+    r"(^|\.)(register_tokens|reg_token)$": f"register tokens: {_AUTO}",
+    r"relative_position_|rel_pos_": f"relative position biases (BEiT): {_AUTO}",
+    r"\.mlp\.(w12|fc1_g|w1)\.": f"gated MLPs (SwiGLU): {_AUTO}",
+    r"\.attention\.(attention\.)?query\.": f"names of Hugging Face's transformers: {_AUTO}",
+    r"\.in_proj_weight$": f"names of CLIP: {_AUTO}",
     r"^blocks\.\d+\.\d+\.": "blocks in chunks (training checkpoints of DINOv2)",
-    r"relative_position_|rel_pos_": "relative position biases (BEiT, MViT)",
     r"\.[qk]_norm\.": "normalised queries and keys",
-    r"\.mlp\.(w12|fc1_g|w1)\.": "gated MLPs (SwiGLU)",
-    r"\.attention\.(attention\.)?query\.": "names of Hugging Face's transformers; timm's copy of the model has others",
     r"^layers\.\d+\.(blocks|downsample)\.": "stages (Swin)",
-    r"\.in_proj_weight$": "names of CLIP; timm's copy of the model has others",
 }
 
 
@@ -190,8 +191,8 @@ def family_of(name: str) -> Family:
 
 def _hint(family: str, state: Mapping[str, Any]) -> str:
     """What the file may be instead, or what it has that no family here has."""
-    for name, other in FAMILIES.items():
-        if name != family and not _plan(other, state).problems:
+    for name in fitting_families(state):
+        if name != family:
             return f"\nIt looks like {name!r}: use --from {name}"
     if any(isinstance(value, Opaque) and value.name.startswith("numpy.") for value in state.values()):
         return (
@@ -201,7 +202,12 @@ def _hint(family: str, state: Mapping[str, Any]) -> str:
     if any(name.startswith("fpn1.") for name in state):
         return "\nIt is the encoder of a segmentation network: use --from tinymim_segmentation"
     found = [what for pattern, what in _UNSUPPORTED.items() if any(re.search(pattern, name) for name in state)]
-    return f"\nThe models here do not have: {'; '.join(found)}. Such a file cannot be converted" if found else ""
+    return f"\nModels of this family do not have {'; '.join(found)}" if found else ""
+
+
+def fitting_families(state: Mapping[str, Any]) -> list[str]:
+    """The rows of FAMILIES whose names and shapes are those of this state dict."""
+    return [name for name, family in FAMILIES.items() if not _plan(family, state).problems]
 
 
 def _fixed_tables(model: Mapping, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -13,6 +13,9 @@ from typing import Any
 from tinymim_jax.convert.errors import ConvertError, printable
 from tinymim_jax.convert.sidecar import Sidecar
 
+PUBLISHED_BY = "as published for"
+"""How the origin of values begins that are those of a family's published models."""
+
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 # The published evaluation on ImageNet of MAE, TinyMIM and DeiT.
@@ -63,7 +66,7 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
     sources = [
         ({**dataclasses.asdict(given)}, lambda key: "given"),
         (exported, lambda key: "assumed" if guessed.get(key) == "assumed" else "read from the file's metadata"),
-        (read, lambda key: f"read from {sidecar.origin.get(key, 'a file beside the weights')}"),
+        (read, lambda key: _read_from(sidecar.origin.get(key, "a file beside the weights"))),
         (_ASSUMED | {"resize": round(max(size) * _ASSUMED_RESIZE)}, lambda key: "assumed"),
     ]
     result: dict[str, Any] = {"image_size": size}
@@ -123,6 +126,10 @@ def read_class_names(path: str | pathlib.Path) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConvertError(f"--classes {path} holds no list of names")
     return names
+
+
+def _read_from(origin: str) -> str:
+    return origin if origin.startswith(PUBLISHED_BY) else f"read from {origin}"
 
 
 def _check(result: Mapping[str, Any], origin: Mapping[str, str], classes: int) -> None:

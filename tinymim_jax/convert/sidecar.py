@@ -47,10 +47,7 @@ def read_sidecar(weights: pathlib.Path, config: str | pathlib.Path | None = None
     """
     if config == "none":
         return Sidecar()
-    path = pathlib.Path(config).expanduser() if config else weights.parent / "config.json"
-    if config and not path.is_file():
-        raise ConvertError(f"--config {path}: no such file")
-    main = _read(path) if path.is_file() else {}
+    path, main = _main(weights, config)
     beside = path.parent / "preprocessor_config.json"
     processor = _read(beside) if beside.is_file() else {}
     try:
@@ -69,6 +66,18 @@ def read_sidecar(weights: pathlib.Path, config: str | pathlib.Path | None = None
             raise ConvertError(message)
         found.notes.append(message)
     return found
+
+
+def read_config(weights: pathlib.Path, config: str | pathlib.Path | None = None) -> dict[str, Any]:
+    """The content of the config.json that `read_sidecar` reads; {} without one."""
+    return {} if config == "none" else _main(weights, config)[1]
+
+
+def _main(weights: pathlib.Path, config: str | pathlib.Path | None) -> tuple[pathlib.Path, dict[str, Any]]:
+    path = pathlib.Path(config).expanduser() if config else weights.parent / "config.json"
+    if config and not path.is_file():
+        raise ConvertError(f"--config {path}: no such file")
+    return path, _read(path) if path.is_file() else {}
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -174,7 +174,8 @@ def _projection_head(state: Mapping[str, Any]) -> list[str]:
     """Names of an MLP at the place of a classifier's head (MoCo v3's head.0, head.1, ...; DINO's head.mlp)."""
     names = [name for name in state if re.match(r"head\.(\d+|mlp\.\d+|last_layer)\.", name)]
     matrices = [name for name in names if getattr(state[name], "ndim", 0) == 2]
-    return names if len(matrices) > 1 else []
+    # A linear probe's head has one matrix too, behind a batch norm.
+    return names if len(matrices) > 1 or "head.0.weight" in matrices else []
 
 
 def _other_entries(taken: _Network, others: list[_Network], data: Any) -> list[str]:

@@ -10,6 +10,7 @@ from tinymim_jax.ops.rope import Rope
 CHOICES = {
     "norm": ("layer", "rms"),
     "positions": ("all", "patches", "none"),
+    "table": ("bicubic", "square"),
     "qkv_bias": ("qkv", "qv", "none"),
     "mlp": ("plain", "gated"),
     "activation": ("gelu", "gelu_tanh", "quick_gelu", "silu"),
@@ -25,6 +26,8 @@ class Switches:
     cls_tokens, registers: number of learned tokens of each kind in front of the patches; registers have no position.
     positions: the position table has a row for CLS, DIST and each patch ('all'), for patches only ('patches'), or there
       is no table ('none').
+    table: how the position table is brought to another grid: 'bicubic', or 'square', that is bilinearly to a square
+      with the longer side of the grid, of which the grid takes the upper left part (RADIO).
     rope: rotary position embedding of q and k; None for none.
     relative_bias: each block adds learned biases to the logits, by the offset between two patches (BEiT).
     patch_bias, patch_norm: a bias in the patch projection; a norm after it.
@@ -44,6 +47,7 @@ class Switches:
     cls_tokens: int = 1
     registers: int = 0
     positions: str = "all"
+    table: str = "bicubic"
     rope: Rope | None = None
     relative_bias: bool = False
     patch_bias: bool = True

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tinymim_jax.ops.token_grid import bilinear_matrix
+
 Grid = tuple[int, int]
 
 
@@ -46,7 +48,7 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
 
 
 def resize_table(
-    table: Float[Array | np.ndarray, "1 tokens dim"], old: Grid, new: Grid
+    table: Float[Array | np.ndarray, "1 tokens dim"], old: Grid, new: Grid, rule: str = "bicubic"
 ) -> Float[Array | np.ndarray, "1 new_tokens dim"]:
     """Resizes a learned position table; the rows of leading tokens (CLS, DIST) are unchanged.
 
@@ -54,6 +56,7 @@ def resize_table(
       table: [1, prefix + rows * columns, dim] for the grid `old`.
       old: grid (rows, columns) of the table.
       new: grid of the result.
+      rule: 'bicubic' or 'square', see models.switches.Switches.table.
     """
     patches = old[0] * old[1]
     prefix = table.shape[1] - patches
@@ -62,6 +65,8 @@ def resize_table(
     if old == new:
         return table
     grid = table[:, prefix:].reshape(old[0], old[1], table.shape[2])
-    grid = jnp.einsum("rh,hwd->rwd", bicubic_matrix(old[0], new[0]), grid, precision="highest")
-    grid = jnp.einsum("cw,rwd->rcd", bicubic_matrix(old[1], new[1]), grid, precision="highest")
+    matrix, whole = (bilinear_matrix, (max(new),) * 2) if rule == "square" else (bicubic_matrix, new)
+    grid = jnp.einsum("rh,hwd->rwd", matrix(old[0], whole[0]), grid, precision="highest")
+    grid = jnp.einsum("cw,rwd->rcd", matrix(old[1], whole[1]), grid, precision="highest")
+    grid = grid[: new[0], : new[1]]
     return jnp.concatenate([table[:, :prefix], grid.reshape(1, new[0] * new[1], -1)], axis=1)

@@ -169,7 +169,8 @@ def class_order(loaded: Loaded, class_names: Sequence[str], data: str) -> np.nda
 def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
     """The loaded encoder's parameters with the position table that `encoder` needs.
 
-    A learned table is resized to the encoder's grid by the bicubic interpolation of torch; if the encoder has a DIST
+    A learned table is resized to the encoder's grid by the rule of its family, usually the bicubic interpolation of
+    torch, and so are relative position biases; if the encoder has a DIST
     token and the checkpoint has none, its position is zeros, as the CLS token's is. An encoder with a fixed sin-cos
     table has no such parameter, so a table in the checkpoint must equal it; any other is a ValueError.
     """
@@ -178,11 +179,14 @@ def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
     if record.dist_token and not encoder.dist_token:
         raise ValueError(f"{loaded.path} has a distillation token: set model.dist_token=True")
     table = params.pop("pos_embed", None)
+    if encoder.switches.positions == "none":
+        return params
     if encoder.pos_embed == "learned":
         table = np.asarray(record.fixed_table if table is None else table)
-        if encoder.prefix > record.prefix:
-            table = np.insert(table, record.prefix, 0.0, axis=1)
-        params["pos_embed"] = np.asarray(resize_table(table, record.grid, encoder.grid))
+        if encoder.table_prefix > record.table_prefix:
+            table = np.insert(table, record.table_prefix, 0.0, axis=1)
+        rule = record.switches.table
+        params["pos_embed"] = np.asarray(resize_table(table, record.grid, encoder.grid, rule))
     elif table is not None and not np.allclose(table, record.fixed_table, atol=1e-4):
         raise ValueError(
             f"{loaded.path} holds a position table that is not the fixed sin-cos one: set model.pos_embed='learned'"

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tinymim_jax.convert.families import FAMILIES
-from tinymim_jax.convert.formats.safetensors import write_family
+from tinymim_jax.convert.formats.safetensors import write_family, write_original
 
 Writer = Callable[[str | pathlib.Path, Mapping[str, Any], Mapping], list[str]]
 """(path, content of model.json, parameters) -> messages for the user; it writes the file at `path`."""
 
-FORMATS: dict[str, Writer] = {family: functools.partial(write_family, family) for family in FAMILIES}
+FORMATS: dict[str, Writer] = {
+    **{family: functools.partial(write_family, family) for family in FAMILIES},
+    "original": write_original,  # the names of the file that the model was converted from
+}

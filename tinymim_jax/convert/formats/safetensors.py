@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from tinymim_jax.convert.conversion import family_of, to_torch
 from tinymim_jax.convert.files import METADATA
+from tinymim_jax.convert.foreign import to_foreign
 
 
 def write_family(family: str, path: str | pathlib.Path, model: Mapping[str, Any], params: Mapping) -> list[str]:
@@ -37,6 +38,22 @@ def write_family(family: str, path: str | pathlib.Path, model: Mapping[str, Any]
     if "adapter" in model and "adapter" in params:
         messages.append("left out: the adapter, which is used in the training of a distillation only")
     return messages
+
+
+def write_original(path: str | pathlib.Path, model: Mapping[str, Any], params: Mapping) -> list[str]:
+    """Writes a converted model of another family with the names and shapes of the file that it was read from.
+
+    Tensors that were not read, such as heads, are not in it.
+
+    Raises:
+      ConvertError: the model was not converted from such a file.
+    """
+    metadata = {
+        "family": str(model.get("source", {}).get("family", "")),
+        "heads": json.dumps(model["encoder"]["heads"]),
+    }
+    to_safetensors(path, to_foreign(model, params), metadata)
+    return [f"not in it, as it was not read: {text}" for text in model["source"].get("not_read", [])]
 
 
 def head_warnings(family: str, model: Mapping[str, Any]) -> list[str]:

@@ -1,10 +1,10 @@
-"""Readers of weights files: torch.save (its zip format) and safetensors. Neither torch nor jax is needed."""
+"""Readers of weights files: torch.save (both of its formats) and safetensors. Neither torch nor jax is needed."""
 
 import pathlib
 from typing import Any, NamedTuple
 
 from tinymim_jax.convert.errors import ConvertError
-from tinymim_jax.convert.readers import safetensors_file, torch_file
+from tinymim_jax.convert.readers import legacy_file, safetensors_file, torch_file
 
 
 class Contents(NamedTuple):
@@ -25,7 +25,7 @@ def read(path: str | pathlib.Path) -> Any:
 
 
 def read_contents(path: str | pathlib.Path) -> Contents:
-    """Reads a file of torch.save (PyTorch 1.6 or later) or a safetensors file; the content decides, not the suffix.
+    """Reads a file of torch.save or a safetensors file; the content decides, not the suffix.
 
     Nothing in a file is executed (see inert_pickle); sizes, strides, offsets and checksums are verified.
 
@@ -42,6 +42,8 @@ def read_contents(path: str | pathlib.Path) -> Contents:
             head = file.read(16)
         if head.startswith(b"PK"):
             return Contents(torch_file.read(path), {})
+        if head.startswith(torch_file.LEGACY_MAGIC):
+            return Contents(legacy_file.read(path), {})
         if path.suffix == ".safetensors" or safetensors_file.recognise(head):
             return Contents(*safetensors_file.read(path))
         raise ConvertError(_other_format(head))
@@ -51,8 +53,6 @@ def read_contents(path: str | pathlib.Path) -> Contents:
 
 def _other_format(head: bytes) -> str:
     """What a file that begins like this is, and what to do about it."""
-    if head.startswith(torch_file.LEGACY_MAGIC):
-        return f"this is the format of PyTorch before 1.6; {torch_file.SAVE_AGAIN}"
     if head.startswith(b"version https://"):
         return "this is a Git LFS pointer, not the file it stands for; fetch that with `git lfs pull`"
     if head.startswith(b"\x93NUMPY"):

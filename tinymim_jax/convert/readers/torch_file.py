@@ -27,7 +27,7 @@ SAVE_AGAIN = (
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ENCRYPTED = 0x1
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_MAX_PICKLE = 1 << 26
+MAX_PICKLE = 1 << 26
 # torch.save does not compress; a file that was packed again may be compressed, but weights hardly shrink.
 _MAX_UNPACKED = 1 << 26
 _MAX_RATIO = 20
@@ -36,7 +36,7 @@ _MAX_RATIO = 20
 _MAX_SHARING = 8
 _MAX_SHARED = 1 << 26
 
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -63,7 +63,7 @@ def read(path: pathlib.Path) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Storage:
+class Storage:
     """The bytes that tensors look into; a persistent id of the pickle names them.
 
     count_bytes: called with the size of each tensor that is made of it.
@@ -106,24 +106,24 @@ class _Archive:
         if order in self.members and bytes(self.content(order)) != b"little":
             raise ConvertError(f"it was written on a big-endian machine; on a little-endian one, {SAVE_AGAIN}")
         name = f"{self.root}/data.pkl"
-        if self.members[name].file_size > _MAX_PICKLE:
+        if self.members[name].file_size > MAX_PICKLE:
             raise ConvertError(f"its data.pkl has {self.members[name].file_size} bytes; no checkpoint needs as many")
-        return inert_pickle.load(bytes(self.content(name)), rebuild=_REBUILD, persistent=self.storage)
+        return inert_pickle.load(bytes(self.content(name)), rebuild=REBUILD, persistent=self.storage)
 
-    def storage(self, identity: Any) -> _Storage | Opaque:
+    def storage(self, identity: Any) -> Storage | Opaque:
         """The storage of a persistent id ("storage", class, key, device, number of elements)."""
         match identity:
             case ("storage", Opaque(name=name, args=None), str(key), _, count):
                 pass
             case _:
                 raise ConvertError("the pickle inside names a storage in a way that torch.save does not")
-        dtype = DTYPES.get(_STORAGES.get(name.rpartition(".")[2], ""))
+        dtype = DTYPES.get(STORAGES.get(name.rpartition(".")[2], ""))
         if dtype is None:  # quantised tensors and the like
             return Opaque(name, tuple(identity))
         data = self.content(f"{self.root}/data/{key}")
         if counts("size", (count,))[0] * dtype.itemsize != len(data):
             raise ConvertError(f"storage {printable(key)} has {len(data)} bytes and should have {count} elements")
-        return _Storage(dtype, data, self.count_bytes)
+        return Storage(dtype, data, self.count_bytes)
 
     def count_bytes(self, size: int) -> None:
         """Limits the total size of all tensors: whoever copies them must not need far more memory than the file has."""
@@ -201,7 +201,7 @@ def _tensor(args: tuple) -> Any:
     """(storage, offset, shape, strides, requires_grad, hooks, metadata)"""
     match args:
         # Metadata are flags such as "conjugate", with which the stored numbers are not the values of the tensor.
-        case (_Storage() as storage, offset, shape, strides, *rest) if not any(rest[2:]):
+        case (Storage() as storage, offset, shape, strides, *rest) if not any(rest[2:]):
             return storage.tensor(storage.dtype, offset, shape, strides)
     return Opaque("torch._utils._rebuild_tensor_v2", args)
 
@@ -209,7 +209,7 @@ def _tensor(args: tuple) -> Any:
 def _typed_tensor(args: tuple) -> Any:
     """(untyped storage, offset, shape, strides, requires_grad, hooks, dtype, metadata)"""
     match args:
-        case (_Storage() as storage, offset, shape, strides, _, _, Opaque(name=name), *metadata):
+        case (Storage() as storage, offset, shape, strides, _, _, Opaque(name=name), *metadata):
             dtype = DTYPES.get(name.removeprefix("torch."))
             if dtype is not None and not any(metadata):
                 return storage.tensor(dtype, offset, shape, strides)
@@ -238,4 +238,4 @@ _TENSORS: dict[str, Callable[[tuple], Any]] = {
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
 }
-_REBUILD = _TENSORS | {"torch._tensor._rebuild_from_type_v2": _with_attributes}
+REBUILD = _TENSORS | {"torch._tensor._rebuild_from_type_v2": _with_attributes}
