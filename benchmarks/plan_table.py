@@ -150,7 +150,7 @@ def _row(plan: Plan) -> str:
         f"{sign}{plan.batch / plan.seconds:,.0f}",
         plan.bound,
         f"{sign}{plan.hours:.1f} h" if plan.hours < 48 else f"{sign}{plan.hours / 24:.1f} days",
-        f"{sign}{plan.hours * plan.topology.chips:,.0f}",
+        f"{sign}{plan.chip_hours:,.0f}",
     ]
     return f"| {' | '.join([plan.topology.name, str(images), size, note, *figures])} |"
 

@@ -114,6 +114,32 @@ def test_layer_norm_and_its_gradient(plain, dtype):
         np.testing.assert_allclose(np.float32(a), np.float32(b), atol=tolerance * np.abs(np.float32(b)).max())
 
 
+@pytest.mark.parametrize("mean", [0.0, 3.0, -40.0])
+def test_layer_norm_in_one_pass(plain, mean):
+    """For bfloat16 the variance is E[x^2] - E[x]^2, which loses digits where the mean is large: still below 1e-4."""
+    x = jnp.asarray(mean + RNG.normal(size=(3, 384)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    got = layer_norm(x, np.ones(384, np.float32), np.zeros(384, np.float32))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-5 if abs(mean) < 10 else 1e-3)
+
+
+def test_layer_norm_of_equal_values_is_its_bias(plain):
+    """Rounding must not make the variance negative."""
+    x = jnp.full((4, 384), 77.5, jnp.bfloat16) * jnp.asarray([[1.0], [-3.0], [1e3], [1e-3]], jnp.bfloat16)
+    got = layer_norm(x, np.ones(384, np.float32), np.full(384, 0.25, np.float32))
+    np.testing.assert_allclose(got, 0.25, atol=1e-3)
+
+
+def test_the_gradient_of_layer_norm_keeps_no_float32_copy(plain):
+    x, vector = jnp.ones((64, 384), jnp.bfloat16), jnp.ones(384)
+    _, kept = jax.vjp(lambda x: layer_norm(x, vector, vector).astype(jnp.bfloat16), x)
+    sizes = [leaf.size for leaf in jax.tree.leaves(kept) if getattr(leaf, "dtype", None) == jnp.float32]
+    assert sizes
+    assert max(sizes) < x.size
+
+
 def test_gelu_is_exact():
     x = np.linspace(-6, 6, 101)
     want = x * 0.5 * (1 + erf(x / np.sqrt(2)))

@@ -47,6 +47,9 @@ from tinymim_jax.plan.topology import parse_topology
         ("v5e:8x8", "v5e", (8, 8), 64, 16),
         ("v6e-8", "v6e", (2, 4), 8, 1),
         ("v6e-1", "v6e", (1, 1), 1, 1),
+        ("tpu7x-16", "tpu7x", (2, 2, 2), 16, 2),
+        ("tpu7x:1x1x1", "tpu7x", (1, 1, 1), 2, 1),
+        ("b200x8x2", "b200", (2, 8), 16, 2),
         ("a100x8", "a100", (1, 8), 8, 1),
         ("a100-40x4", "a100-40", (1, 4), 4, 1),
         ("H100x8x4", "h100", (4, 8), 32, 4),
@@ -92,7 +95,15 @@ def test_the_peak_of_a_device():
     assert peak_of("TPU v5 lite") == 197e12
     assert peak_of("TPU v5p") == peak_of("TPU v5") == 459e12
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of("TPU7x") == 1153.5e12  # of one of the two devices that jax shows
     assert peak_of("cpu") is None
+
+
+def test_a_chip_of_two_devices():
+    """Memory and peak are of a device; hours are billed for whole chips."""
+    place = parse_topology("tpu7x-32")
+    assert place.describe() == "tpu7x-32: 32 half chips (2x2x4) on 4 hosts"
+    assert (place.linked, place.chip.vcpus * place.chips) == (32, 16 * 56)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, chip in CHIPS.items() if chip.platform == "gpu"])

@@ -14,7 +14,7 @@ from tinymim_jax.flops import step_flops
 from tinymim_jax.plan.build import plan_experiment
 from tinymim_jax.plan.compiled import compile_here
 from tinymim_jax.plan.hlo import work_of
-from tinymim_jax.plan.roofline import collectives
+from tinymim_jax.plan.roofline import collectives, step_time
 from tinymim_jax.plan.topology import parse_topology
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -60,6 +60,30 @@ ENTRY %main (a: f32[24,128], b: f32[64,64], c: bf16[100,197]) -> f32[64,64] {
   ROOT %result = f32[64,64]{1,0} get-tuple-element(%loop), index=2
 }
 """  # noqa: E501
+
+
+# Attention of 8 x 6 heads of 64 and 198 tokens, as XLA's CUDA compiler writes it.
+CUDNN = """HloModule cudnn
+
+ENTRY %main (q: bf16[8,198,6,64], n: s32[8]) -> bf16[8,6,198,64] {
+  %q = bf16[8,198,6,64]{3,2,1,0} parameter(0)
+  %n = s32[8]{0} parameter(1)
+  %fwd = (bf16[8,6,198,64]{3,1,2,0}, f32[8,6,198]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q, %n, %n), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["8", "6", "198", "198"], "tuple_shapes": []}}}
+  %bwd = (bf16[8,6,198,64]{3,1,2,0}, bf16[8,6,198,64]{3,1,2,0}, bf16[8,6,198,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q, %n, %n), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["8", "6", "198", "198"], "tuple_shapes": []}}}
+  ROOT %out = bf16[8,6,198,64]{3,1,2,0} get-tuple-element(%fwd), index=0
+}
+"""  # noqa: E501
+
+
+def test_attention_of_cudnn():
+    forward, backward = work_of(CUDNN)
+    pairs, features = 8 * 6 * 198**2, 8 * 198 * 384
+    assert (forward.flops, backward.flops) == (4 * pairs * 64, 10 * pairs * 64)
+    assert forward.bytes == 2 * 4 * features + 4 * 8 * 6 * 198 + 2 * 4 * 8
+    assert forward.kernel
+    assert backward.kernel
+    time = step_time([forward, backward], parse_topology("h100x1"))
+    assert (time.kernels, time.kernel_flops, time.kernel_bytes) == (2, time.flops, time.bytes)
 
 
 def test_a_hand_written_program():

@@ -93,6 +93,14 @@ def plan_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Plann
     return Planned(given, experiment, frozen, paths, tuple(notes), data_dir)
 
 
+def with_attention(config: ConfigDict, form: str) -> ConfigDict:
+    """A copy of a config with attention, and relation losses where the task has them, in this form (ops.attention)."""
+    changes = {"model.attention": form}
+    if "distill" in config:
+        changes["distill.relation_form"] = form
+    return changed(config, changes)
+
+
 def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     """A copy of a config with dotted keys set."""
     copied = from_json(config.to_dict())

@@ -137,10 +137,12 @@ def compile_here(
     from tinymim_jax.memory import bytes_needed, bytes_refused
     from tinymim_jax.ops.platform import compiling_for
     from tinymim_jax.plan.build import plan_experiment
-    from tinymim_jax.plan.devices import devices_of
+    from tinymim_jax.plan.devices import assume_cudnn, devices_of
     from tinymim_jax.sharding import make_mesh
 
     platform = topology.chip.platform
+    if platform == "gpu":
+        assume_cudnn()
     mesh = make_mesh(fsdp, devices_of(topology))
     with compiling_for(platform):
         step, arguments = plan_experiment(config, data_dir=data_dir).step(mesh)

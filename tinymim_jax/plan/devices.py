@@ -1,11 +1,16 @@
 """Descriptions of absent devices for the compiler."""
 
+import contextlib
+import importlib
+import types
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from tinymim_jax.plan.topology import Topology
+
+_CUDNN = 91900  # version 9.19
 
 
 def devices_of(topology: Topology) -> list:
@@ -21,10 +26,22 @@ def devices_of(topology: Topology) -> list:
     settings: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.kind == "v4":
         settings |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
-    elif topology.shape in ((1, 1), (2, 4)):
-        settings |= {"chips_per_host_bounds": (*topology.shape, 1)}
+    elif topology.shape in ((1, 1), (2, 4), (1, 1, 1)):
+        settings |= {"chips_per_host_bounds": (*topology.shape, 1)[:3]}
     name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"
     return topologies.get_topology_desc(name, platform="tpu", **settings).devices
+
+
+def assume_cudnn() -> None:
+    """Lets jax lower cuDNN's attention in this process, without cuDNN: jax would ask the installed one for its version.
+
+    This uses private names of jax 0.10 to 0.12. Where they are missing nothing happens, and cuDNN's attention raises.
+    """
+    with contextlib.suppress(ImportError):
+        private: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+        if hasattr(private, "check_cudnn_version") and hasattr(private, "cuda_versions"):
+            private.check_cudnn_version = lambda: _CUDNN
+            private.cuda_versions = types.SimpleNamespace(cudnn_get_version=lambda: _CUDNN)
 
 
 def gpu_description(kind: str) -> str:
@@ -53,5 +70,6 @@ _GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 41943040, 1.41, 85100068864, 2039040000000),
     "a100-40": ("NVIDIA A100-SXM4-40GB", 8, 108, 64, 167936, 41943040, 1.41, 42331013120, 1555200000000),
     "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 128, 233472, 52428800, 1.98, 84942979072, 3352320000000),
+    "b200": ("NVIDIA B200", 10, 148, 128, 233472, 132644864, 1.965, 191514411008, 7672320000000),
     "h200": ("NVIDIA H200 141GB HBM3e", 9, 132, 128, 233472, 52428800, 1.98, 151397597184, 4800000000000),
 }

@@ -79,10 +79,13 @@ def _time(plan: Plan, topology: Topology, ratio: float) -> StepTime:
     for each in plan.collectives:
         group = 0 if each.group == plan.topology.chips else each.group
         network += each.count * collective_seconds(each.kind, each.bytes / each.count, group, topology)
-    return StepTime(
+    return dataclasses.replace(
+        before,
         compute=before.compute * ratio * chip.peak / other.peak,
         memory=((before.memory - update) * ratio + update) * faster,
         network=network,
         flops=before.flops * ratio,
         bytes=(before.bytes - bytes_of_update) * ratio + bytes_of_update,
+        kernel_flops=before.kernel_flops * ratio,
+        kernel_bytes=before.kernel_bytes * ratio,
     )

@@ -14,6 +14,8 @@ _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "domain", "add-dependency",
 }  # fmt: skip
+_CUDNN_ATTENTION = "__cudnn$fmha"
+_KERNELS = ("tpu_custom_call", _CUDNN_ATTENTION)
 _SLICES = ("dynamic-slice", "slice", "gather")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
@@ -30,6 +32,8 @@ class Work:
     collective: a name in COLLECTIVES, or empty.
     sent: size of the collective in bytes: operands of an all-reduce, result of an all-gather.
     group: number of participating chips; 0: all.
+    kernel: a kernel that the compiler cannot see into: a Pallas call, whose FLOPs are its own statement, or one of
+      cuDNN's attention kernels, whose FLOPs follow from its shapes.
     """
 
     times: int
@@ -38,6 +42,7 @@ class Work:
     collective: str = ""
     sent: float = 0.0
     group: int = 0
+    kernel: bool = False
 
 
 def work_of(text: str) -> list[Work]:
@@ -92,7 +97,8 @@ class _Program:
                 yield from self._longest_branch(each, times)
             elif each.opcode not in _FREE and not each.opcode.endswith(("-done", "-update")):
                 kind, sent, group = self._collective(each, scope)
-                yield Work(times, self._flops(each, scope), self._bytes(each, scope), kind, sent, group)
+                kernel = each.opcode == "custom-call" and any(name in each.attributes for name in _KERNELS)
+                yield Work(times, self._flops(each, scope), self._bytes(each, scope), kind, sent, group, kernel)
 
     def _longest_branch(self, each: _Instruction, times: int) -> list[Work]:
         names = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
@@ -123,6 +129,8 @@ class _Program:
         if "tpu_custom_call" in each.attributes:  # a Pallas kernel, which says what it costs
             stated = re.search(r'"cost_estimate":\{"flops":"?(\d+)', each.attributes)
             return float(stated[1]) if stated else 0.0
+        if _CUDNN_ATTENTION in each.attributes:
+            return _attention_flops(each)
         if each.opcode == "custom-call" and "matmul" in each.attributes and shapes:
             contracted = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', each.attributes)
             return _dot_flops(each.shape, shapes[0], [int(n) for n in json.loads(contracted[1])]) if contracted else 0.0
@@ -233,6 +241,14 @@ def _dimensions(shape: str) -> list[int]:
 
 def _dot_flops(result: str, left: list[int], contracted: list[int]) -> float:
     return 2.0 * math.prod(_dimensions(result)) * math.prod(left[axis] for axis in contracted)
+
+
+def _attention_flops(each: _Instruction) -> float:
+    """FLOPs of cuDNN's attention: two products forward; five backward, where the map is computed again."""
+    found = re.search(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*(\[[^\]]*\])', each.attributes)
+    pairs = math.prod(int(n) for n in json.loads(found[1])) if found else 0  # batch, heads, queries, keys
+    head_dim = _dimensions(each.shape)[-1]
+    return 2.0 * (5 if "Backward" in each.attributes else 2) * pairs * head_dim
 
 
 def _convolution_flops(each: _Instruction, left: list[int], kernel: list[int]) -> float:

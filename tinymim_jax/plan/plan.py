@@ -96,6 +96,11 @@ class Plan:
         return self.steps * self.seconds / 3600
 
     @property
+    def chip_hours(self) -> float:
+        """Hours of the whole run, times the number of chips."""
+        return self.hours * self.topology.chips / self.topology.chip.devices
+
+    @property
     def utilisation(self) -> float:
         """Estimated model FLOP utilization."""
         return efficiency(self.flops, self.seconds, self.topology.chips, self.topology.chip)

@@ -27,7 +27,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "images_per_second": time and plan.batch / plan.seconds,
         "model_flop_utilisation": time and plan.utilisation,
         "collectives": [dataclasses.asdict(each) for each in plan.collectives],
-        "run": time and {"steps": plan.steps, "hours": plan.hours, "chip_hours": plan.hours * plan.topology.chips},
+        "run": time and {"steps": plan.steps, "hours": plan.hours, "chip_hours": plan.chip_hours},
         "input": time and {"cores_wanted_per_host": plan.cores_wanted, "cores_per_host": plan.cores_there},
         "largest_images_per_chip": plan.largest and plan.largest.images,
         "remedy": plan.remedy and {"words": list(plan.remedy[0].words), "plan": as_json(plan.remedy[1])},
@@ -84,11 +84,17 @@ def _speed(plan: Plan) -> list[str]:
         f"step            {time.seconds * 1e3:.0f} ms on the devices: {shares}; bound by {plan.bound}",
         f"speed           {plan.batch / plan.seconds:,.0f} images/s; model FLOP utilisation {plan.utilisation:.0%}",
         f"run             {plan.steps} steps, {format_seconds(plan.hours * 3600)} = {plan.hours / 24:.2f} days, "
-        f"{plan.hours * plan.topology.chips:,.0f} chip-hours, without evaluation and compiling",
+        f"{plan.chip_hours:,.0f} chip-hours, without evaluation and compiling",
         f"input           {plan.cores_wanted * IMAGES_PER_CORE:,.0f} images/s for each host: "
         f"{plan.cores_wanted:.1f} cores at {IMAGES_PER_CORE} each; it has about {plan.cores_there:.0f}"
         + ("" if plan.bound != "input" else ", so the devices wait: see data.crops, prepare --short_side"),
     ]
+    if time.kernels:
+        lines.append(
+            f"kernels         {time.kernels} calls of Pallas or cuDNN, which the compiler cannot see into: counted with "
+            f"{time.kernel_flops / time.flops:.0%} of the FLOPs, by their own statement or shapes, and "
+            f"{time.kernel_bytes / 1e9:.1f} of {time.bytes / 1e9:.0f} GB, the arrays that they read and write"
+        )
     for row in plan.collectives:
         lines.append(f"collectives     {row.kind} over {row.group} chips: {row.count} x, {row.bytes / 1e6:.1f} MB")
     return lines

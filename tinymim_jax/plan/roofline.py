@@ -21,6 +21,8 @@ class StepTime:
     memory: total of the instructions bound by memory traffic.
     network: total of the collectives; assumed not to overlap with anything (gradients are reduced at the step's end).
     flops, bytes: FLOPs and bytes of memory traffic of one chip.
+    kernels: calls of kernels that are not the compiler's (Pallas, cuDNN); kernel_flops, kernel_bytes: their part of
+      `flops` and `bytes`.
     """
 
     compute: float
@@ -28,6 +30,9 @@ class StepTime:
     network: float
     flops: float
     bytes: float
+    kernels: int = 0
+    kernel_flops: float = 0.0
+    kernel_bytes: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -65,7 +70,13 @@ def step_time(work: Iterable[Work], topology: Topology) -> StepTime:
         else:
             memory += each.times * moving
     flops, moved = (sum(each.times * getattr(each, name) for each in work) for name in ("flops", "bytes"))
-    return StepTime(compute, memory, network, flops, moved)
+    kernels = [each for each in work if each.kernel]
+    return StepTime(
+        compute, memory, network, flops, moved,
+        kernels=sum(each.times for each in kernels),
+        kernel_flops=sum(each.times * each.flops for each in kernels),
+        kernel_bytes=sum(each.times * each.bytes for each in kernels),
+    )  # fmt: skip
 
 
 def collectives(work: Iterable[Work], topology: Topology) -> list[Collective]:

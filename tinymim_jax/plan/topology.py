@@ -10,9 +10,9 @@ from tinymim_jax.plan.chips import CHIPS, Chip
 # Slice shape for each number of chips that Google offers.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
-_SHAPES = {"v4": _CUBES, "v5p": _CUBES, "v5e": _FLAT, "v6e": _FLAT}
-_BY_CORES = ("v4", "v5p")  # their names count TensorCores, two per chip
-_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "a100-80": "a100"}
+_SHAPES = {"v4": _CUBES, "v5p": _CUBES, "tpu7x": _CUBES, "v5e": _FLAT, "v6e": _FLAT}
+_BY_CORES = ("v4", "v5p", "tpu7x")  # their names count TensorCores, two per chip
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "a100-80": "a100", "v7x": "tpu7x"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape) * self.slices
+        """Number of jax devices: of chips, except that a tpu7x chip counts as two."""
+        return math.prod(self.shape) * self.slices * self.chip.devices
 
     @property
     def hosts(self) -> int:
         """Number of hosts; each runs its own input pipeline."""
-        in_one = math.prod(self.shape)
+        in_one = math.prod(self.shape) * self.chip.devices
         if self.chip.platform != "tpu":
             return self.shape[0]
         per_host = 8 if self.shape == (2, 4) else self.chip.per_host
@@ -50,11 +51,11 @@ class Topology:
     @property
     def linked(self) -> int:
         """Number of chips that are connected without the data center's network."""
-        return self.shape[1] if self.chip.platform != "tpu" else math.prod(self.shape)
+        return self.shape[1] if self.chip.platform != "tpu" else math.prod(self.shape) * self.chip.devices
 
     def describe(self) -> str:
         """`v5e-16: 16 chips (4x4) on 4 hosts`."""
-        what = "GPUs" if self.chip.platform == "gpu" else "chips"
+        what = "GPUs" if self.chip.platform == "gpu" else "chips" if self.chip.devices == 1 else "half chips"
         shape = "x".join(map(str, self.shape)) + (f" in each of {self.slices} slices" if self.slices > 1 else "")
         hosts = f"{self.hosts} host{'s' * (self.hosts > 1)}"
         return f"{self.name}: {self.chips} {what if self.chips > 1 else what[:-1]} ({shape}) on {hosts}"
@@ -63,8 +64,8 @@ class Topology:
 def parse_topology(text: str, *, slices: int = 1) -> Topology:
     """The topology of that name.
 
-    v5e-64, v6e-64: number of chips. v4-32, v5p-32: number of cores, two per chip. v5e:8x8, v4:2x2x4: shape of a slice.
-    h100x8: GPUs in one node; h100x8x4: in each of four nodes. cpux8: fake devices of this machine.
+    v5e-64, v6e-64: number of chips. v4-32, v5p-32, tpu7x-32: number of cores, two per chip. v5e:8x8, v4:2x2x4: shape
+    of a slice. h100x8: GPUs in one node; h100x8x4: in each of four nodes. cpux8: fake devices of this machine.
 
     Raises:
       ValueError: `text` is none of these; the message has the nearest valid names.
