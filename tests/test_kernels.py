@@ -1,6 +1,7 @@
 """The Pallas kernels in the interpreter against the dense forms, values and gradients."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -13,12 +14,13 @@ from conftest import relative_error
 from tinymim_jax.convert import convert_file
 from tinymim_jax.models.blocks import Tap
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.attention import choose_form, cudnn_attention
+from tinymim_jax.ops.attention import choose_form, cudnn_attention, joint_attention
 from tinymim_jax.ops.kernels import tiles
 from tinymim_jax.ops.kernels.attention import fused_attention
 from tinymim_jax.ops.kernels.relations import fused_relation_kl, relations_of
 from tinymim_jax.ops.placement import splitting_batches
 from tinymim_jax.ops.platform import compiling_for
+from tinymim_jax.plan.devices import assume_cudnn
 from tinymim_jax.sharding import batch_sharding, make_mesh
 from tinymim_jax.tasks.distill.targets import find_target
 
@@ -29,10 +31,10 @@ def split_heads(qkv, heads):
     return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
 
 
-def dense_attention(qkv, heads):
+def dense_attention(qkv, heads, bias=0.0):
     """In the plain form of ops.attention."""
     q, k, v = split_heads(qkv, heads)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5 + bias
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*qkv.shape[:2], -1)
 
@@ -62,7 +64,7 @@ SHAPES = [(50, 64, 4), (37, 192, 3), (197, 128, 2), (26, 96, 2), (21, 160, 2), (
 @pytest.mark.parametrize(("tokens", "dim", "heads"), SHAPES)
 def test_attention_in_float32(tokens, dim, heads):
     qkv, cotangent = drawn(0, 2, tokens, 3 * dim, scale=2.0), drawn(1, 2, tokens, dim)
-    value, back = jax.vjp(lambda x: fused_attention(x, heads, True), qkv)
+    value, back = jax.vjp(lambda x: fused_attention(x, None, heads, True), qkv)
     wanted, wanted_back = jax.vjp(lambda x: dense_attention(x, heads), qkv)
     assert relative_error(value, wanted) <= 1e-5
     assert relative_error(back(cotangent)[0], wanted_back(cotangent)[0]) <= 1e-5
@@ -76,15 +78,15 @@ def test_attention_by_rows(tokens, dim, heads, monkeypatch):
 
 
 def small_blocks(monkeypatch):
-    for module in ("attention", "relations"):
+    for module, other in (("attention", "attention_rows"), ("relations", "relations")):
         monkeypatch.setattr(f"tinymim_jax.ops.kernels.{module}.SHORT", 8)
-        monkeypatch.setattr(f"tinymim_jax.ops.kernels.{module}.ROWS", 16)
+        monkeypatch.setattr(f"tinymim_jax.ops.kernels.{other}.ROWS", 16)
     assert tiles.SHORT > 197  # a ViT's tokens at 224 px are one block
 
 
 def test_attention_at_512_pixels():
     qkv, cotangent = drawn(0, 1, 1025, 3 * 128), drawn(1, 1, 1025, 128)
-    value, back = jax.vjp(lambda x: fused_attention(x, 2, True), qkv)
+    value, back = jax.vjp(lambda x: fused_attention(x, None, 2, True), qkv)
     wanted, wanted_back = jax.vjp(lambda x: dense_attention(x, 2), qkv)
     assert relative_error(value, wanted) <= 1e-5
     assert relative_error(back(cotangent)[0], wanted_back(cotangent)[0]) <= 1e-5
@@ -94,7 +96,7 @@ def test_attention_in_bfloat16_is_as_exact_as_the_dense_form():
     exact = drawn(0, 2, 197, 3 * 128, scale=2.0).astype(jnp.bfloat16).astype(jnp.float32)
     cotangent = drawn(1, 2, 197, 128).astype(jnp.bfloat16).astype(jnp.float32)
     truth, truth_back = jax.vjp(lambda x: dense_attention(x, 2), exact)
-    for form, limit in ((lambda x: fused_attention(x, 2, True), 2.0), (lambda x: dense_attention(x, 2), 1.0)):
+    for form, limit in ((lambda x: fused_attention(x, None, 2, True), 2.0), (lambda x: dense_attention(x, 2), 1.0)):
         value, back = jax.vjp(form, exact.astype(jnp.bfloat16))
         errors = (
             relative_error(value, truth),
@@ -106,6 +108,46 @@ def test_attention_in_bfloat16_is_as_exact_as_the_dense_form():
             assert fused[0] <= 2 * errors[0]
             assert fused[1] <= 2 * errors[1]
     assert max(fused) <= 6e-3
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("tokens", "dim", "heads"), [(50, 64, 4), (37, 192, 3), (45, 128, 2), (21, 160, 2)])
+def test_attention_with_a_bias(tokens, dim, heads, rows, monkeypatch):
+    """A bias on each logit (BEiT) and its gradient, a sum over images, in both forms of the kernel."""
+    if rows:
+        small_blocks(monkeypatch)
+    qkv, cotangent = drawn(0, 3, tokens, 3 * dim, scale=2.0), drawn(1, 3, tokens, dim)
+    bias = drawn(2, heads, tokens, tokens)
+    value, back = jax.vjp(lambda x, bias: fused_attention(x, bias, heads, True), qkv, bias)
+    wanted, wanted_back = jax.vjp(lambda x, bias: dense_attention(x, heads, bias), qkv, bias)
+    assert relative_error(value, wanted) <= 1e-5
+    for found, right in zip(back(cotangent), wanted_back(cotangent), strict=True):
+        assert relative_error(found, right) <= 1e-5
+
+
+def test_a_bias_too_large_for_fast_memory_is_read_in_rows():
+    from tinymim_jax.ops.kernels import attention
+
+    assert attention._is_short(jnp.zeros((12, 197, 197)), 197)
+    assert not attention._is_short(jnp.zeros((16, 325, 325)), 325)
+    assert attention._is_short(None, 325)
+
+
+def test_a_bias_over_eight_devices():
+    """Each device has its own images and all of the bias; its gradients are summed."""
+    qkv, bias = drawn(0, 8, 12, 3 * 32), drawn(1, 4, 12, 12)
+    weights = drawn(2, 8, 12, 32)
+    mesh = make_mesh(2)
+
+    def split(qkv, bias):
+        with splitting_batches(mesh):
+            return jnp.vdot(joint_attention(qkv, 4, "fused", bias), weights)
+
+    placed = jax.device_put(qkv, batch_sharding(mesh))
+    found = jax.jit(jax.grad(split, (0, 1)))(placed, bias)
+    right = jax.grad(lambda *a: jnp.vdot(joint_attention(a[0], 4, "dense", a[1]), weights), (0, 1))(qkv, bias)
+    for a, b in zip(found, right, strict=True):
+        assert relative_error(a, b) <= 1e-5
 
 
 RELATION_SHAPES = [
@@ -181,11 +223,36 @@ def test_a_letter_in_two_relations_is_refused():
         relations_of(["qk", "qq"])
 
 
-def test_padding_for_cudnn_changes_nothing():
+@pytest.mark.parametrize("biased", [False, True])
+def test_padding_for_cudnn_changes_nothing(biased):
     """cuDNN takes even numbers of tokens only; the same arguments in XLA's own implementation."""
     q, k, v = (drawn(seed, 2, 7, 2, 16) for seed in (0, 1, 2))
-    wanted = dense_attention(jnp.concatenate([x.reshape(2, 7, 32) for x in (q, k, v)], axis=-1), 2)
-    np.testing.assert_allclose(cudnn_attention(q, k, v, "xla").reshape(2, 7, 32), wanted, atol=1e-5)
+    bias = drawn(3, 2, 7, 7) if biased else None
+    wanted = dense_attention(
+        jnp.concatenate([x.reshape(2, 7, 32) for x in (q, k, v)], axis=-1), 2, bias if biased else 0
+    )
+    np.testing.assert_allclose(cudnn_attention(q, k, v, bias, "xla").reshape(2, 7, 32), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_cudnn_takes_our_shapes(biased, monkeypatch):
+    """Lowered for CUDA, forward and backward, at 197 tokens; jax checks shapes, and here there is no cuDNN to ask."""
+    private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    for name in ("check_cudnn_version", "cuda_versions"):  # put back after the test
+        monkeypatch.setattr(private, name, getattr(private, name, None))
+    assume_cudnn()
+    bias = jnp.zeros((2, 197, 197)) if biased else None
+
+    def loss(qkv):
+        with compiling_for("gpu"):
+            return jnp.sum(joint_attention(qkv, 2, "fused", bias).astype(jnp.float32))
+
+    qkv = jax.ShapeDtypeStruct((2, 197, 3 * 128), jnp.bfloat16)
+    text = jax.jit(jax.grad(loss)).trace(qkv).lower(lowering_platforms=("cuda",)).as_text()
+    kernel = "ScaleBiasSoftmax" if biased else "Softmax"
+    assert f'__cudnn$fmha{kernel}"' in text or f"__cudnn$fmha{kernel}(" in text
+    assert f"__cudnn$fmha{kernel}Backward" in text
+    assert "198x198" not in re.sub(r"backend_config.*", "", text) or biased
 
 
 COMPILED = """
@@ -203,8 +270,11 @@ whole = replicated(make_mesh(1, devices_of(parse_topology(sys.argv[1]))[:1]))
 def shape(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=whole)
 
+def biased(qkv, bias):
+    return fused_attention(qkv, bias, 6).astype(jnp.float32).sum()
+
 def step(student, teacher):
-    student = student.at[..., :384].add(fused_attention(student, 6))
+    student = student.at[..., :384].add(fused_attention(student, None, 6))
     return fused_relation_kl(student, teacher, 6, relations_of(["qk", "vv"])).sum()
 
 for tokens in (197, 1025):
@@ -215,6 +285,9 @@ for tokens in (197, 1025):
     pairs = 2 * tokens**2
     wanted = 2 * pairs * (2 * 384 + 5 * 384 + 2 * (3 * 384 + 768))
     assert sum(work.times * work.flops for work in work_of(text)) == wanted
+    bias = jax.ShapeDtypeStruct((6, tokens, tokens), jnp.float32, sharding=whole)
+    text = jax.jit(jax.grad(biased, (0, 1))).lower(shape(2, tokens, 1152), bias).compile().as_text()
+    assert f"2,6,{tokens},{tokens}" not in text, "a map for each image in memory"
 print("compiled")
 """
 

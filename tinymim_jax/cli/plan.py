@@ -44,8 +44,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--attention",
         choices=("auto", "dense", "fused"),
-        help="attention and relation losses as kernels (fused) or left to the compiler (dense): short for model.attention "
-        "and distill.relation_form",
+        help="attention and relation losses as kernels (fused) or left to the compiler (dense): short for "
+        "model.attention and distill.relation_form",
     )
     command.add_argument("--data_dir", help="where data sets are; without them ImageNet's size is assumed")
     command.add_argument("--quick", action="store_true", help="do not search for the largest batch and for a remedy")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from tinymim_jax.models.layers import Dense, make_norm
 from tinymim_jax.models.mlp import Mlp
 from tinymim_jax.models.switches import PLAIN, Switches
-from tinymim_jax.ops.attention import biased_attention, joint_attention, split_heads
+from tinymim_jax.ops.attention import joint_attention, split_heads
 from tinymim_jax.ops.placement import split_batch
 from tinymim_jax.ops.relative_bias import bias_rows, relative_bias
 from tinymim_jax.ops.rope import Rope, angles, rotate
@@ -93,13 +93,12 @@ class Attention(nn.Module):
             qkv = qkv + bias.astype(self.dtype)
         if self.switches.rope is not None:
             qkv = self._rotated(qkv, self.switches.rope, keep)
+        positions = None
         if self.switches.relative_bias:
             if keep is not None:
                 raise ValueError("an encoder with relative position biases takes all patches: it cannot be masked")
-            bias = relative_bias(self.relative_bias, self.grid, self.prefix)
-            attended = biased_attention(qkv, self.heads, bias, self.form)
-        else:
-            attended = joint_attention(qkv, self.heads, self.form)
+            positions = relative_bias(self.relative_bias, self.grid, self.prefix)
+        attended = joint_attention(qkv, self.heads, self.form, positions)
         return qkv, self.proj(self.norm(attended) if self.switches.attention_norm else attended)
 
     def _rotated(self, qkv: Array, rope: Rope, keep: Array | None) -> Array:

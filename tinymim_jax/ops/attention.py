@@ -20,37 +20,37 @@ FUSED_TOKENS = 1100
 log = logging.getLogger(__name__)
 
 
-def joint_attention(qkv: Float[Array, "batch tokens three_dim"], heads: int, form: str = "auto") -> Array:
+def joint_attention(
+    qkv: Float[Array, "batch tokens three_dim"],
+    heads: int,
+    form: str = "auto",
+    bias: Float[Array, "heads tokens tokens"] | None = None,
+) -> Array:
     """Attention `[batch, tokens, dim]` from the output of the joint projection, columns ordered (q|k|v, head, channel).
 
     Args:
       form: see `choose_form`.
+      bias: added to the logits of every image, in float32; None for none.
     """
     if choose_form("model.attention", form, tokens=qkv.shape[1]) == "fused":
-        return fused_attention(qkv, heads)
+        return fused_attention(qkv, heads, bias)
     q, k, v = split_heads(qkv, heads)
-    return attention(q, k, v).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
-
-
-def biased_attention(
-    qkv: Float[Array, "batch tokens three_dim"], heads: int, bias: Float[Array, "heads tokens tokens"], form: str
-) -> Array:
-    """As `joint_attention`, with `bias` added to the logits; always dense, as no kernel here takes a bias."""
-    if choose_form("model.attention", form, tokens=qkv.shape[1]) == "fused":
-        _log_once("model.attention: dense, as the fused kernels take no relative position bias")
-    q, k, v = split_heads(qkv, heads)
-    attended = attention(q, k, v, bias.astype(jnp.float32))
+    attended = attention(q, k, v, None if bias is None else bias.astype(jnp.float32))
     return attended.reshape(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
-def fused_attention(qkv: Array, heads: int) -> Array:
+def fused_attention(qkv: Array, heads: int, bias: Array | None = None) -> Array:
     """The kernel of the platform that is traced for: cuDNN on GPUs, Pallas on TPUs and, in its interpreter, on CPUs."""
     if target() == "gpu":
-        return cudnn_attention(*split_heads(qkv, heads)).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
+        return cudnn_attention(*split_heads(qkv, heads), bias).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
     # Pallas takes a second to import, and only this form needs it.
     from tinymim_jax.ops.kernels.attention import fused_attention as kernel
 
-    return for_each_shard(lambda rows: kernel(rows, heads, target() != "tpu"))(qkv)
+    interpret = target() != "tpu"
+    if bias is None:
+        return for_each_shard(lambda rows: kernel(rows, None, heads, interpret))(qkv)
+    bias = bias.astype(jnp.float32)
+    return for_each_shard(lambda rows, bias: kernel(rows, bias, heads, interpret), whole=1)(qkv, bias)
 
 
 def split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
@@ -60,17 +60,24 @@ def split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
     return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, implementation: Any = "cudnn") -> Array:
+def cudnn_attention(q: Array, k: Array, v: Array, bias: Array | None = None, implementation: Any = "cudnn") -> Array:
     """Attention by cuDNN, `[batch, tokens, heads, head_dim]`. An odd number of tokens, which it refuses, is padded.
 
-    Padded keys are masked by their length, padded queries are dropped.
+    Padded keys are masked by their length, padded queries are dropped. cuDNN takes a bias in the dtype of q only.
     """
     batch, tokens = q.shape[:2]
     if tokens % 2:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 1), (0, 1)))
     lengths = jnp.full((batch,), tokens, jnp.int32)
     output = jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
+        q,
+        k,
+        v,
+        bias=None if bias is None else bias[None].astype(q.dtype),
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
     )
     return output[:, :tokens]
 

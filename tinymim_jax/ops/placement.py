@@ -21,16 +21,22 @@ def splitting_batches(mesh: Mesh) -> Iterator[None]:
         _MESH.reset(token)
 
 
-def for_each_shard(function: Callable[..., Array]) -> Callable[..., Array]:
+def for_each_shard(function: Callable[..., Array], *, whole: int = 0) -> Callable[..., Array]:
     """`function` of arrays `[batch, ...]`, run on each device's rows: for kernels, which the compiler cannot partition.
 
+    Each device gets all of the last `whole` arguments; their gradients are summed over the devices.
     Without a mesh (see `splitting_batches`) it is `function` itself.
     """
     mesh = _MESH.get()
     if mesh is None or mesh.size == 1:
         return function
     rows = PartitionSpec(mesh.axis_names)
-    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+    def split(*arguments: Array) -> Array:
+        specs = (rows,) * (len(arguments) - whole) + (PartitionSpec(),) * whole
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
+
+    return split
 
 
 def split_batch(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest"]:

@@ -1,6 +1,7 @@
 """What the kernels share: products with float32 sums, and heads as parts of 128-lane tiles."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -37,15 +38,21 @@ def add(new: jax.Array, before: jax.Array | None, first: bool) -> jax.Array:
     return new if first or before is None else before + new
 
 
-def valid_rows(x: jax.Array, tokens: int) -> jax.Array:
-    """A block of rows `[rows, width]`, by grid dimension 2, with zeros where it reaches beyond the last token.
+def padded_bytes(shape: tuple[int, ...]) -> int:
+    """Of a float32 array in VMEM, where the last two dimensions are padded to whole tiles."""
+    *leading, rows, columns = shape
+    return 4 * math.prod(leading) * -(-rows // 8) * 8 * -(-columns // LANES) * LANES
+
+
+def valid_rows(x: jax.Array, tokens: int, axis: int = 2) -> jax.Array:
+    """A block of rows `[rows, width]`, by this grid dimension, with zeros where it reaches beyond the last token.
 
     What is read there is undefined.
     """
     rows = x.shape[0]
     if tokens % rows == 0:
         return x
-    row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + pl.program_id(2) * rows
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + pl.program_id(axis) * rows
     return jnp.where(row < tokens, x, jnp.zeros_like(x))
 
 
