@@ -39,8 +39,8 @@ class Chip:
 _TPU_DOCS = "docs.cloud.google.com/tpu/docs/"
 
 # TPU memory is the limit of libtpu 0.0.42 and 0.0.52. A tpu7x chip has two halves with a memory each. Link bandwidths
-# are half of the published bidirectional ones; for v4 Google publishes the all-reduce bandwidth of a pod instead: 1.1 PB/s
-# over 4096 chips.
+# are half of the published bidirectional ones; for v4 Google publishes the all-reduce bandwidth of a pod instead: 1.1
+# PB/s over 4096 chips.
 CHIPS: dict[str, Chip] = {
     "v4": Chip("tpu", 275e12, 30.75 * GIB, 1200 * GB, 268 * GB, 6.25 * GB, 4, 60, "TPU v4", _TPU_DOCS + "v4"),
     "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819 * GB, 200 * GB, 3.125 * GB, 4, 28, "TPU v5 lite", _TPU_DOCS + "v5e"),

@@ -91,8 +91,8 @@ def _speed(plan: Plan) -> list[str]:
     ]
     if time.kernels:
         lines.append(
-            f"kernels         {time.kernels} calls of Pallas or cuDNN, which the compiler cannot see into: counted with "
-            f"{time.kernel_flops / time.flops:.0%} of the FLOPs, by their own statement or shapes, and "
+            f"kernels         {time.kernels} calls of Pallas or cuDNN, which the compiler cannot see into: counted "
+            f"with {time.kernel_flops / time.flops:.0%} of the FLOPs, by their own statement or shapes, and "
             f"{time.kernel_bytes / 1e9:.1f} of {time.bytes / 1e9:.0f} GB, the arrays that they read and write"
         )
     for row in plan.collectives:
