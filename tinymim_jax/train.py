@@ -41,6 +41,7 @@ from tinymim_jax.state import (
     place_frozen,
     trained_paths,
 )
+from tinymim_jax.tasks.lineage import lineage_record
 from tinymim_jax.tasks.task import Params
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,8 @@ def _run(
         check_inputs(workdir, inputs, frozen_before=checkpoints.extra.get("frozen"))
         accept(workdir, config, inputs, changes)
         state = fresh_state() if state is None else state
-        write_json(workdir / "model.json", task.model | task.origin | {"preprocessing": input_record(experiment)})
+        record = task.model | task.origin | {"preprocessing": input_record(experiment)} | lineage_record(config)
+        write_json(workdir / "model.json", record)
         run_log.begin(experiment, state, paths, mesh, workers)
 
         def explain(params: Params, step: int) -> str:

@@ -6,12 +6,13 @@ from typing import Any
 
 from etils import epath
 
+from tinymim_jax.convert.files import LICENCES
 from tinymim_jax.convert.formats.hub import in_timm
 from tinymim_jax.convert.formats.network import Network, size_of
 from tinymim_jax.tasks.distill.teachers import TEACHERS
 
-# Licences of published weights, by the family of their file, as their releases state them.
-_LICENCES = {"mae": "cc-by-nc-4.0"}
+# Licences with conditions for what is made from the weights, beside those with "nc" in their names.
+_RESTRICTED = ("dinov3-license", "apple-amlr", "apple-ascl", "nvidia-open-model-license")
 _LONGEST = 8
 
 
@@ -32,7 +33,7 @@ def lineage(checkpoint: str) -> list[dict[str, Any]]:
         step: dict[str, Any] = {"name": path.name}
         source = record.get("source", {})
         step |= {key: source[key] for key in ("file", "sha256", "family") if key in source}
-        licence = record.get("licence") or source.get("licence") or _LICENCES.get(source.get("family", ""))
+        licence = record.get("licence") or source.get("licence") or LICENCES.get(source.get("family", ""))
         if licence:
             step["licence"] = licence
         if config:
@@ -42,7 +43,7 @@ def lineage(checkpoint: str) -> list[dict[str, Any]]:
             waiting.append(epath.Path(other).expanduser())
         if "licence" not in step and path.name in TEACHERS and not path.exists():
             step |= {
-                key: value for key, value in {"licence": _LICENCES.get(TEACHERS[path.name].family)}.items() if value
+                key: value for key, value in {"licence": LICENCES.get(TEACHERS[path.name].family)}.items() if value
             }
         steps.append(step)
     return steps
@@ -53,7 +54,10 @@ def licence_of(checkpoint: str, given: str | None = None) -> str:
     if given:
         return given
     known = [step["licence"] for step in lineage(checkpoint) if "licence" in step]
-    restricted = [each for each in known if "nc" in each.split("-")]
+    # Of ancestors that are not on this machine, the checkpoint's own record knows.
+    record = _json(epath.Path(checkpoint).expanduser() / "model.json")
+    known += [item["licence"] for item in record.get("lineage", ()) if item.get("licence")]
+    restricted = [each for each in known if "nc" in each.split("-") or each in _RESTRICTED]
     return (restricted or known or ["other"])[0]
 
 
