@@ -143,9 +143,10 @@ def test_long_runs_are_looked_at_at_their_end_and_short_ones_say_how(chain, monk
     looked = []
     monkeypatch.setattr("tinymim_jax.analysis.look.look_at", lambda run, **_: looked.append(run))
     with caplog.at_level(logging.INFO, logger="tinymim_jax"):
-        write_at_end(chain / "teacher", 59.0, data_dir=None, workers=0)
+        write_at_end(chain / "teacher", seconds=59.0, images=20_000)
+        write_at_end(chain / "teacher", seconds=61.0, images=19_999)
     assert (looked, f"`tinymim report {chain / 'teacher'}` adds" in caplog.text) == ([], True)
-    write_at_end(chain / "teacher", 61.0, data_dir=None, workers=0)
+    write_at_end(chain / "teacher", seconds=61.0, images=20_000)
     assert looked == [chain / "teacher"]
 
 

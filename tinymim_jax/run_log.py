@@ -98,6 +98,11 @@ class RunLog:
         self._heart.note(devices=f"{mesh.size} x {device}", versions=_versions())
         self._heart.watch()
 
+    @property
+    def images(self) -> int:
+        """Examples of all steps so far."""
+        return self._step * self._experiment.batch_size
+
     def seconds(self) -> float:
         """Time of all attempts together."""
         return sum(self._goodput.seconds().values())

@@ -42,7 +42,6 @@ from tinymim_jax.state import (
     trained_paths,
 )
 from tinymim_jax.tasks.lineage import lineage_record
-from tinymim_jax.tasks.task import Params
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +92,15 @@ def train(
             result = _run(config, folder, run_log, changes, data_dir=data_dir, workers=workers, fsdp=fsdp)
             write_json(folder / RESULT, result)
             run_log.end()
-            seconds = run_log.seconds()
+            spent = {"seconds": run_log.seconds(), "images": run_log.images}
     except FloatingPointError:
         if is_first():
-            write_at_end(folder, 0.0, data_dir=data_dir, workers=workers)
+            write_at_end(folder)
         raise
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("result written")  # before any process reads it
     if is_first():
-        write_at_end(folder, seconds, data_dir=data_dir, workers=workers)
+        write_at_end(folder, **spent, data_dir=data_dir, workers=workers)
     return result
 
 
@@ -147,8 +146,8 @@ def _run(
         write_json(workdir / "model.json", record)
         run_log.begin(experiment, state, paths, mesh, workers)
 
-        def explain(params: Params, step: int) -> str:
-            return explain_step(workdir, experiment, mesh, params, frozen, paths, number=step, accumulate=accumulate)
+        def explain(state: TrainState, step: int) -> str:
+            return explain_step(workdir, experiment, mesh, state, frozen, paths, number=step, accumulate=accumulate)
 
         return _loop(experiment, mesh, state, frozen, train_step, checkpoints, run_log, workers, inputs.frozen, explain)
 
@@ -163,7 +162,7 @@ def _loop(
     run_log: RunLog,
     workers: int,
     frozen_digest: str,
-    explain: Callable[[Params, int], str],
+    explain: Callable[[TrainState, int], str],
 ) -> dict[str, float]:
     settings, task, total = experiment.config.train, experiment.task, experiment.total_steps
     evaluation = make_evaluation(experiment, mesh)
@@ -182,7 +181,7 @@ def _loop(
             before = skipped_in_a_row
             state, recorded, skipped_in_a_row = train_step(state, recorded, frozen, place_batch(mesh, batch), root)
             run_log.dispatched(skipped_in_a_row)
-            _check_finite(before, step - 1, settings.max_skipped, lambda first, now=state: explain(now.params, first))
+            _check_finite(before, step - 1, settings.max_skipped, lambda first, now=state: explain(now, first))
             run_log.finished(step - 1)
             if step == start + 1:
                 run_log.first_step(step, recorded)
@@ -202,7 +201,7 @@ def _loop(
                 raise Interrupted(
                     f"stopped after step {step}, all saved: run the same command again to resume", by_hand=stop.by_hand
                 )
-        _check_finite(skipped_in_a_row, total, settings.max_skipped, lambda first: explain(state.params, first))
+        _check_finite(skipped_in_a_row, total, settings.max_skipped, lambda first: explain(state, first))
         run_log.finished(total)
         result = _evaluate(evaluation, state, frozen, run_log, workers, total)
         with run_log.saving(total):

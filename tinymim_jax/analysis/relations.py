@@ -38,7 +38,7 @@ def relation_kl_of_blocks(student: Network, teacher: Network, heads: int) -> Any
 
     def compare(own: Any, theirs: Any, images: jax.Array) -> dict[str, jax.Array]:
         mine, wanted = student.taps(own, images), teacher.taps(theirs, images)
-        with_cls = student.vit.prefix > 0 and teacher.vit.prefix > 0
+        with_cls = all(one.vit.switches.cls_tokens > 0 for one in (student, teacher))
         found = {}
         for relation in RELATIONS:
             logs = [

@@ -20,7 +20,7 @@ from tinymim_jax.metrics import no_averages
 from tinymim_jax.resume import Inputs, check_inputs, recorded_micro_batches
 from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
-from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
+from tinymim_jax.state import TrainState, init_state, make_train_step, place_frozen, trained_paths
 from tinymim_jax.tasks.task import Params
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def explain_step(
     workdir: epath.Path,
     experiment: Experiment,
     mesh: Mesh,
-    params: Params,
+    state: TrainState,
     frozen: Params,
     paths: frozenset,
     *,
@@ -80,16 +80,18 @@ def explain_step(
 ) -> str:
     """A sentence on a step that was not finite, for the message of the run that it stopped; pictures are in a file.
 
-    Args:
-      params: as they are now. Skipped updates change nothing, so they are those that the step began with.
+    Only the command that shows the step is named in a job of several processes, which would have to do this together,
+    and where the weights are no longer those that the step began with.
 
-    "" in a job of several processes, which would have to do this together, with the command that does it.
+    Args:
+      state: as it is now. Skipped updates change nothing; but the step that was dispatched before the error was noticed
+        may have been a finite one.
     """
     command = f"tinymim replay {workdir} --step {number}"
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 or not int(state.skipped_in_a_row):
         return f"To see its images and gradients: {command}"
     try:
-        step = look_at_step(experiment, mesh, params, frozen, paths, number=number, accumulate=accumulate)
+        step = look_at_step(experiment, mesh, state.params, frozen, paths, number=number, accumulate=accumulate)
         path = write_step(step, workdir / REPLAY, workdir.name)
     except Exception as error:  # the run's own error is what matters
         log.warning("step %d could not be looked at: %s: %s", number, type(error).__name__, error)

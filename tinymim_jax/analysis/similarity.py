@@ -49,7 +49,7 @@ def cka(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)), float32 [batch, heads, queries, keys]."""
+    """softmax(q k^T / sqrt(head_dim)), float32 [batch, heads, queries, keys]: without relative position biases."""
     return jax.nn.softmax(scaled_products(q.astype(jnp.float32), k.astype(jnp.float32)), axis=-1)
 
 

@@ -8,9 +8,8 @@ HELP = "write report.html: curves, time, images, relations, layers, classes and 
 
 _EPILOG = """\
 The file needs no network and no other file. DIR is the --workdir of a run, a sweep or a chain, or any folder with runs
-in it; or a file that `tinymim evaluate --suite ... --output FILE` wrote. Every training writes the report of its own
-run at its end; that of a run of less than a minute has no pictures of what the networks see until this command adds
-them.
+in it; or a file that `tinymim evaluate --suite ... --output FILE` wrote. Every training, sweep and chain writes its
+report at its end; that of a short run has no pictures of what the networks see until this command adds them.
 
   tinymim report runs/b
   tinymim report runs/sweep --output sweep.html

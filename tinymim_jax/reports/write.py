@@ -17,8 +17,9 @@ from tinymim_jax.runtime.runs import find_runs
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
-# A run of less time gets a report of its files alone: to look at its networks would take as long as the run itself.
-LOOKED_AT_SECONDS = 60.0
+# A shorter run gets a report of its files alone: to look at its networks takes about a thousand images forward and a few
+# programs to compile, as much as the run itself.
+LOOKED_AT_SECONDS, LOOKED_AT_IMAGES = 60.0, 20_000
 
 
 def write_report(
@@ -69,14 +70,22 @@ def write_report(
     return _written(epath.Path(output or folder / REPORT), text)
 
 
-def write_at_end(workdir: epath.Path, seconds: float, *, data_dir: str | None, workers: int) -> None:
-    """Writes the report of a run that has just ended; what goes wrong is logged and never raised.
+def write_at_end(
+    workdir: str | os.PathLike,
+    *,
+    seconds: float = 0.0,
+    images: int = 0,
+    data_dir: str | None = None,
+    workers: int = 0,
+) -> None:
+    """Writes the report of a run, sweep or chain that has just ended; what goes wrong is logged and never raised.
 
     Args:
-      seconds: how long the run took. The report of one under a minute, or of a job of several processes, is made of its
-        files alone; `tinymim report` adds the rest.
+      seconds, images: how long a run took, and how many images it trained on. The report of one under a minute or
+        20,000 images, of a job of several processes, or of a folder is made of its files alone; `tinymim report` adds
+        the rest.
     """
-    look = seconds >= LOOKED_AT_SECONDS and jax.process_count() == 1
+    look = seconds >= LOOKED_AT_SECONDS and images >= LOOKED_AT_IMAGES and jax.process_count() == 1
     try:
         path = write_report(workdir, look=look, data_dir=data_dir, workers=workers)
     except Exception as error:

@@ -24,7 +24,7 @@ def run_chain(
     child_options: Sequence[str] = (),
     data_dir: str | None = None,
 ) -> int:
-    """Checks all stages of FILE[:ARGUMENT], trains those that are not finished, and writes table.md.
+    """Checks all stages of FILE[:ARGUMENT], trains those that are not finished, and writes table.md and report.html.
 
     Args:
       workdir: stage NAME is trained in workdir/NAME. A folder, `~` allowed.
@@ -33,6 +33,7 @@ def run_chain(
 
     Returns the exit status. Raises ValueError for a stage that cannot be built.
     """
+    from tinymim_jax.reports.write import write_at_end
     from tinymim_jax.sweeps.checks import check_points
 
     stages = read_stages(file)
@@ -48,6 +49,7 @@ def run_chain(
     text = table([(run.name, read_state(run.workdir)) for run in point.runs])
     write_text(folder / "table.md", text + "\n")
     print_line(f"\n{text}")
+    write_at_end(folder)
     if state.name in ("failed", "stalled"):
         print_line(f"\n{state.detail}")
     return exit_status([state])

@@ -53,11 +53,13 @@ def find_function(spec: str, kind: str, name: str) -> tuple[Callable, str]:
 
 
 def write_summary(points: Sequence[Point], workdir: pathlib.Path, metric: str | None, direction: str | None) -> None:
-    """Writes the table of the finished points, and prints it with the reasons of those that failed."""
+    """Writes the table of the finished points and report.html; prints the table, and why points failed."""
+    from tinymim_jax.reports.write import write_at_end
     from tinymim_jax.sweeps.tables import write_table
 
     states = {point.name: state_of(point) for point in points}
     print_line(write_table(points, states, workdir, metric=metric, direction=direction))
+    write_at_end(workdir)
     for point in points:
         if states[point.name].name in ("failed", "stalled"):
             print_line(f"\n{point.name} {states[point.name].name}: {states[point.name].detail}")
