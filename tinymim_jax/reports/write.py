@@ -17,7 +17,7 @@ from tinymim_jax.runtime.runs import find_runs
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
-# A shorter run gets a report of its files alone: to look at its networks takes about a thousand images forward and a few
+# A shorter run gets a report of its files alone: to look at its networks takes about a thousand images forward and some
 # programs to compile, as much as the run itself.
 LOOKED_AT_SECONDS, LOOKED_AT_IMAGES = 60.0, 20_000
 
