@@ -22,9 +22,9 @@ def some_of(source: Source, count: int, *, seed: int = 0) -> Source:
 
 def batches_of(source: Source, config: ConfigDict, size: int, *, workers: int = 0) -> Any:
     """All images of `source` as evaluation sees them, in batches of `size`; the last one is padded."""
-    size = tuple(config.model.image_size)
+    image_size = tuple(config.model.image_size)
     # A task that evaluates whole images has no size to which it resizes them.
-    view = EvalView(size, config.data.get("eval_resize") or max(size))
+    view = EvalView(image_size, config.data.get("eval_resize") or max(image_size))
     return eval_batches(source, view=view, batch_size=size, upright=config.data.upright, workers=workers)
 
 
