@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from pages import check_page
 from pictures import encoded
 from PIL import Image
 
@@ -15,6 +16,7 @@ from tinymim_jax.config import apply_overrides
 from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.evaluation.evaluate import evaluate_checkpoint
 from tinymim_jax.experiment import batch_shapes, build_experiment
+from tinymim_jax.reports.write import write_report
 from tinymim_jax.train import train
 
 SIZES = [(40, 60), (50, 44), (64, 48)]
@@ -177,3 +179,14 @@ def test_evaluating_by_command(run, capsys):
 def test_classes_of_the_checkpoint_and_of_the_data_must_agree(run, pairs):
     with pytest.raises(ClassMismatch):
         evaluate_checkpoint(experiment(pairs, "data.masks.classes=2"), run[0])
+
+
+def test_its_report_shows_the_classes(run, tmp_path):
+    """Figures of each class, and the images as they are trained on."""
+    workdir, result = run
+    page = check_page(write_report(workdir, output=tmp_path / "report.html").read_text())
+    cells = page.texts["td"]
+    row = cells.index("square")
+    assert cells[row + 1] == f"{result['iou/square']:.4g}"
+    assert sum("as the network sees it" in image["alt"] for image in page.all("img")) == 8
+    assert "CKA within the encoder" in page.texts["figcaption"]
