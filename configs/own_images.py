@@ -4,7 +4,8 @@
   tinymim train --config configs/own_images.py --workdir runs/pets data.source=folder:/data/pets init=teachers/tinymim_s
   tinymim predict runs/pets cat.jpg
 
-FILE:t, FILE:s (the default) and FILE:b are the sizes; init names a student of that size, yours or the authors'.
+FILE:t, FILE:s (the default) and FILE:b are the sizes, FILE:pico and FILE:nano two smaller ones; init names a student of
+that size, yours or the authors'.
 FILE:s,8000 gives the number of images, which sets the number of epochs: 100 for 50,000 images, proportional to the
 inverse square root of their number (250 for 8,000). A tenth of the images is held out for evaluation; if folders define
 the splits, set data.train_split=train data.eval_split=val. If memory runs out, set train.accumulate=4. Values that
@@ -15,19 +16,23 @@ import math
 
 from configs import finetune_b, finetune_s, finetune_t
 
-SIZES = {"t": finetune_t, "s": finetune_s, "b": finetune_b}
+SIZES = {"pico": finetune_t, "nano": finetune_t, "t": finetune_t, "s": finetune_s, "b": finetune_b}
+SMALLER = ("pico", "nano")  # with the recipe of Tiny
 
 
 def get_config(argument: str = "s"):
     size, comma, images = argument.partition(",")
     if size not in SIZES or (comma and not (images.isdigit() and int(images))):
-        raise ValueError(f"configs/own_images.py:{argument} is unknown. Choices: t, s, b, or with images: s,8000")
+        raise ValueError(f"configs/own_images.py:{argument} is unknown. Choices: {', '.join(SIZES)}, or with images: s,8000")
     config = SIZES[size].get_config()
+    if size in SMALLER:
+        config.model.variant = size
     config.data.source = "folder:YOUR_IMAGES"
     config.data.train_split = "all[:90%]"
     config.data.eval_split = "all[90%:]"
     config.data.upright = True  # cameras store the orientation in EXIF
-    config.model.drop_path = max(0.1, config.model.drop_path)  # small sets overfit sooner
+    if size not in SMALLER:
+        config.model.drop_path = max(0.1, config.model.drop_path)  # small sets overfit sooner
     # With a larger batch, small sets would get too few updates.
     config.train.batch_size = 256
     config.train.duration = f"{_epochs(int(images or 50_000))} epochs"

@@ -103,10 +103,15 @@ def micro_batch_counts(batch_size: int, devices: int) -> list[int]:
     return [n for n in range(1, per_device + 1) if batch_size % (n * devices) == 0]
 
 
-def smallest_accumulate(experiment: Experiment, frozen: Any, paths: frozenset, mesh: Mesh) -> int:
+def smallest_accumulate(
+    experiment: Experiment, frozen: Any, paths: frozenset, mesh: Mesh, *, limit: int | None = None
+) -> int:
     """The smallest number of micro-batches with which the step fits into the devices' memory, found by compiling it.
 
     1 if the devices do not report their memory.
+
+    Args:
+      limit: bytes for a device; None asks the devices.
 
     Raises:
       ValueError: the batch cannot be split over the devices.
@@ -118,7 +123,7 @@ def smallest_accumulate(experiment: Experiment, frozen: Any, paths: frozenset, m
             f"train.batch_size={experiment.batch_size} cannot be split over {mesh.size} devices: choose a multiple of "
             f"{mesh.size}"
         )
-    limit = device_memory(mesh)
+    limit = device_memory(mesh) if limit is None else limit
     if limit is None:
         log.info("train.accumulate=0: %s does not report its memory; 1 micro-batch", mesh.devices.flat[0].device_kind)
         return 1

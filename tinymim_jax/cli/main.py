@@ -11,6 +11,7 @@ from tinymim_jax.cli import (
     chain,
     convert,
     demo,
+    distill,
     evaluate,
     export,
     knn,
@@ -30,7 +31,7 @@ from tinymim_jax.runtime.startup import start_logging
 
 # In the order of `tinymim --help`. Each module has HELP, add_arguments(parser) and run(options) -> exit status.
 COMMANDS = (
-    *(train, chain, sweep, status, report, analyze, replay, plan, evaluate, knn, probe, predict),
+    *(distill, train, chain, sweep, status, report, analyze, replay, plan, evaluate, knn, probe, predict),
     *(convert, export, bench, prepare, demo),
 )
 

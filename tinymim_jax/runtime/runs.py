@@ -14,6 +14,8 @@ from tinymim_jax.runtime.workdir import CONFIG, FAILED, LIVE, PRUNED, read_state
 
 def find_runs(root: Any, depth: int = 2) -> list[Any]:
     """The folders of runs: `root` itself, or folders up to `depth` levels below it (points, stages of points)."""
+    if (root / "model.safetensors").exists():  # a model of the Hugging Face hub, which has a config.json too
+        return []
     if any((root / name).exists() for name in (CONFIG, FAILED, PRUNED)):
         return [root]
     if depth == 0 or not root.is_dir():

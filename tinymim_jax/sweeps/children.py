@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -24,6 +25,7 @@ EXTEND = "--extend"
 """The option of `tinymim train` that lets a run, finished or not, continue to a longer duration."""
 
 _TAIL_LINES = 30
+_OWN_MESSAGE = re.compile(r"tinymim \w+: ")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -88,17 +90,36 @@ class Children:
         for process in list(self._running):
             _interrupt(process)
 
+    def run_words(self, words: Sequence[str], log: pathlib.Path, *, prefix: str = "") -> tuple[int, list[str]]:
+        """Runs one command, `python -m WORDS`, with its output here and appended to the file `log`.
+
+        Returns its exit status and its last lines. After a stop signal nothing is started, and the status is
+        INTERRUPTED.
+        """
+        if self.stopping:
+            return INTERRUPTED, []
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return self._process(words, log, prefix, None)
+
     def _run(self, run: Run, prefix: str, watch: Callable[[], bool] | None) -> RunState:
         if self.stopping:
             return read_state(run.workdir)
         run.workdir.mkdir(parents=True, exist_ok=True)
         (run.workdir / FAILED).unlink(missing_ok=True)
         words = ["train", "--config", run.config, "--workdir", str(run.workdir), *self.options, *run.overrides]
+        code, tail = self._process(["tinymim_jax", *words], run.workdir / LOG, prefix, watch)
+        return self._outcome(run, code, tail)
+
+    def _process(
+        self, words: Sequence[str], file: pathlib.Path, prefix: str, watch: Callable[[], bool] | None
+    ) -> tuple[int, list[str]]:
+        """Runs `python -m WORDS` to its end; returns its exit status and its last lines."""
         # Unbuffered: on a full disk a line is lost, but nothing is left over that makes closing the file fail.
-        with (run.workdir / LOG).open("ab", buffering=0) as log:
-            _append(log, f"$ {shlex.join(['tinymim', *words])}\n")
+        with file.open("ab", buffering=0) as log:
+            shown = ["tinymim", *words[1:]] if words[0] == "tinymim_jax" else ["python", "-m", *words]
+            _append(log, f"$ {shlex.join(shown)}\n")
             process = subprocess.Popen(
-                [sys.executable, "-u", "-m", "tinymim_jax", *words],
+                [sys.executable, "-u", "-m", *words],
                 env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -116,7 +137,7 @@ class Children:
             self._wait(process, watch)
             reader.join(timeout=10)  # a worker of a killed child may hold the pipe a little longer
         self._running.remove(process)
-        return self._outcome(run, process.returncode, list(tail))
+        return process.returncode, list(tail)
 
     def _wait(self, process: subprocess.Popen, watch: Callable[[], bool] | None) -> None:
         asked = False
@@ -135,7 +156,7 @@ class Children:
             return state
         if self.stopping or code in (PREEMPTED, INTERRUPTED):
             return RunState("interrupted", state.detail)
-        note_failure(run.workdir, _reason(tail, code))
+        note_failure(run.workdir, failure_reason(tail, code))
         return read_state(run.workdir)
 
 
@@ -143,6 +164,20 @@ def note_failure(workdir: pathlib.Path, reason: str, file: str = FAILED) -> None
     """Writes to `file` in a workdir why its run has no result."""
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(workdir / file, reason.strip() + "\n")
+
+
+def failure_reason(tail: Sequence[str], code: int) -> str:
+    """The error that ended a command: its own message, or the end of a traceback.
+
+    Args:
+      tail, code: the last lines and the exit status of the command.
+    """
+    starts = [i for i, line in enumerate(tail) if _OWN_MESSAGE.match(line)]
+    if starts:
+        return _OWN_MESSAGE.sub("", "\n".join(tail[starts[-1] :]), count=1)
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    said = [line for line in tail if line.strip()]
+    return f"{how}: {said[-1]}" if said else how
 
 
 def _interrupt(process: subprocess.Popen) -> None:
@@ -161,13 +196,3 @@ def _copy(lines: IO[str], log: IO[bytes], prefix: str, tail: collections.deque) 
 def _append(log: IO[bytes], text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the disk is full; the file is closed
         log.write(text.encode(errors="replace"))
-
-
-def _reason(tail: list[str], code: int) -> str:
-    """The error that ended a run: its own message, or the end of a traceback."""
-    starts = [i for i, line in enumerate(tail) if line.startswith("tinymim train: ")]
-    if starts:
-        return "\n".join(tail[starts[-1] :]).removeprefix("tinymim train: ")
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    said = [line for line in tail if line.strip()]
-    return f"{how}: {said[-1]}" if said else how

@@ -1,0 +1,116 @@
+"""What `tinymim distill` computes in processes of their own, as its own must leave the devices to the trainings.
+
+  python -m tinymim_jax.starter.child FUNCTION REQUEST.json RESULT.json
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.config import from_json
+from tinymim_jax.evaluation.knn import evaluate_knn
+from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer, training_batches
+from tinymim_jax.memory import device_memory, explained, smallest_accumulate
+from tinymim_jax.metrics import no_averages
+from tinymim_jax.optim import split
+from tinymim_jax.runtime.exits import ERROR, exit_at_once
+from tinymim_jax.runtime.files import write_json
+from tinymim_jax.runtime.host_memory import available_memory
+from tinymim_jax.runtime.parent import end_with_parent_of_environment
+from tinymim_jax.runtime.startup import start_logging, use_compile_cache
+from tinymim_jax.sharding import make_mesh, place_batch, replicated
+from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
+
+_MEASURED_SECONDS = 6.0
+_MEASURED_STEPS = (3, 30)  # at least, at most
+
+
+def hardware() -> dict[str, Any]:
+    """The devices that are here, as fields of choices.Hardware."""
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "devices": len(devices), "kind": devices[0].device_kind}
+
+
+def measure(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[str, Any]:
+    """Times a few steps of the training of `config`, after compiling, as fields of choices.Measured.
+
+    Micro-batches are as few as fit into memory; on CPUs that is the memory of the machine that is free.
+    """
+    locked = from_json(config)
+    experiment = build_experiment(locked, data_dir=data_dir)
+    mesh, task = make_mesh(), experiment.task
+    frozen = place_frozen(task.load_frozen(), mesh)
+    paths = trained_paths(task, frozen, batch_shapes(experiment))
+    limit = device_memory(mesh) or (available_memory() or 0) // mesh.size or None
+    parts = smallest_accumulate(experiment, frozen, paths, mesh, limit=limit)
+    optimizer, root = build_optimizer(experiment, paths), jax.random.key(locked.seed)
+    _, fresh = init_state(task, optimizer, paths, mesh, root, ema=locked.train.ema)
+    step = make_train_step(task, optimizer, paths, mesh, accumulate=parts, ema=locked.train.ema)
+    with (
+        explained(experiment, frozen, paths, mesh, parts),
+        training_batches(experiment, start_step=0, workers=workers) as batches,
+    ):
+        state = fresh()
+        recorded = jax.device_put(no_averages((*task.names, "gradient_norm")), replicated(mesh))
+        done, began = -1, 0.0
+        while done < _MEASURED_STEPS[1]:
+            state, recorded, skipped = step(state, recorded, frozen, place_batch(mesh, next(batches)), root)
+            jax.block_until_ready(skipped)
+            done += 1
+            if done == 0:  # compiled
+                began = time.perf_counter()
+            elif done >= _MEASURED_STEPS[0] and time.perf_counter() - began > _MEASURED_SECONDS:
+                break
+        seconds = (time.perf_counter() - began) / done
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(split(state.params, paths)[0]))
+    return {
+        "seconds": seconds,
+        "micro_batches": parts,
+        "steps": experiment.total_steps,
+        "parameters": count,
+        "trained": trained,
+    }
+
+
+def knn(
+    config: dict[str, Any], checkpoint: str, neighbors: int, data_dir: str | None, workers: int, untrained: bool = False
+) -> dict[str, Any]:
+    """The k-NN figures of a checkpoint; with `untrained`, that of the initial weights is written to its path first."""
+    locked = from_json(config)
+    if untrained and not os.path.exists(checkpoint):
+        task = build_experiment(locked, data_dir=data_dir).task
+        params = jax.jit(task.init)(jax.random.key(locked.seed))
+        save_params(checkpoint, {"encoder": params["encoder"]}, {"encoder": task.model["encoder"]})
+    return evaluate_knn(locked, checkpoint, neighbors=(neighbors,), data_dir=data_dir, workers=workers)
+
+
+FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {"hardware": hardware, "measure": measure, "knn": knn}
+
+
+def main(words: list[str]) -> None:
+    """Calls a function with the arguments in a JSON file, and writes what it returns to another."""
+    end_with_parent_of_environment()
+    start_logging()
+    name, request, result = words
+    arguments = json.loads(pathlib.Path(request).read_text())
+    use_compile_cache(arguments.pop("compile_cache", ""))
+    try:
+        found = FUNCTIONS[name](**arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        print(f"tinymim distill: {error}", flush=True)
+        exit_at_once(ERROR, str(error))
+    write_json(result, found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

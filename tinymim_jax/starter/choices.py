@@ -1,0 +1,215 @@
+"""What `tinymim distill` chooses for given images, teacher, student and hardware: keys of the configs, with reasons."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tinymim_jax.errors import unknown
+from tinymim_jax.models.vit import PRESETS as SIZES
+from tinymim_jax.starter.data import Data
+from tinymim_jax.starter.teacher import Teacher
+
+STUDENT, CLASSIFIER = "student", "classifier"
+"""Names of the two trainings, and of their folders."""
+
+STUDENTS = {"pico": "pico", "nano": "nano", "Ti": "t", "S": "s", "B": "b"}
+"""Values of --student, and their names in configs/distill_images.py and configs/own_images.py."""
+
+PRESETS = {"5k": 5_000, "50k": 50_000, "1M": 1_000_000}
+"""Values of --preset, those of configs/distill_images.py, and the numbers of images that they are for."""
+
+CPU_HOURS = 0.1
+SHARES = {STUDENT: 0.65, CLASSIFIER: 0.25}
+"""Shares of --hours; the rest is for starting, evaluating and exporting. Without labels the student has both."""
+
+_FEWEST_STEPS = 20
+_CPU_BATCH = 64
+_MIXING_EPOCHS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What trains: platform (cpu, gpu, tpu), number and kind of devices."""
+
+    platform: str
+    devices: int
+    kind: str
+
+    def describe(self) -> str:
+        """Such as "2 x NVIDIA A100"."""
+        return f"{self.devices} x {self.kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A key of the config of one training, its value, and the reason."""
+
+    stage: str
+    key: str
+    value: Any
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A training measured on the devices that are here.
+
+    seconds: of a step, with reading its images.
+    micro_batches: into which a step must be split to fit into memory.
+    steps: of the whole training as configured.
+    parameters: of the checkpoint, their number.
+    trained: how many of them are trained.
+    """
+
+    seconds: float
+    micro_batches: int
+    steps: int
+    parameters: int
+    trained: int
+
+
+def find_student(name: str) -> str:
+    """The key of STUDENTS that `name` means, in upper or lower case."""
+    known = {each.lower(): each for each in STUDENTS}
+    if name.lower() not in known:
+        raise unknown("--student", name, STUDENTS)
+    return known[name.lower()]
+
+
+def nearest_preset(images: int) -> str:
+    """The preset for this number of images, compared on a logarithmic scale."""
+    return min(PRESETS, key=lambda name: abs(math.log(PRESETS[name] / max(images, 1))))
+
+
+def config_specs(student: str, preset: str, data: Data) -> dict[str, str]:
+    """The config of each training, as FILE:ARGUMENT."""
+    size = STUDENTS[student]
+    specs = {STUDENT: f"distill_images:{size},{preset}"}
+    return specs | ({CLASSIFIER: f"own_images:{size},{data.train_images}"} if data.class_names else {})
+
+
+def choose(
+    data: Data, teacher: Teacher, student: str, hardware: Hardware, configs: Mapping[str, Any]
+) -> list[Choice]:
+    """The choices that need no measuring.
+
+    Args:
+      configs: of each training, as its config file has it.
+    """
+    chosen = []
+    for stage, config in configs.items():
+        chosen += [Choice(stage, *row) for row in _of_data(data)]
+        chosen += [Choice(stage, *row) for row in _of_images(data, teacher)]
+        chosen += [Choice(stage, *row) for row in _of_batch(data, hardware, config)]
+        if hardware.platform == "cpu":
+            chosen.append(Choice(stage, "model.dtype", "float32", "CPUs compute bfloat16 slowly"))
+        chosen.append(Choice(stage, "checkpoint.every_minutes", 2.0, "little is lost where a process is killed"))
+    chosen += [Choice(STUDENT, *row) for row in _of_teacher(teacher, SIZES[student]["embed_dim"])]
+    return chosen
+
+
+def fit_hours(
+    stage: str, config: Any, measured: Measured, hours: float | None, *, alone: bool
+) -> tuple[list[Choice], float]:
+    """(choices that make the training fit into its share of `hours`, the hours that it then takes).
+
+    Args:
+      config: with all other choices made.
+      hours: for everything; None for as many as the preset takes.
+      alone: there is no other training.
+
+    Raises ValueError where hardly a step could be done.
+    """
+    chosen, steps = [], measured.steps
+    if measured.micro_batches != config.train.accumulate:
+        parts = measured.micro_batches
+        why = "measured: the whole batch fits into memory" if parts == 1 else f"measured: {parts} parts fit into memory"
+        chosen.append(Choice(stage, "train.accumulate", parts, why))
+    if hours is not None:
+        share = sum(SHARES.values()) if alone else SHARES[stage]
+        affordable = int(3600 * hours * share / measured.seconds)
+        if affordable < min(_FEWEST_STEPS, measured.steps):
+            least = _FEWEST_STEPS * measured.seconds / share / 3600
+            raise ValueError(
+                f"--hours {hours:g}: a step of the {stage} takes {measured.seconds:.2f} s here, so there is time for "
+                f"{affordable} of them: give at least {least:.2g} hours, a smaller --student, or a smaller "
+                f"{stage}.train.batch_size than {config.train.batch_size}"
+            )
+        if affordable < measured.steps:
+            steps = affordable
+            why = f"{share:.0%} of {hours:g} hours at {measured.seconds:.3g} s a step; the preset has {measured.steps}"
+            chosen += [
+                Choice(stage, "train.duration", f"{steps} steps", why),
+                Choice(stage, "optim.warmup", f"{max(1, steps // 10)} steps", "a tenth of the steps"),
+            ]
+            if stage == STUDENT:
+                chosen.append(Choice(stage, "train.eval_every", "0 epochs", "the time goes into training"))
+    chosen.append(Choice(stage, "train.log_every", max(1, min(50, steps // 40)), f"of {steps} steps"))
+    return chosen, steps * measured.seconds / 3600
+
+
+def short_finetuning(data: Data, config: Any, steps: int) -> list[Choice]:
+    """Choices for a fine-tuning too short for strong augmentation."""
+    epochs = steps * config.train.batch_size / data.train_images
+    if epochs >= _MIXING_EPOCHS and steps >= 1000:
+        return []
+    why = f"{epochs:.0f} epochs, {steps} steps are too few to learn from mixed images"
+    every = f"{max(1, steps // 4)} steps"
+    return [
+        *(Choice(CLASSIFIER, f"classify.{key}", 0.0, why) for key in ("mixup", "cutmix", "erase")),
+        Choice(CLASSIFIER, "data.rand_augment", "", why),
+        Choice(CLASSIFIER, "train.ema", 0.0, "an average over a thousand updates would hold the beginning"),
+        Choice(CLASSIFIER, "train.eval_every", every, "four times in all"),
+    ]
+
+
+def _of_data(data: Data) -> list[tuple[str, Any, str]]:
+    return [
+        ("data.source", data.source, "as given"),
+        ("data.train_split", data.train_split, data.why_split),
+        ("data.eval_split", data.eval_split, data.why_split),
+    ]
+
+
+def _of_images(data: Data, teacher: Teacher) -> list[tuple[str, Any, str]]:
+    size = tuple(teacher.encoder["image_size"])
+    resize = max(teacher.record.get("preprocessing", {}).get("resize") or 0, round(max(size) * 256 / 224))
+    why = "the teacher's"
+    if data.short_side < min(size):
+        why += f"; yours, of about {data.short_side} pixels, are enlarged"
+    return [
+        ("model.image_size", size, why),
+        ("model.patch_size", teacher.encoder["patch_size"], "the teacher's, so that tokens correspond"),
+        ("data.eval_resize", resize, "short side before the central crop, in proportion to 256 for 224"),
+    ]
+
+
+def _of_batch(data: Data, hardware: Hardware, config: Any) -> list[tuple[str, Any, str]]:
+    preset = config.train.batch_size
+    limit, why = preset, "the preset's"
+    if data.train_images // 8 < limit:
+        limit, why = data.train_images // 8, "at least eight updates in each epoch"
+    if hardware.platform == "cpu" and limit > _CPU_BATCH:
+        limit, why = _CPU_BATCH, "more updates in the time that a CPU has"
+    batch = 1 << max(1, limit.bit_length() - 1)
+    batch = hardware.devices * max(1, batch // hardware.devices)
+    rows: list[tuple[str, Any, str]] = [("train.batch_size", batch, why)]
+    if batch != preset:
+        rate = float(f"{config.optim.base_lr * math.sqrt(preset / batch):.2g}")
+        rows.append(("optim.base_lr", rate, "for 256 images; the rate follows the square root of the batch"))
+    return rows
+
+
+def _of_teacher(teacher: Teacher, width: int) -> list[tuple[str, Any, str]]:
+    rows: list[tuple[str, Any, str]] = [
+        ("distill.teacher.path", teacher.path, "as given"),
+        ("distill.teacher.tap", teacher.tap, teacher.why_tap),
+    ]
+    heads = teacher.encoder["heads"][teacher.tap - 1]
+    if width % heads:
+        common = math.gcd(width, teacher.encoder["embed_dim"])
+        fitting = max(n for n in range(1, heads + 1) if common % n == 0)
+        why = f"the teacher's {heads} heads do not divide the student's width {width}"
+        rows += [("distill.heads", "resplit", why), ("distill.relation_heads", fitting, why)]
+    return rows

@@ -1,0 +1,122 @@
+"""The teacher that `tinymim distill` is given: converted where it is a PyTorch file, and which block is tapped."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from typing import Any
+
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.checkpoints.params import load_params, save_params
+from tinymim_jax.convert import FAMILIES, ConvertError, convert_file
+from tinymim_jax.tasks.distill.teachers import TEACHERS, how_to_get
+
+log = logging.getLogger(__name__)
+
+_DEEP = 12  # of deeper teachers, the last blocks are left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A teacher that can be loaded.
+
+    path: of the run or converted checkpoint.
+    record: content of its model.json.
+    tap, why_tap: the block whose relations are learned, counted from 1, and the reason in words.
+    """
+
+    path: str
+    record: dict[str, Any]
+    tap: int
+    why_tap: str
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """Its architecture."""
+        return self.record["encoder"]
+
+
+def find_teacher(given: str, converted: pathlib.Path) -> Teacher:
+    """Reads a run or converted checkpoint, or converts a PyTorch file or a folder of the Hugging Face hub.
+
+    Args:
+      converted: where the converted checkpoint is written; one that is there already is used.
+
+    Raises ValueError or OSError, saying what to do, where it is no Vision Transformer that can be read.
+    """
+    path = pathlib.Path(given).expanduser()
+    if not path.exists():
+        if given in TEACHERS:
+            raise FileNotFoundError(
+                f"--teacher {given} names a published teacher; its file is needed:\n{how_to_get(given, given)}\n"
+                f"and then --teacher {given}, or --teacher with the downloaded file"
+            )
+        raise FileNotFoundError(
+            f"--teacher {given} does not exist: give the workdir of a run, what `tinymim convert` wrote, a PyTorch "
+            f"file, or a folder of the Hugging Face hub. Published teachers: {', '.join(TEACHERS)}"
+        )
+    if _is_ours(path):
+        where = path
+    else:
+        where = converted
+        if not _is_ours(converted):
+            model, params = _convert(path)
+            converted.parent.mkdir(parents=True, exist_ok=True)
+            save_params(converted, params, model)
+            log.info("%s: converted to %s", given, converted)
+    try:
+        record, _ = load_params(where)
+    except CheckpointError as error:
+        raise CheckpointError(f"--teacher {given}: {error}") from error
+    tap, why = choose_tap(record)
+    return Teacher(str(where.resolve()), record, tap, why)
+
+
+def choose_tap(record: dict[str, Any]) -> tuple[int, str]:
+    """(block, reason) of a teacher by its depth and training.
+
+    The paper's: of ViT-L the 18th of 24, of ViT-B the last. The last blocks of a deep one serve its own task.
+    """
+    depth = record["encoder"]["depth"]
+    if depth > _DEEP:
+        return round(0.75 * depth), f"three quarters of its {depth} blocks, as in the paper for MAE ViT-L"
+    if "decoder" in record and depth < _DEEP and depth > 2:
+        return round(2 * depth / 3), f"two thirds of its {depth} blocks: the last ones serve MAE's decoder"
+    return depth, "its last block, as in the paper for MAE ViT-B"
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    return (path / "model.json").is_file() and ((path / "params").is_dir() or (path / "checkpoints").is_dir())
+
+
+def _convert(path: pathlib.Path) -> tuple[dict, dict]:
+    """The record and parameters of a file or folder of others, whose family is found by trying all."""
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            from tinymim_jax.convert.formats.hub import read_folder
+
+            return read_folder(path)
+        inside = sorted(file for file in path.iterdir() if file.suffix in (".pth", ".pt", ".bin", ".safetensors"))
+        if len(inside) != 1:
+            raise ValueError(
+                f"--teacher {path} is a folder without model.json (a run, or what `tinymim convert` wrote) and without "
+                f"config.json (the Hugging Face hub), and holds {len(inside)} PyTorch files: give the file itself"
+            )
+        path = inside[0]
+    if path.suffix == ".onnx":
+        from tinymim_jax.convert.formats.onnx import read_file
+
+        return read_file(path)
+    reasons = {}
+    for family in FAMILIES:
+        try:
+            return convert_file(family, path)
+        except ConvertError as error:
+            reasons[family] = str(error).splitlines()[0]
+    listed = "\n".join(f"  as {family}: {reason}" for family, reason in reasons.items())
+    raise ConvertError(
+        f"--teacher {path} is not a Vision Transformer that can be read:\n{listed}\nTeachers are ViTs of MAE, timm, DeiT, "
+        f"TinyMIM and this package; `tinymim convert --help` has options for unusual files. {os.path.basename(path)} may "
+        "be another kind of network: choose a ViT"
+    )
+
