@@ -86,6 +86,11 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.train.ema = 0.0  # decay of an exponential moving average of the weights, which is evaluated; 0: off
     config.train.log_every = 50  # steps between lines of the log
     config.train.eval_every = "20 epochs"  # time between evaluations; "0 epochs": one at the end
+    # Time between probes of the features in training: effective rank, and k-NN accuracy where there are labels, without
+    # augmentation, recorded as probe/effective_rank and probe/knn. "0 epochs": none
+    config.train.probe_every = "0 epochs"
+    config.train.probe_images = 1000  # training images among which neighbors are sought; half as many are classified
+    config.train.probe_patience = 0  # end the training when so many probes in a row have not raised probe/knn; 0: never
     config.train.max_skipped = 10  # updates in a row that may be skipped as not finite; 0: stop at the first
 
     config.checkpoint = ml_collections.ConfigDict()

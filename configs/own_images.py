@@ -23,7 +23,9 @@ SMALLER = ("pico", "nano")  # with the recipe of Tiny
 def get_config(argument: str = "s"):
     size, comma, images = argument.partition(",")
     if size not in SIZES or (comma and not (images.isdigit() and int(images))):
-        raise ValueError(f"configs/own_images.py:{argument} is unknown. Choices: {', '.join(SIZES)}, or with images: s,8000")
+        raise ValueError(
+            f"configs/own_images.py:{argument} is unknown. Choices: {', '.join(SIZES)}, or with images: s,8000"
+        )
     config = SIZES[size].get_config()
     if size in SMALLER:
         config.model.variant = size

@@ -11,3 +11,10 @@ def load(path: str, **options: Any) -> "Model":
     from tinymim_jax.evaluation import predictor  # imports jax, which takes a second; `tinymim --help` does without
 
     return predictor.load(path, **options)
+
+
+def distill(**arguments: Any) -> dict[str, Any]:
+    """A small network from a teacher and a folder of images; see `starter.api.distill`."""
+    from tinymim_jax.starter import api
+
+    return api.distill(**arguments)

@@ -30,7 +30,8 @@ class Experiment:
 
     views: of the task; they make the rows of training and evaluation batches.
     batch_size: examples in one update, over all processes.
-    total_steps, eval_every: in updates; eval_every is 0 when evaluation comes at the end only.
+    total_steps, eval_every, probe_every: in updates; eval_every is 0 when evaluation comes at the end only, probe_every
+      when there are no probes.
     schedule: update number -> learning rate.
     """
 
@@ -42,6 +43,7 @@ class Experiment:
     batch_size: int
     total_steps: int
     eval_every: int
+    probe_every: int
     schedule: optax.Schedule
 
 
@@ -136,6 +138,7 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         batch_size=batch_size,
         total_steps=total_steps,
         eval_every=in_steps(config.train.eval_every, "train.eval_every"),
+        probe_every=in_steps(config.train.probe_every, "train.probe_every"),
         schedule=_schedule(config.optim, peak, warmup_steps, total_steps),
     )
 

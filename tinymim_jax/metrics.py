@@ -21,7 +21,7 @@ from tinymim_jax.runtime.files import with_retries, write_text
 
 _log = logging.getLogger(__name__)
 
-_LINES, _EVENTS = "metrics.jsonl", "tensorboard"
+LINES, _EVENTS = "metrics.jsonl", "tensorboard"
 _COPY_SECONDS = 60.0
 
 # Averages by name; a pytree, so it lives in the step and is merged on the device.
@@ -168,12 +168,12 @@ class Writer:
             self._scratch = tempfile.TemporaryDirectory(prefix="tinymim-metrics-")
             local = pathlib.Path(self._scratch.name)
             with contextlib.suppress(FileNotFoundError):
-                text = with_retries((workdir / _LINES).read_text, f"reading {workdir / _LINES}")
-                write_text(local / _LINES, text)
+                text = with_retries((workdir / LINES).read_text, f"reading {workdir / LINES}")
+                write_text(local / LINES, text)
         self._local = local
-        if (local / _LINES).exists():
-            _keep_until(local / _LINES, start_step)
-        self._file = (local / _LINES).open("a", encoding="utf-8")
+        if (local / LINES).exists():
+            _keep_until(local / LINES, start_step)
+        self._file = (local / LINES).open("a", encoding="utf-8")
         # Slow to import (a second), and only the writing process needs it.
         from tensorboardX import SummaryWriter
 
@@ -227,7 +227,7 @@ class Writer:
     def _copy(self) -> None:
         assert self._remote is not None
         (self._remote / _EVENTS).mkdir(parents=True, exist_ok=True)
-        for path in (self._local / _LINES, *(self._local / _EVENTS).iterdir()):
+        for path in (self._local / LINES, *(self._local / _EVENTS).iterdir()):
             epath.Path(path).copy(self._remote / path.relative_to(self._local), overwrite=True)
 
 

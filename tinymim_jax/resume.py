@@ -22,6 +22,8 @@ from tinymim_jax.runtime.workdir import CONFIG, RESULT
 MAY_CHANGE: dict[str, str] = {
     "train.log_every": "how often the log is written",
     "train.eval_every": "evaluation leaves the training as it is",
+    "train.probe_every": "probes leave the training as it is",
+    "train.probe_images": "probes leave the training as it is",
     "train.max_skipped": "when to give up",
     "train.accumulate": "the update is the same up to rounding, for another amount of memory",
     "checkpoint.every_minutes": "how often the state is saved",

@@ -22,7 +22,7 @@ from tinymim_jax import optim
 from tinymim_jax.data.sources.labels import class_summary
 from tinymim_jax.experiment import Experiment
 from tinymim_jax.loggers import open_loggers
-from tinymim_jax.metrics import Averages, Writer, compute
+from tinymim_jax.metrics import LINES, Averages, Writer, compute, read
 from tinymim_jax.resume import as_json, flat
 from tinymim_jax.runtime.exits import Interrupted, is_first, joined_processes
 from tinymim_jax.runtime.goodput import Goodput, describe, shares
@@ -185,6 +185,18 @@ class RunLog:
         )
         self._heart.note(stage="training", eval=_finite(figures))
         self._progress.restart(step)
+
+    def probe(self, step: int, figures: dict[str, float]) -> None:
+        """Logs and records what a probe of the features after `step` has found."""
+        self._writer.write(step, {f"probe/{name}": value for name, value in figures.items()})
+        log.info("step %d | probe | %s", step, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        self._heart.note(stage="training", probe=_finite({f"probe/{name}": v for name, v in figures.items()}))
+        self._progress.restart(step)
+
+    def probed(self) -> list[float]:
+        """The k-NN accuracies of the probes up to the step that the run starts from; call it after `begin`."""
+        path = self._workdir / LINES
+        return [row["probe/knn"] for row in read(path) if row.get("probe/knn") is not None] if path.exists() else []
 
     def end(self) -> None:
         """Call it when the result is written."""

@@ -15,6 +15,7 @@ from tinymim_jax.analysis.replay import explain_step
 from tinymim_jax.checkpoints.format import digest
 from tinymim_jax.checkpoints.manager import Checkpoints
 from tinymim_jax.evaluation.evaluate import Evaluation, make_evaluation
+from tinymim_jax.evaluation.live_probe import LiveProbe
 from tinymim_jax.experiment import (
     Experiment,
     batch_shapes,
@@ -170,6 +171,9 @@ def _loop(
     names = (*task.names, "gradient_norm")
     start, extra = int(state.step), {"frozen": frozen_digest}
     recorded, skipped_in_a_row = _nothing_recorded(names, mesh), 0
+    probe = LiveProbe(experiment, mesh, history=run_log.probed()) if experiment.probe_every else None
+    if probe and probe.enough():
+        total = start  # killed after the step at which it had ended
     batches = training_batches(experiment, start_step=start, workers=workers)
 
     with batches, StopRequest() as stop:
@@ -190,6 +194,8 @@ def _loop(
                 recorded = _nothing_recorded(names, mesh)
             if experiment.eval_every and step % experiment.eval_every == 0 and step < total:
                 _evaluate(evaluation, state, frozen, run_log, workers, step)
+            if probe and step % experiment.probe_every == 0:
+                total = _probe(probe, state, run_log, step, total)
             stopping = stop.requested  # read once: a signal after the save is for the next step
             with run_log.saving(step):
                 checkpoints.save(step, state, force=stopping or step == total, extra=extra)
@@ -201,6 +207,8 @@ def _loop(
                 raise Interrupted(
                     f"stopped after step {step}, all saved: run the same command again to resume", by_hand=stop.by_hand
                 )
+            if step == total:  # as planned, or as the probes have ended it
+                break
         _check_finite(skipped_in_a_row, total, settings.max_skipped, lambda first: explain(state, first))
         run_log.finished(total)
         result = _evaluate(evaluation, state, frozen, run_log, workers, total)
@@ -216,6 +224,17 @@ def _evaluate(
         result = evaluation(evaluated_params(state), frozen, workers=workers, on_batch=run_log.evaluated_batch)
     run_log.evaluation(step, result)
     return result
+
+
+def _probe(probe: LiveProbe, state: TrainState, run_log: RunLog, step: int, total: int) -> int:
+    """Probes the features, and returns the step at which the training ends: this one, or `total` as before."""
+    with run_log.evaluating():
+        figures = probe(evaluated_params(state))
+    run_log.probe(step, figures)
+    if step < total and probe.enough():
+        log.info("probe/knn has not risen in train.probe_patience probes: the training ends at step %d", step)
+        return step
+    return total
 
 
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:

@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from tinymim_jax.cli import (
+    advise,
     analyze,
     bench,
     chain,
@@ -31,7 +32,7 @@ from tinymim_jax.runtime.startup import start_logging
 
 # In the order of `tinymim --help`. Each module has HELP, add_arguments(parser) and run(options) -> exit status.
 COMMANDS = (
-    *(distill, train, chain, sweep, status, report, analyze, replay, plan, evaluate, knn, probe, predict),
+    *(distill, advise, train, chain, sweep, status, report, analyze, replay, plan, evaluate, knn, probe, predict),
     *(convert, export, bench, prepare, demo),
 )
 

@@ -77,7 +77,7 @@ def in_full(row: dict[str, Any]) -> str:
         lost = {name.removeprefix("lost/"): share for name, share in row.items() if name.startswith("lost/")}
         said = ", ".join(f"{name} {share:.1%}" for name, share in lost.items() if share >= 0.0005)
         lines.append(("goodput", f"{row['goodput']:.1%} of the time in steps" + (f"; lost to {said}" if said else "")))
-    for name in ("train", "eval"):
+    for name in ("train", "eval", "probe"):
         if row.get(name):
             lines.append((name, _figures(row[name])))
     if "host" in row:

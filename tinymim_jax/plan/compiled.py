@@ -32,7 +32,7 @@ _INSTALL = {
 _GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 # Config keys that change numbers in the compiled program but not its structure; they are not part of the cache key.
 _IRRELEVANT = {
-    "train": ("duration", "log_every", "eval_every", "max_skipped"),
+    "train": ("duration", "log_every", "eval_every", "max_skipped", "probe_every", "probe_images", "probe_patience"),
     "optim": ("base_lr", "warmup", "final_lr", "b1", "b2", "eps", "weight_decay"),
     "data": ("train_split", "eval_split", "examples", "crop_scale", "crop_ratio", "flip", "crops", "upright",
              "rand_augment", "eval_resize", "mean", "std"),

@@ -20,7 +20,8 @@ _TOGETHER = 8  # curves in one chart
 
 def folder_sections(folder: epath.Path, runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """(heading, HTML): the table of the runs, that of the sweep, their losses together, and each run."""
-    sections = [("Runs", _overview(folder, runs)), ("Sweep", _sweep(read_json(folder / "table.json")))]
+    sections = [("Result", _result(read_json(folder / "summary.json"), read_json(folder / "choices.json")))]
+    sections += [("Runs", _overview(folder, runs)), ("Sweep", _sweep(read_json(folder / "table.json")))]
     if 1 < len(runs) <= _TOGETHER:
         sections.append(("Losses", _losses(runs)))
     if len(runs) <= IN_FULL:
@@ -29,6 +30,26 @@ def folder_sections(folder: epath.Path, runs: Sequence[RunRecord]) -> list[tuple
         bodies = [details(run.name, run_intro(run) + curves(run.rows)) for run in runs[:_CURVES_OF]]
         sections.append(("Curves of each run", "".join(bodies)))
     return sections
+
+
+def _result(summary: Any, chosen: Any) -> str:
+    """What `tinymim distill` has found and chosen; "" for other folders."""
+    if not isinstance(summary, Mapping) or "knn" not in summary:
+        return ""
+    names = {"teacher": "teacher", "before": "student before distillation", "after": "student after distillation"}
+    rows = [[f"k-NN accuracy, {names.get(name, name)}", value] for name, value in summary["knn"].items()]
+    if "top1" in (summary.get("classifier") or {}):
+        rows.append(["accuracy after fine-tuning", summary["classifier"]["top1"]])
+    rows.append(["exported model", summary.get("export") or "-"])
+    text = table(["", ""], rows)
+    if isinstance(chosen, Mapping):
+        text += details(
+            "What was chosen, and why",
+            table(
+                ["training", "key", "value", "why"], [[a, b, str(c), d] for a, b, c, d in chosen["decided"]["choices"]]
+            ),
+        )
+    return text
 
 
 def _overview(folder: epath.Path, runs: Sequence[RunRecord]) -> str:

@@ -39,7 +39,7 @@ def read_run(workdir: Any) -> dict[str, Any]:
         row["seconds_since_sign_of_life"] = max(0.0, time.time() - status["time"])
         row |= shares(status["seconds"]) if "seconds" in status else {}
     copied = ("step", "total_steps", "processes", "host", "pid", "images_per_second", "data_wait", "skipped")
-    row |= {key: status[key] for key in (*copied, "substituted", "train", "eval") if key in status}
+    row |= {key: status[key] for key in (*copied, "substituted", "train", "eval", "probe") if key in status}
     if state.result is not None:
         row["eval"] = {f"eval/{name}": value for name, value in state.result.items()}
     elif state.name != "running" and state.detail:

@@ -1,6 +1,6 @@
 """What `tinymim distill` computes in processes of their own, as its own must leave the devices to the trainings.
 
-  python -m tinymim_jax.starter.child FUNCTION REQUEST.json RESULT.json
+python -m tinymim_jax.starter.child FUNCTION REQUEST.json RESULT.json
 """
 
 import json
@@ -20,6 +20,9 @@ from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimiz
 from tinymim_jax.memory import device_memory, explained, smallest_accumulate
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.optim import split
+from tinymim_jax.plan.build import changed
+from tinymim_jax.plan.plan import make_plan
+from tinymim_jax.plan.topology import parse_topology
 from tinymim_jax.runtime.exits import ERROR, exit_at_once
 from tinymim_jax.runtime.files import write_json
 from tinymim_jax.runtime.host_memory import available_memory
@@ -92,7 +95,30 @@ def knn(
     return evaluate_knn(locked, checkpoint, neighbors=(neighbors,), data_dir=data_dir, workers=workers)
 
 
-FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {"hardware": hardware, "measure": measure, "knn": knn}
+def plan(config: dict[str, Any], topology: str, data_dir: str | None) -> dict[str, Any]:
+    """Hours of the training on other hardware, from compiling its step for that; its batch is what fits.
+
+    Raises ValueError for an unknown topology, or where not even one image a device fits.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    wanted = parse_topology(topology)
+    parts = 1
+    while True:
+        tried = changed(from_json(config), {"train.accumulate": parts})
+        found = make_plan(tried, wanted, data_dir=data_dir, search=False)
+        if found.fits:
+            return {"topology": topology, "hours": found.hours, "chip_hours": found.hours * wanted.chips}
+        parts *= 2
+        if tried.train.batch_size % (parts * wanted.chips):
+            raise ValueError(f"{topology}: no part of a batch of {tried.train.batch_size} fits")
+
+
+FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "hardware": hardware,
+    "measure": measure,
+    "knn": knn,
+    "plan": plan,
+}
 
 
 def main(words: list[str]) -> None:

@@ -26,6 +26,8 @@ SHARES = {STUDENT: 0.65, CLASSIFIER: 0.25}
 _FEWEST_STEPS = 20
 _CPU_BATCH = 64
 _MIXING_EPOCHS = 50
+_PROBED_SHARE = 0.02
+_MOST_PROBED = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +91,7 @@ def config_specs(student: str, preset: str, data: Data) -> dict[str, str]:
     return specs | ({CLASSIFIER: f"own_images:{size},{data.train_images}"} if data.class_names else {})
 
 
-def choose(
-    data: Data, teacher: Teacher, student: str, hardware: Hardware, configs: Mapping[str, Any]
-) -> list[Choice]:
+def choose(data: Data, teacher: Teacher, student: str, hardware: Hardware, configs: Mapping[str, Any]) -> list[Choice]:
     """The choices that need no measuring.
 
     Args:
@@ -162,6 +162,28 @@ def short_finetuning(data: Data, config: Any, steps: int) -> list[Choice]:
         Choice(CLASSIFIER, "train.ema", 0.0, "an average over a thousand updates would hold the beginning"),
         Choice(CLASSIFIER, "train.eval_every", every, "four times in all"),
     ]
+
+
+def probes(data: Data, config: Any, measured: Measured, steps: int, wanted: int | None) -> list[Choice]:
+    """Choices of the probes of the student's features.
+
+    Args:
+      wanted: how many; None: up to ten, in below _PROBED_SHARE of the time. An image of a probe takes at most half the
+        time of one in a training step, which computes a gradient and the teacher as well.
+    """
+    if wanted is not None:
+        images = min(data.train_images, _MOST_PROBED)
+        return [
+            Choice(STUDENT, "train.probe_images", images, "all images up to some thousands"),
+            Choice(STUDENT, "train.probe_every", f"{max(1, steps // wanted)} steps", f"{wanted} points of a curve"),
+        ]
+    images = min(config.train.probe_images, data.train_images) * 1.5
+    affordable = _PROBED_SHARE * steps * config.train.batch_size / (0.5 * images)
+    count = min(10, int(affordable))
+    if count < 1:
+        return []
+    why = f"k-NN accuracy {count} times during the distillation, in below {_PROBED_SHARE:.0%} of its time"
+    return [Choice(STUDENT, "train.probe_every", f"{max(1, steps // count)} steps", why)]
 
 
 def _of_data(data: Data) -> list[tuple[str, Any, str]]:

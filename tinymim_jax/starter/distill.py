@@ -30,6 +30,7 @@ from tinymim_jax.sweeps.running import ONE_BY_ONE, require_one_process
 log = logging.getLogger(__name__)
 
 CHOICES, SUMMARY = "choices.json", "summary.json"
+_MOST_NEIGHBORED = 20_000  # training images in which k-NN seeks neighbors
 _OURS = {LOCK, LOG, WORK, "teacher"}  # what a command that was refused or stopped at its start leaves
 
 
@@ -42,6 +43,8 @@ class Request:
     labels, finetune: False ignores labels, or leaves fine-tuning out.
     export: a key of helpers.EXPORTS; "auto": onnx where it is installed, else hub; "none".
     prepare: auto, always or never.
+    default_hours: `hours` on a CPU and elsewhere, where none are given.
+    probes: how often k-NN accuracy is measured during the distillation; None: so often that it takes below 2 %.
     overrides: keys of the configs, or STAGE.KEY, with values.
     """
 
@@ -59,6 +62,8 @@ class Request:
     data_dir: str | None = None
     workers: int | None = None
     compile_cache: str = ""
+    default_hours: tuple[float | None, float | None] = (choosing.CPU_HOURS, None)
+    probes: int | None = None
 
 
 EXPERIMENT = ("data", "teacher", "student", "hours", "preset", "labels", "finetune", "prepare", "overrides")
@@ -72,6 +77,10 @@ class Decided:
     choices: of each value that was chosen [stage, key, value, why].
     prepared: name of the converted set; "" where the images are read as they are.
     neighbors: k of k-NN; 0 without labels.
+    hours: that the trainings take.
+    knn: overrides of the config for k-NN, of "both" and of the "teacher".
+    eval_images, probe_images: how many there are, and train.probe_images.
+    step_seconds, preset_steps: of the student: of a step, measured; and how many the preset has.
     """
 
     stages: list[list[Any]]
@@ -84,6 +93,10 @@ class Decided:
     workers: int
     hours: float
     knn: dict[str, Any]
+    eval_images: int
+    probe_images: int
+    step_seconds: float
+    preset_steps: int
 
 
 def run_distill(request: Request, *, dry_run: bool = False) -> int:
@@ -104,7 +117,7 @@ def run_distill(request: Request, *, dry_run: bool = False) -> int:
     output.mkdir(parents=True, exist_ok=True)
     with locked(output), Helpers(output, request.compile_cache) as helpers:
         try:
-            decided = _decided(output, request, helpers, keep=not dry_run)
+            decided = decided_for(output, request, helpers, keep=not dry_run)
             print_line(_table(decided))
             return DONE if dry_run else _work(output, request, decided, helpers)
         except Stopped:
@@ -135,7 +148,8 @@ def check_same(output: pathlib.Path, request: Request) -> None:
         )
 
 
-def _decided(output: pathlib.Path, request: Request, helpers: Helpers, *, keep: bool) -> Decided:
+def decided_for(output: pathlib.Path, request: Request, helpers: Helpers, *, keep: bool = True) -> Decided:
+    """What choices.json says, or else what is decided now, which is then kept there if `keep`."""
     kept = _read(output / CHOICES)
     if kept:
         log.info("%s: going on with the choices of %s", output, CHOICES)
@@ -158,7 +172,7 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
     hardware = Hardware(**helpers.compute("hardware"))
     log.info("training on %s", hardware.describe())
     workers = request.workers if request.workers is not None else helpers.workers(hardware.platform)
-    hours = request.hours or (choosing.CPU_HOURS if hardware.platform == "cpu" else None)
+    hours = request.hours or request.default_hours[hardware.platform != "cpu"]
     chosen = choosing.choose(
         data, teacher, student, hardware, {stage: load_config(spec) for stage, spec in specs.items()}
     )
@@ -171,8 +185,11 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
         config = load_config(run.config, run.overrides)
         more, takes = choosing.fit_hours(run.name, config, measured[run.name], hours, alone=len(runs) == 1)
         spent += takes
+        steps = round(3600 * takes / measured[run.name].seconds)
         if run.name == CLASSIFIER:
-            more += choosing.short_finetuning(data, config, round(3600 * takes / measured[run.name].seconds))
+            more += choosing.short_finetuning(data, config, steps)
+        elif data.class_names:
+            more += choosing.probes(data, config, measured[run.name], steps, request.probes)
         chosen += more
     runs = runs_of(output, specs, chosen, request.overrides)
     check_points([Point("", 0, None, {}, {}, runs)], data_dir=request.data_dir)
@@ -185,7 +202,7 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
     if preset != request.preset:
         rows.insert(0, ("all", "preset", preset, f"the nearest to {data.train_images} images"))
     if hours != request.hours:
-        rows.insert(0, ("all", "hours", hours, "on a CPU, unless --hours is given"))
+        rows.insert(0, ("all", "hours", hours, f"on {hardware.platform}, unless --hours is given"))
     return Decided(
         stages=[[run.name, run.config, list(run.overrides)] for run in runs],
         choices=[list(row) for row in rows],
@@ -196,11 +213,17 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
         neighbors=max(1, min(20, data.per_class)) if data.class_names else 0,
         workers=workers,
         hours=spent,
-        knn=_for_knn(data, teacher),
+        knn=_for_knn(data, teacher, configs[STUDENT].train.probe_images if request.probes else _MOST_NEIGHBORED),
+        eval_images=data.eval_images,
+        probe_images=configs[STUDENT].train.probe_images,
+        step_seconds=measured[STUDENT].seconds,
+        preset_steps=measured[STUDENT].steps,
     )
 
 
-def runs_of(output: pathlib.Path, specs: Mapping[str, str], chosen: list[Choice], overrides: Mapping) -> tuple[Run, ...]:
+def runs_of(
+    output: pathlib.Path, specs: Mapping[str, str], chosen: list[Choice], overrides: Mapping
+) -> tuple[Run, ...]:
     """The trainings with what was chosen, and then what the user gave."""
     values: dict[str, dict[str, Any]] = {stage: {} for stage in specs}
     if CLASSIFIER in values:
@@ -228,9 +251,9 @@ def _whether_to_prepare(request: Request, data: Data, configs: Mapping, measured
     return verdict
 
 
-def _for_knn(data: Data, teacher: Teacher) -> dict[str, Any]:
-    """Overrides of the student's config for k-NN: bounded parts of large sets; and what the teacher needs."""
-    bounded = {"data.examples": 20_000} if data.train_images > 20_000 else {}
+def _for_knn(data: Data, teacher: Teacher, limit: int) -> dict[str, Any]:
+    """Overrides of the student's config for k-NN: a part of large sets; and what the teacher needs."""
+    bounded = {"data.examples": limit} if data.train_images > limit else {}
     preprocessing = teacher.record.get("preprocessing", {})
     theirs = {f"data.{key}": list(preprocessing[key]) for key in ("mean", "std") if key in preprocessing}
     return {"both": bounded, "teacher": theirs}
@@ -248,20 +271,20 @@ def _stands(choice: Choice, configs: Mapping[str, Any]) -> bool:
 
 def _work(output: pathlib.Path, request: Request, decided: Decided, helpers: Helpers) -> int:
     """The long part. Each piece is skipped where it is done."""
-    data_dir, runs = request.data_dir, _runs(output, decided)
+    data_dir, runs = request.data_dir, runs_to_do(output, decided)
     if decided.prepared:
         data_dir = str(output / "data")
         helpers.prepare(decided.source, output / "data", decided.prepared, decided.short_side, request.data_dir)
     summary: dict[str, Any] = {"teacher": decided.teacher, "knn": {}}
     if decided.neighbors:
         for name, checkpoint in (("teacher", decided.teacher), ("before", str(output / "untrained"))):
-            summary["knn"][name] = _knn(output, runs[0], decided, helpers, name, checkpoint, data_dir)
+            summary["knn"][name] = measured_knn(output, runs[0], decided, helpers, name, checkpoint, data_dir)
     options = helpers.training_words(data_dir, decided.workers)
     for run in runs:
         helpers.train(run, options)
         summary[run.name] = dict(read_result(run.workdir) or {})
         if run.name == STUDENT and decided.neighbors:
-            summary["knn"]["after"] = _knn(output, run, decided, helpers, "after", str(run.workdir), data_dir)
+            summary["knn"]["after"] = measured_knn(output, run, decided, helpers, "after", str(run.workdir), data_dir)
     summary["export"] = helpers.export(runs[-1].workdir, output, request.export, logits=runs[-1].name == CLASSIFIER)
     write_json(output / SUMMARY, summary)
     summary["report"] = helpers.report(output, data_dir)
@@ -270,9 +293,10 @@ def _work(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
     return DONE
 
 
-def _knn(
+def measured_knn(
     output: pathlib.Path, run: Run, decided: Decided, helpers: Helpers, name: str, checkpoint: str, data_dir: str | None
 ) -> float:
+    """k-NN accuracy of a checkpoint; `name` is teacher, before or after, and `run` that of the student."""
     changes = decided.knn["both"] | (decided.knn["teacher"] if name == "teacher" else {})
     config = load_config(run.config, run.overrides).copy_and_resolve_references().unlock()
     for key, value in changes.items():
@@ -282,7 +306,7 @@ def _knn(
     return figures[f"knn{decided.neighbors}_top1"]
 
 
-def _runs(output: pathlib.Path, decided: Decided) -> list[Run]:
+def runs_to_do(output: pathlib.Path, decided: Decided) -> list[Run]:
     """The trainings, which read the converted images where there are any."""
     runs = []
     for name, config, overrides in decided.stages:

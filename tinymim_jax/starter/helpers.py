@@ -125,6 +125,14 @@ class Helpers:
             return ""
         return str(output / "report.html")
 
+    def plan(self, topology: str, config: ConfigDict, data_dir: str | None) -> dict[str, Any]:
+        """See child.plan; {"topology", "error"} where there is no plan, such as without the compiler for it."""
+        name = f"plan_{re.sub(r'[^a-z0-9]+', '-', topology)}"
+        try:
+            return self.compute("plan", name, config=as_json(config), topology=topology, data_dir=data_dir)
+        except Failed as error:
+            return {"topology": topology, "error": str(error).splitlines()[0]}
+
     def training_words(self, data_dir: str | None, workers: int) -> list[str]:
         """Options of every `tinymim train`."""
         words = ["--workers", str(workers), "--compile_cache", self._compile_cache]
@@ -154,8 +162,8 @@ def export_format(given: str) -> str:
 def _explained(reason: str, output: pathlib.Path) -> str:
     if re.match(r"killed by SIGKILL", reason):
         return (
-            f"{reason}\nProbably the memory of this machine was exhausted: give a smaller train.batch_size, --workers 0, "
-            "or a smaller --student"
+            f"{reason}\nProbably the memory of this machine was exhausted: give a smaller train.batch_size, "
+            "--workers 0 or a smaller --student"
         )
     if "No space left" in reason:
         return f"{reason}\n{shutil.disk_usage(output).free / 1e6:.0f} MB are free: make room and run the command again"

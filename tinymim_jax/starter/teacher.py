@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import pathlib
 from typing import Any
 
@@ -115,8 +114,7 @@ def _convert(path: pathlib.Path) -> tuple[dict, dict]:
             reasons[family] = str(error).splitlines()[0]
     listed = "\n".join(f"  as {family}: {reason}" for family, reason in reasons.items())
     raise ConvertError(
-        f"--teacher {path} is not a Vision Transformer that can be read:\n{listed}\nTeachers are ViTs of MAE, timm, DeiT, "
-        f"TinyMIM and this package; `tinymim convert --help` has options for unusual files. {os.path.basename(path)} may "
-        "be another kind of network: choose a ViT"
+        f"--teacher {path} is not a Vision Transformer that can be read:\n{listed}\nTeachers are ViTs of MAE, timm, "
+        f"DeiT, TinyMIM and this package; `tinymim convert --help` has options for unusual files. If {path.name} is "
+        "another kind of network, choose a ViT"
     )
-

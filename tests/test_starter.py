@@ -1,0 +1,402 @@
+"""`tinymim distill`: what it finds, chooses and refuses, and the whole of it with children in this process."""
+
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from commands import run
+from PIL import Image
+
+from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.cli import distill as command
+from tinymim_jax.cli import main as cli
+from tinymim_jax.config import load_config
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.runtime.host_memory import available_memory
+from tinymim_jax.runtime.workdir import RunState, read_state
+from tinymim_jax.starter import child, choices, helpers, space
+from tinymim_jax.starter.choices import CLASSIFIER, STUDENT, Hardware, Measured
+from tinymim_jax.starter.data import find_data, source_name
+from tinymim_jax.starter.distill import check_same, runs_of
+from tinymim_jax.starter.preparing import judge
+from tinymim_jax.starter.teacher import choose_tap, find_teacher
+from tinymim_jax.sweeps.children import Children
+from tinymim_jax.train import train
+
+CPU = Hardware("cpu", 1, "cpu")
+SMALL = ("model.depth=1", "train.batch_size=8", "train.duration=3 steps", "optim.warmup=1 steps")
+
+
+def write_images(folder: pathlib.Path, count: int, *, side: int = 16, seed: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = rng.integers(0, 256, (side, side, 3)).astype(np.uint8) // 2 + 64 * seed
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> pathlib.Path:
+    """Two classes of 24 images of 16 x 16 pixels."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed, name in enumerate(("dark", "bright")):
+        write_images(folder / name, 24, seed=seed)
+    return folder
+
+
+def save_teacher(folder: pathlib.Path, **changes) -> pathlib.Path:
+    fields = {"embed_dim": 24, "depth": 2, "heads": 2, "patch_size": 8, "image_size": (16, 16)} | changes
+    vit = ViT(**fields)
+    params = jax.jit(vit.init)(jax.random.key(0), np.zeros((1, *vit.image_size, 3), np.float32))["params"]
+    save_params(folder, {"encoder": params}, {"encoder": vit.record()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> pathlib.Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "vit")
+
+
+class InProcess(Children):
+    """Runs every command in this process."""
+
+    def run_words(self, words, log, *, prefix=""):
+        try:
+            if words[0] == "tinymim_jax":
+                cli.main(list(words[1:]))
+            else:
+                child.main(list(words[1:]))
+        except SystemExit as stop:
+            return stop.code, ["tinymim x: see above"]
+        return 0, []
+
+    def run_point(self, point, *, prefix="", watch=None):
+        (each,) = point.runs
+        if read_state(each.workdir).name == "finished":
+            return read_state(each.workdir)
+        where = {"data_dir": self.options[self.options.index("--data_dir") + 1]} if "--data_dir" in self.options else {}
+        return RunState("finished", result=train(load_config(each.config, each.overrides), each.workdir, **where))
+
+
+@pytest.fixture
+def _in_process(monkeypatch):
+    monkeypatch.setattr(helpers, "Children", InProcess)
+    monkeypatch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
+    monkeypatch.setattr(child, "end_with_parent_of_environment", lambda: None)
+    monkeypatch.setattr(child, "_MEASURED_SECONDS", 0.0)
+
+
+# What the user gives
+
+
+def test_data_is_a_folder_shards_or_a_name(pictures, tmp_path):
+    assert source_name(str(pictures)) == f"folder:{pictures}"
+    assert source_name("tar:/data/x") == "tar:/data/x"
+    assert source_name("cifar10") == "cifar10"
+    (tmp_path / "a-000.tar").touch()
+    assert source_name(str(tmp_path)) == f"tar:{tmp_path}"
+    (tmp_path / "b.zip").touch()
+    with pytest.raises(ValueError, match="an archive: unpack it"):
+        source_name(str(tmp_path / "b.zip"))
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        source_name(str(tmp_path / "none"))
+
+
+def test_splits_classes_and_sizes(pictures, tmp_path):
+    data = find_data(str(pictures))
+    assert (data.train_split, data.eval_split) == ("all[:80%]", "all[80%:]")
+    assert (data.train_images, data.eval_images, data.short_side) == (38, 10, 16)
+    assert data.class_names == ("bright", "dark")
+    labels = np.bincount([0] * data.train_images)  # 38 images in two classes
+    assert abs(data.per_class - labels[0] / 2) <= 4
+    assert find_data(str(pictures), labels=False).class_names == ()
+    shutil.copytree(pictures, tmp_path / "s" / "train")
+    shutil.copytree(pictures, tmp_path / "s" / "val")
+    split = find_data(str(tmp_path / "s"))
+    assert (split.train_split, split.eval_split, split.train_images) == ("train", "val", 48)
+    given = find_data(str(pictures), overrides={"data.train_split": "all[:50%]", "data.eval_split": "all[50%:]"})
+    assert (given.train_images, given.eval_images) == (24, 24)
+
+
+def test_wrong_data(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        find_data(str(tmp_path / "empty"))
+    write_images(tmp_path / "few", 5)
+    with pytest.raises(ValueError, match="at least 20 and 1 are needed"):
+        find_data(str(tmp_path / "few"))
+    shutil.copytree(pictures / "dark", tmp_path / "one" / "dark")
+    shutil.copytree(pictures / "bright", tmp_path / "one" / "dark" / "more")
+    with pytest.raises(ValueError, match=r"only one class, 'dark'.*--no_labels"):
+        find_data(str(tmp_path / "one"))
+    assert find_data(str(tmp_path / "one"), labels=False).train_images == 38
+    for number in range(30):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / f"{number}.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"can be decoded, such as .*broken.*: repair or replace"):
+        find_data(str(tmp_path / "broken"))
+
+
+def test_wrong_teachers(tmp_path):
+    for given, message in (
+        (tmp_path / "none", "does not exist: give the workdir of a run"),
+        ("mae_vit_base", "names a published teacher; its file is needed:\ndownload https"),
+        (tmp_path, "holds 0 PyTorch files: give the file itself"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            find_teacher(str(given), tmp_path / "converted")
+    from safetensors.numpy import save_file
+
+    save_file({"layer1.0.conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(ValueError, match="is not a Vision Transformer that can be read") as error:
+        find_teacher(str(tmp_path / "resnet.safetensors"), tmp_path / "converted")
+    assert "choose a ViT" in str(error.value)
+    assert not (tmp_path / "converted").exists()
+
+
+def test_a_pytorch_file_is_converted_once(teacher, tmp_path, capsys):
+    """The teacher's own weights, exported as timm names them, come back bit for bit."""
+    assert run(capsys, "export", teacher, "--to", "vit", "--output", tmp_path / "vit.safetensors")[0] == 0
+    found = find_teacher(str(tmp_path / "vit.safetensors"), tmp_path / "converted")
+    assert found.encoder["embed_dim"] == 24
+    before = (tmp_path / "converted" / "model.json").stat().st_mtime_ns
+    again = find_teacher(str(tmp_path / "vit.safetensors"), tmp_path / "converted")
+    assert again == found
+    assert (tmp_path / "converted" / "model.json").stat().st_mtime_ns == before
+
+
+# What is chosen
+
+
+@pytest.mark.parametrize(
+    ("depth", "extra", "tap"), [(24, {}, 18), (32, {}, 24), (12, {}, 12), (6, {"decoder": {}}, 4), (6, {}, 6)]
+)
+def test_tap(depth, extra, tap):
+    assert choose_tap({"encoder": {"depth": depth}} | extra)[0] == tap
+
+
+def test_presets():
+    assert [choices.nearest_preset(n) for n in (200, 5_000, 20_000, 50_000, 200_000, 1_281_167)] == [
+        *("5k", "5k", "50k", "50k", "50k", "1M")
+    ]
+    config = load_config("distill_images:s,1M")  # the published recipe
+    assert (config.train.batch_size, config.train.duration, config.optim.base_lr) == (4096, "300 epochs", 1.5e-4)
+    for wrong in ("x,5k", "s,6k"):
+        with pytest.raises(ValueError, match="Sizes: pico, nano, t, s, b; presets: 5k, 50k, 1M"):
+            load_config(f"distill_images:{wrong}")
+    with pytest.raises(ValueError, match="did you mean 'pico'"):
+        choices.find_student("pica")
+    assert choices.find_student("ti") == "Ti"
+
+
+def test_choices_follow_data_teacher_and_hardware(pictures, teacher):
+    data, found = find_data(str(pictures)), find_teacher(str(teacher), pictures / "unused")
+    specs = choices.config_specs("pico", "5k", data)
+    assert set(specs) == {STUDENT, CLASSIFIER}
+    configs = {stage: load_config(spec) for stage, spec in specs.items()}
+    chosen = {(c.stage, c.key): c.value for c in choices.choose(data, found, "pico", CPU, configs)}
+    assert chosen[STUDENT, "model.image_size"] == chosen[CLASSIFIER, "model.image_size"] == (16, 16)
+    assert chosen[STUDENT, "model.patch_size"] == 8
+    assert chosen[STUDENT, "train.batch_size"] == 4  # 38 images: at least eight updates an epoch
+    assert chosen[STUDENT, "optim.base_lr"] == pytest.approx(2e-3 * math.sqrt(256 / 4), rel=0.02)
+    assert chosen[STUDENT, "model.dtype"] == "float32"
+    assert (STUDENT, "distill.heads") not in chosen  # 2 heads divide 96
+    gpus = choices.choose(data, found, "pico", Hardware("gpu", 8, "A100"), configs)
+    values = {(c.stage, c.key): c.value for c in gpus}
+    assert values[STUDENT, "train.batch_size"] == 8  # one image for each device
+    assert (STUDENT, "model.dtype") not in values
+
+
+def test_heads_that_do_not_divide_the_width(pictures, tmp_path):
+    found = find_teacher(str(save_teacher(tmp_path / "t", embed_dim=48, heads=12)), tmp_path)
+    data = find_data(str(pictures))
+    config = {STUDENT: load_config("distill_images:nano,5k")}
+    chosen = {c.key: c.value for c in choices.choose(data, found, "nano", CPU, config)}
+    assert chosen["distill.heads"] == "resplit"
+    assert chosen["distill.relation_heads"] == 8  # gcd(128, 48) = 16; its largest divisor up to 12
+
+
+def test_hours():
+    config = load_config("distill_images:s,5k")
+    measured = Measured(seconds=2.0, micro_batches=4, steps=10_000, parameters=1, trained=1)
+    chosen, takes = choices.fit_hours(STUDENT, config, measured, 1.0, alone=False)
+    values = {c.key: c.value for c in chosen}
+    assert values["train.duration"] == "1170 steps"  # 65 % of 3600 s, 2 s each
+    assert values["optim.warmup"] == "117 steps"
+    assert values["train.accumulate"] == 4
+    assert takes == pytest.approx(1170 * 2 / 3600)
+    chosen, takes = choices.fit_hours(STUDENT, config, measured, 100.0, alone=True)
+    assert "train.duration" not in {c.key for c in chosen}  # never more than the preset
+    assert takes == pytest.approx(10_000 * 2 / 3600)
+    with pytest.raises(ValueError, match=r"time for 11 of them: give at least 0\.017 hours"):
+        choices.fit_hours(STUDENT, config, measured, 0.01, alone=False)
+
+
+def test_the_user_has_the_last_word(pictures, teacher, tmp_path):
+    data, found = find_data(str(pictures)), find_teacher(str(teacher), tmp_path)
+    specs = choices.config_specs("pico", "5k", data)
+    configs = {stage: load_config(spec) for stage, spec in specs.items()}
+    chosen = choices.choose(data, found, "pico", CPU, configs)
+    runs = runs_of(tmp_path, specs, chosen, {"train.batch_size": 16, "student.optim.base_lr": 0.5})
+    student, classifier = (load_config(each.config, each.overrides) for each in runs)
+    assert (student.train.batch_size, classifier.train.batch_size) == (16, 16)
+    assert student.optim.base_lr == 0.5 != classifier.optim.base_lr
+    assert classifier.init == str(tmp_path / STUDENT)
+    with pytest.raises(ValueError, match=r"did you mean 'train.batch_size'"):
+        runs_of(tmp_path, specs, chosen, {"train.batchsize": 16})
+
+
+def test_converting_pays_for_many_views_of_large_images(photo):
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(photo).resize((2048, 1536)).save(buffer, "JPEG", quality=95)
+    large = [buffer.getvalue()] * 4
+    often = judge(large, 50_000, 50_000 * 400, (32, 32), 36)
+    assert often.pays
+    assert 0 < often.needed < 50_000 * len(large[0])
+    assert not judge(large, 50_000, 50_000, (32, 32), 36).pays  # once: converting costs as much as reading
+    assert not judge(large, 20, 100, (32, 32), 36).pays  # less than two minutes
+
+
+# What does not fit
+
+
+def test_a_full_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
+    measured = Measured(seconds=1.0, micro_batches=1, steps=1, parameters=10**8, trained=10**8)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    with pytest.raises(OSError, match=r"about 5\.7 GB are needed .* 1\.0 GB are free.*checkpoint.keep=1"):
+        space.check_space(tmp_path / "new", [(measured, 3)], 0)
+    needed = space.check_space(tmp_path, [(Measured(1.0, 1, 1, 10**6, 10**6), 3)], 10**6)
+    assert needed == 100 * 2**20 + 10**6 + 4 * 4 * 3 * 10**6 + 8 * 10**6
+
+
+def test_free_memory_of_a_machine_and_of_a_container(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:   50 kB\n")
+    assert available_memory(str(tmp_path)) == 50 * 1024
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", "40000"), ("current", "30000"), ("stat", "anon 1\ninactive_file 5000\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert available_memory(str(tmp_path)) == 15_000
+    assert available_memory(str(tmp_path / "none")) is None
+
+
+@pytest.mark.usefixtures("_in_process")
+def test_no_room_in_memory(pictures, teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(child, "available_memory", lambda: 2**20)
+    status, out, err = run(capsys, *words(pictures, teacher, tmp_path / "out"))
+    assert status == 1
+    assert "out of memory" in out + err
+    assert "What helps" in out + err
+    assert not (tmp_path / "out" / "student").exists()
+
+
+# The command
+
+
+def words(data, teacher, output, *more):
+    return [
+        "distill",
+        data,
+        "--teacher",
+        teacher,
+        "--student",
+        "pico",
+        "--output",
+        output,
+        "--workers",
+        0,
+        *SMALL,
+        *more,
+    ]
+
+
+@pytest.mark.usefixtures("_in_process")
+def test_one_line_does_it_all_and_the_same_line_goes_on(pictures, teacher, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    line = words(pictures, teacher, output, "--export", "hub", "--compile_cache", "")
+    calls = []
+    real = InProcess.run_point
+
+    def stopped_once(self, point, **options):
+        calls.append(point.runs[0].name)
+        return RunState("interrupted") if len(calls) == 1 else real(self, point, **options)
+
+    monkeypatch.setattr(InProcess, "run_point", stopped_once)
+    status, out, err = run(capsys, *line)
+    assert status == 75, out + err
+    assert "run the same command again to go on" in out
+    chosen = json.loads((output / "choices.json").read_text())
+    status, out, err = run(capsys, *line)
+    assert status == 0, out + err
+    assert json.loads((output / "choices.json").read_text()) == chosen
+    assert calls == ["student", "student", "classifier"]
+    summary = json.loads((output / "summary.json").read_text())
+    assert set(summary["knn"]) == {"teacher", "before", "after"}
+    for name, value in summary["knn"].items():
+        assert 0 <= value <= 1
+        known = json.loads((output / "work" / f"knn_{name}.json").read_text())
+        assert known["examples"] == 10
+    assert summary["classifier"]["top1"] == json.loads((output / "classifier" / "result.json").read_text())["top1"]
+    config = json.loads((output / "student" / "config.json").read_text())
+    for stage, key, value, _ in chosen["decided"]["choices"]:
+        if stage == "student":
+            section, field = key.split(".", 1) if key.count(".") == 1 else (None, None)
+            assert section is None or config[section][field] == value
+    assert (output / "model" / "model.safetensors").exists()
+    assert "student after distillation" in (output / "report.html").read_text()
+    # Everything is done: nothing is run again, and other arguments are refused.
+    assert run(capsys, *line)[0] == 0
+    status, _, err = run(capsys, *line, "seed=1")
+    assert status == 1
+    assert "was begun with other arguments" in err
+    assert "overrides" in err
+
+
+@pytest.mark.usefixtures("_in_process")
+def test_without_labels_converted_first(pictures, teacher, tmp_path, capsys):
+    output = tmp_path / "out"
+    line = words(pictures, teacher, output, "--no_labels", "--prepare", "always", "--export", "none")
+    status, out, err = run(capsys, *line, "--compile_cache", "")
+    assert status == 0, out + err
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["knn"] == {}
+    assert "classifier" not in summary
+    config = json.loads((output / "student" / "config.json").read_text())
+    assert (config["data"]["source"], config["data"]["train_split"]) == ("images_18", "train[:80%]")
+    assert (output / "data" / "images_18").is_dir()
+
+
+@pytest.mark.usefixtures("_in_process")
+def test_a_dry_run_decides_nothing_for_later(pictures, teacher, tmp_path, capsys):
+    status, out, err = run(capsys, *words(pictures, teacher, tmp_path / "out", "--dry_run"))
+    assert status == 0, err
+    assert "| student | model.image_size | (16, 16) |" in out
+    assert not (tmp_path / "out" / "choices.json").exists()
+
+
+def test_refused_before_anything_is_done(pictures, teacher, tmp_path, capsys):
+    for change, message in (
+        (["--hours", "0"], "give a number above 0"),
+        (["--student", "huge"], "'huge' is unknown"),
+        (["--teacher", tmp_path / "nothing"], "does not exist"),
+    ):
+        status, _, err = run(capsys, *words(pictures, teacher, tmp_path / "out", *change))
+        assert status == 1
+        assert message in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds 'thesis.tex', which this command has not made"):
+        check_same(tmp_path / "full", None)
+
+
+def test_choices_of_the_parser_are_those_of_the_package():
+    assert tuple(choices.STUDENTS) == command.STUDENTS
+    assert tuple(choices.PRESETS) == command.PRESETS
+    assert set(command.EXPORTS) == {"auto", "none", *helpers.EXPORTS}

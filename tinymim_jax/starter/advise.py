@@ -1,0 +1,170 @@
+"""`tinymim advise`: whether distillation will help on these images, found out by a short one."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tinymim_jax.config import load_config
+from tinymim_jax.markdown import markdown_table
+from tinymim_jax.metrics import read
+from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED
+from tinymim_jax.runtime.files import write_json
+from tinymim_jax.runtime.locks import locked
+from tinymim_jax.runtime.progress import format_seconds
+from tinymim_jax.runtime.startup import print_line
+from tinymim_jax.starter.choices import STUDENT
+from tinymim_jax.starter.distill import Decided, Request, check_same, decided_for, measured_knn, runs_to_do
+from tinymim_jax.starter.forecast import Forecast, forecast
+from tinymim_jax.starter.helpers import Failed, Helpers, Stopped
+
+ADVICE = "advice.json"
+HOURS = (0.05, 0.25)
+"""Of the short distillation: on a CPU, elsewhere."""
+PROBES = 8
+"""Points of its curve of accuracies."""
+
+_CERTAIN = 2.0  # standard errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """answer: "yes", "no" or "unclear"; why: in words."""
+
+    answer: str
+    why: str
+
+
+def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
+    """Looks at the teacher, distils for a short time, prints the advice, and returns the exit status.
+
+    Args:
+      request: with `finetune`=False and `prepare`="never"; its `hours` are those of the short distillation.
+      topologies: hardware on which the whole distillation is planned.
+
+    Raises ValueError for images without labels, and what `run_distill` raises.
+    """
+    output = pathlib.Path(request.output).expanduser().absolute()
+    check_same(output, request)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output), Helpers(output, request.compile_cache) as helpers:
+        try:
+            decided = decided_for(output, request, helpers)
+            if not decided.neighbors:
+                raise ValueError(
+                    f"{request.data} has no classes, and advice compares accuracies: give a folder with a folder for "
+                    "each class; a tenth of the images, sorted, is enough. `tinymim distill` itself needs no labels"
+                )
+            found = _look(output, request, decided, helpers)
+            whole = _whole(decided)
+            found["plans"] = [helpers.plan(name, whole, request.data_dir) for name in topologies]
+            write_json(output / ADVICE, found)
+            print_line(f"\n{as_text(found)}")
+            return DONE
+        except Stopped:
+            print_line(f"stopped; what is done is kept in {output}: run the same command again to go on")
+            return PREEMPTED
+        except Failed as error:
+            print_line(f"\ntinymim advise: {error}")
+            return ERROR
+
+
+def judge(*, teacher: float, before: float, expected: Forecast, examples: int) -> Advice:
+    """The advice, from k-NN accuracies (0 to 1) on `examples` images.
+
+    Args:
+      teacher, before: of the teacher, and of the student before any training.
+      expected: of the student after the whole distillation.
+    """
+    margin = _CERTAIN * math.sqrt(max(before * (1 - before), 1 / examples) / examples)
+    bar = before + margin
+    if teacher <= bar:
+        return Advice(
+            "no",
+            f"the teacher itself ({teacher:.1%}) is not better on your images than a student without training "
+            f"({before:.1%}; differences below {margin:.1%} are chance): choose another teacher",
+        )
+    if expected.high <= bar:
+        return Advice(
+            "no",
+            f"the student does not learn it: at most {expected.high:.1%} are expected, {before:.1%} without training. "
+            "Try a larger --student, or more images",
+        )
+    if expected.low > bar:
+        return Advice(
+            "yes",
+            f"{expected.value:.1%} are expected ({expected.low:.1%} to {expected.high:.1%}), against {before:.1%} "
+            f"without training and {teacher:.1%} of the teacher",
+        )
+    return Advice(
+        "unclear",
+        f"{expected.low:.1%} to {expected.high:.1%} are expected, and {before:.1%} without training: more --hours or "
+        "more evaluation images make the interval narrower",
+    )
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """The advice with its figures, as Markdown."""
+    expected = found["expected"]
+    rows = [
+        ["teacher", f"{found['teacher']:.1%}"],
+        ["student, untrained", f"{found['before']:.1%}"],
+        [f"student after {found['curve'][-1][0]} steps", f"{found['curve'][-1][1]:.1%}"],
+        [
+            f"student after the whole {found['steps']} steps, expected",
+            f"{expected['value']:.1%} ({expected['low']:.1%} to {expected['high']:.1%}, 90 %)",
+        ],
+    ]
+    costs = [["these devices, measured", format_seconds(found["seconds"]), "-"]]
+    for plan in found["plans"]:
+        hours = plan.get("hours")
+        time = format_seconds(3600 * hours) if hours is not None else plan["error"]
+        costs.append(
+            [f"{plan['topology']}, estimated", time, f"{plan['chip_hours']:.2f}" if hours is not None else "-"]
+        )
+    return "\n\n".join(
+        [
+            markdown_table([f"k-NN accuracy on {found['examples']} images", ""], rows),
+            markdown_table(["the whole distillation on", "time", "chip hours"], costs),
+            f"Will it help? {found['answer'].upper()}: {found['why']}",
+        ]
+    )
+
+
+def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Helpers) -> dict[str, Any]:
+    (run,) = runs_to_do(output, decided)
+    known = {}
+    for name, checkpoint in (("teacher", decided.teacher), ("before", str(output / "untrained"))):
+        known[name] = measured_knn(output, run, decided, helpers, name, checkpoint, request.data_dir)
+    helpers.train(run, helpers.training_words(request.data_dir, decided.workers))
+    rows = [row for row in read(run.workdir / "metrics.jsonl") if row.get("probe/knn") is not None]
+    curve = [(row["step"], row["probe/knn"]) for row in rows]
+    examples = min(decided.eval_images, decided.probe_images // 2)
+    steps = max(decided.preset_steps, curve[-1][0])
+    expected = forecast(
+        [step for step, _ in curve],
+        [value for _, value in curve],
+        at=steps,
+        examples=examples,
+        ceiling=known["teacher"],
+    )
+    advice = judge(teacher=known["teacher"], before=known["before"], expected=expected, examples=decided.eval_images)
+    return {
+        **known,
+        "curve": [list(point) for point in curve],
+        "steps": steps,
+        "seconds": steps * decided.step_seconds,
+        "expected": dataclasses.asdict(expected),
+        "examples": decided.eval_images,
+        **dataclasses.asdict(advice),
+    }
+
+
+def _whole(decided: Decided) -> ConfigDict:
+    """The whole distillation as an accelerator would do it: with the preset's batch and duration."""
+    (stage,) = [row for row in decided.stages if row[0] == STUDENT]
+    kept = ("data.", "distill.", "model.image_size=", "model.patch_size=")
+    return load_config(stage[1], [word for word in stage[2] if word.startswith(kept)])
