@@ -154,7 +154,7 @@ def test_wrong_teachers(tmp_path):
     save_file({"layer1.0.conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}, tmp_path / "resnet.safetensors")
     with pytest.raises(ValueError, match="is not a Vision Transformer that can be read") as error:
         find_teacher(str(tmp_path / "resnet.safetensors"), tmp_path / "converted")
-    assert "choose a ViT" in str(error.value)
+    assert "of another kind of network, choose a ViT" in str(error.value)
     assert not (tmp_path / "converted").exists()
 
 

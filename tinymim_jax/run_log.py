@@ -28,6 +28,7 @@ from tinymim_jax.runtime.exits import Interrupted, is_first, joined_processes
 from tinymim_jax.runtime.goodput import Goodput, describe, shares
 from tinymim_jax.runtime.heartbeat import Heartbeat, read_status
 from tinymim_jax.runtime.progress import DATA_WAIT_LIMIT, Progress, format_seconds, input_advice
+from tinymim_jax.runtime.terminal import Bar
 from tinymim_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class RunLog:
         if ahead:
             log.info("the last %d steps of the previous attempt are repeated: they were not saved", ahead)
         self._progress = Progress(experiment.total_steps, experiment.batch_size, start)
+        self._bar = Bar(experiment.total_steps, experiment.batch_size) if self._active else None
         self._loggers = open_loggers(self._logger_names, self._workdir, flat(as_json(experiment.config)))
         self._writer = self._stack.enter_context(
             Writer(self._workdir, start_step=start, active=self._active, others=self._loggers.write)
@@ -123,6 +125,8 @@ class RunLog:
         """Call it when the device has finished this step."""
         self._step = step
         self._heart.beat()
+        if self._bar:
+            self._bar.update(step)
 
     def first_step(self, step: int, recorded: Averages) -> None:
         jax.block_until_ready(recorded)
@@ -165,6 +169,8 @@ class RunLog:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """A context around an evaluation; its time does not count as training."""
+        if self._bar:
+            self._bar.restart()
         self._heart.note(stage="evaluating")
         with self._goodput.lost_to("evaluation"):
             yield

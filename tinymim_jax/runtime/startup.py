@@ -6,6 +6,7 @@ import os
 import sys
 
 from tinymim_jax.runtime.exits import is_first, process_label, stdout_closed
+from tinymim_jax.runtime.terminal import erase
 
 
 def start_logging(prefix: str = "") -> None:
@@ -32,6 +33,10 @@ def print_line(text: str = "") -> None:
 
 
 class _Handler(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        erase()  # the progress bar of a terminal
+        super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             return super().handleError(record)

@@ -134,9 +134,12 @@ def main(words: list[str]) -> None:
         sys.exit(130)
     except Exception as error:
         print(f"tinymim distill: {error}", flush=True)
-        exit_at_once(ERROR, str(error))
+        sys.exit(ERROR)
     write_json(result, found)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except SystemExit as stop:  # threads of the input pipeline could abort the interpreter's shutdown
+        exit_at_once(int(stop.code or 0))

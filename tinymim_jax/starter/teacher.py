@@ -1,13 +1,15 @@
 """The teacher that `tinymim distill` is given: converted where it is a PyTorch file, and which block is tapped."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 from typing import Any
 
 from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.checkpoints.params import load_params, save_params
-from tinymim_jax.convert import FAMILIES, ConvertError, convert_file
+from tinymim_jax.convert import ConvertError, convert_file
+from tinymim_jax.convert.detect import AUTO
 from tinymim_jax.tasks.distill.teachers import TEACHERS, how_to_get
 
 log = logging.getLogger(__name__)
@@ -89,12 +91,12 @@ def _is_ours(path: pathlib.Path) -> bool:
 
 
 def _convert(path: pathlib.Path) -> tuple[dict, dict]:
-    """The record and parameters of a file or folder of others, whose family is found by trying all."""
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            from tinymim_jax.convert.formats.hub import read_folder
+    """The record and parameters of a file or folder of others; its family is found by the names of the tensors."""
+    if path.suffix == ".onnx":
+        from tinymim_jax.convert.formats.onnx import read_file
 
-            return read_folder(path)
+        return read_file(path)
+    if path.is_dir() and not (path / "config.json").is_file():
         inside = sorted(file for file in path.iterdir() if file.suffix in (".pth", ".pt", ".bin", ".safetensors"))
         if len(inside) != 1:
             raise ValueError(
@@ -102,19 +104,14 @@ def _convert(path: pathlib.Path) -> tuple[dict, dict]:
                 f"config.json (the Hugging Face hub), and holds {len(inside)} PyTorch files: give the file itself"
             )
         path = inside[0]
-    if path.suffix == ".onnx":
-        from tinymim_jax.convert.formats.onnx import read_file
+    try:
+        if path.is_dir() and json.loads((path / "config.json").read_text()).get("model_type") == "tinymim":
+            from tinymim_jax.convert.formats.hub import read_folder
 
-        return read_file(path)
-    reasons = {}
-    for family in FAMILIES:
-        try:
-            return convert_file(family, path)
-        except ConvertError as error:
-            reasons[family] = str(error).splitlines()[0]
-    listed = "\n".join(f"  as {family}: {reason}" for family, reason in reasons.items())
-    raise ConvertError(
-        f"--teacher {path} is not a Vision Transformer that can be read:\n{listed}\nTeachers are ViTs of MAE, timm, "
-        f"DeiT, TinyMIM and this package; `tinymim convert --help` has options for unusual files. If {path.name} is "
-        "another kind of network, choose a ViT"
-    )
+            return read_folder(path)
+        return convert_file(AUTO, path)
+    except ConvertError as error:
+        raise ConvertError(
+            f"--teacher {path} is not a Vision Transformer that can be read: {error}\n`tinymim convert --help` lists "
+            "what can be, and options for unusual files; of another kind of network, choose a ViT"
+        ) from error
