@@ -12,12 +12,14 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 from runs import probe_config, small_config
 
 import tinymim_jax.experiment as experiment_module
 import tinymim_jax.tasks.classify.teacher as supervised_teacher
 import tinymim_jax.tasks.distill.task as distill_module
 import tinymim_jax.tasks.probe.task as probe_module
+import tinymim_jax.tasks.segment.task as segment_module
 from tinymim_jax import optim
 from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.config import experiments, find_file, from_json, load_config
@@ -29,7 +31,8 @@ from tinymim_jax.resume import check_same
 from tinymim_jax.state import trained_paths
 from tinymim_jax.sweeps.points import read_stages
 from tinymim_jax.tasks.distill.teachers import TEACHERS
-from tinymim_jax.tasks.pretrained import Loaded
+from tinymim_jax.tasks.pretrained import Loaded, build_encoder
+from tinymim_jax.tasks.stand_in import encoder_zeros
 from tinymim_jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,10 +44,12 @@ SMALL = [
 OTHERS = ("__init__", "base", "camvid", "chain", "cifar10", "digits", "shapes")
 SPECS = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py")) if p.stem not in OTHERS]
 SPECS += ["configs/linprobe.py:sgd", "configs/own_images.py:t,8000", "configs/own_images.py:b"]
+SPECS += ["configs/segment_own.py:t"]
 NEEDS = {
     "distill": ["distill.teacher.path=fake"],
     "linprobe": ["init=fake"],
     "finetune_t_star": ["classify.teacher.path=fake"],
+    "segment_linear": ["init=fake"],
 }
 
 
@@ -59,6 +64,15 @@ class FakeImageNet(Source):
 
     def __getitem__(self, index):
         raise IndexError(index)
+
+
+class FakeAde20k(FakeImageNet):
+    """The length and number of classes of ADE20K."""
+
+    class_names = tuple(str(i) for i in range(150))
+
+    def __len__(self) -> int:
+        return 20210
 
 
 def fake_teacher(config) -> Loaded:
@@ -83,14 +97,18 @@ def fake_classifier(path) -> Loaded:
 @pytest.mark.parametrize("spec", SPECS)
 def test_shipped_configs_build_at_full_size(spec, monkeypatch):
     config = load_config(str(ROOT / spec), next((words for name, words in NEEDS.items() if name in spec), []))
-    monkeypatch.setattr(experiment_module, "open_source", lambda *_, **__: FakeImageNet())
+    source = FakeAde20k() if config.task == "segment" else FakeImageNet()
+    monkeypatch.setattr(experiment_module, "_open_sources", lambda *_: (source, source))
     if config.task == "distill":
         monkeypatch.setattr(distill_module, "load", lambda path: fake_teacher(config))
     if config.task == "probe":
         monkeypatch.setattr(probe_module, "load", lambda path: fake_teacher(config))
+    if config.task == "segment":
+        monkeypatch.setattr(segment_module, "load", lambda path: encoder_zeros(path, build_encoder(config.model)))
     monkeypatch.setattr(supervised_teacher, "load", fake_classifier)
     experiment = build_experiment(config)
-    assert experiment.total_steps == int(float(config.train.duration.split()[0]) * 1281167 / config.train.batch_size)
+    number, unit = config.train.duration.split()
+    assert experiment.total_steps == int(float(number) * (1281167 / config.train.batch_size if unit == "epochs" else 1))
     frozen = experiment.task.load_frozen()
     paths = trained_paths(experiment.task, frozen, batch_shapes(experiment))
     params = jax.eval_shape(experiment.task.init, jax.random.key(0))
@@ -99,6 +117,10 @@ def test_shipped_configs_build_at_full_size(spec, monkeypatch):
     # adamw: mu and nu of each, two step counts. Others: momentum of each, a step count.
     assert len(jax.tree.leaves(moments)) == (2 if config.optim.name == "adamw" else 1) * (len(paths) + 1)
     untrained = len(jax.tree.leaves(params)) - len(paths)
+    if config.task == "segment":
+        frozen = [params["batch_stats"], params["encoder"] if config.segment.frozen_encoder else {}]
+        assert untrained == len(jax.tree.leaves(frozen))
+        return
     # TinyMIM: the last block's projection, norm and MLP and the final norm; of a probe the running mean and variance.
     assert untrained == {"distill": 10, "probe": 2}.get(config.task, 0)
 
@@ -150,6 +172,24 @@ def test_every_key_is_read_by_something(tmp_path, data_dir):
         assert flat_keys(config) - seen == set(), name
 
 
+@pytest.mark.slow
+def test_every_key_of_segmentation_is_read_by_something(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / split / kind).mkdir(parents=True)
+        for i in range(8):
+            pixels, labels = rng.integers(0, 256, (40, 40, 3)), rng.integers(0, 2, (40, 40))
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / "images" / f"{i}.png")
+            Image.fromarray(labels.astype(np.uint8)).save(tmp_path / split / "masks" / f"{i}.png")
+    words = ["model.embed_dim=16", "model.depth=1", "model.heads=2", "model.image_size=(32,32)", "train.batch_size=8"]
+    words += ["segment.channels=4", f"data.source=pairs:{tmp_path}", "data.masks.classes=2", "data.scale=(40,40)"]
+    words += ["train.duration=1 steps", "optim.warmup=0 steps", "segment.evaluation.stride=(32,32)"]
+    config, seen = load_config(str(ROOT / "configs/segment_own.py"), words), set()
+    train(Recorded(config, seen), tmp_path / "run")
+    assert flat_keys(config) - seen == set()
+
+
 def test_fewer_images_of_ones_own_are_seen_more_often():
     epochs = [load_config(str(ROOT / f"configs/own_images.py:s,{n}")).train.duration for n in (5000, 50_000, 200_000)]
     assert epochs == ["300 epochs", "100 epochs", "50 epochs"]
@@ -159,7 +199,13 @@ def test_fewer_images_of_ones_own_are_seen_more_often():
 
 
 def test_configs_of_a_task_have_the_same_keys():
-    files = {"mae": "mae_b", "distill": "distill_b", "classify": "finetune_b", "probe": "linprobe"}
+    files = {
+        "mae": "mae_b",
+        "distill": "distill_b",
+        "classify": "finetune_b",
+        "probe": "linprobe",
+        "segment": "segment_b",
+    }
     base = {name: load_config(str(ROOT / f"configs/{file}.py")) for name, file in files.items()}
     for spec in [*SPECS, *SMALL]:
         config = load_config(str(ROOT / spec))

@@ -147,6 +147,8 @@ def _schedule(settings: ConfigDict, peak: float, warmup_steps: int, total_steps:
     if settings.schedule not in optim.SCHEDULES:
         raise unknown("optim.schedule", settings.schedule, optim.SCHEDULES)
     if settings.schedule == "cosine":
+        if settings.power != 1:
+            raise ValueError(f"optim.power={settings.power} is for optim.schedule='poly' alone: leave it at 1")
         return optim.warmup_cosine(peak, warmup_steps, total_steps, settings.final_lr)
     if settings.final_lr:
         raise ValueError(f"optim.final_lr={settings.final_lr}: optim.schedule='poly' ends at 0, so leave it at 0")
