@@ -1,6 +1,7 @@
 """UPerNet with TinyMIM-Base on ADE20K: the published recipe (52.2 mIoU in the paper, at 144,000 of 160,000 steps).
 
-  tinymim train --config configs/segment_b.py --workdir runs/ade_b init=runs/b_finetuned data.source=pairs:/data/ADEChallengeData2016
+  tinymim train --config configs/segment_b.py --workdir runs/ade_b init=runs/b_finetuned \\
+    data.source=pairs:/data/ADEChallengeData2016
 
 Published (the release's config and log for B): UPerNet of 768 channels, FCN head of 256 with weight 0.4, taps 4, 6, 8
 and 12, crops of 512, batch 16, AdamW 1e-4 with weight decay 0.05, layer decay 0.75, drop path 0.1, 1,500 steps of

@@ -1,7 +1,8 @@
 """Segmentation with masks of your own, on one GPU. FILE:t, FILE:s (the default) and FILE:b are the sizes.
 
   tinymim convert --from tinymim --input TinyMIM-PT-S.pth --output teachers/tinymim_s
-  tinymim train --config configs/segment_own.py --workdir runs/leaves data.source=pairs:/data/leaves init=teachers/tinymim_s
+  tinymim train --config configs/segment_own.py --workdir runs/leaves data.source=pairs:/data/leaves \\
+    init=teachers/tinymim_s
   tinymim predict runs/leaves photo.jpg --output labels
 
 /data/leaves has train/images, train/masks, val/images, val/masks, and classes.txt with a class a line (docs/data.md
