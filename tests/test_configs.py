@@ -186,6 +186,7 @@ def test_every_key_of_segmentation_is_read_by_something(tmp_path):
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / "images" / f"{i}.png")
             Image.fromarray(labels.astype(np.uint8)).save(tmp_path / split / "masks" / f"{i}.png")
     words = ["model.embed_dim=16", "model.depth=1", "model.heads=2", "model.image_size=(32,32)", "train.batch_size=8"]
+    words += ["segment.head=upernet", "segment.auxiliary_channels=4"]  # which reads all keys
     words += ["segment.channels=4", f"data.source=pairs:{tmp_path}", "data.masks.classes=2", "data.scale=(40,40)"]
     words += ["train.duration=1 steps", "optim.warmup=0 steps", "segment.evaluation.stride=(32,32)"]
     config, seen = load_config(str(ROOT / "configs/segment_own.py"), words), set()
