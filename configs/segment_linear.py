@@ -4,7 +4,7 @@
 
 This is how DINOv2 and DINOv3 compare encoders (mIoU without decoder). Rate 1e-3, weight decay 1e-3, 40,000 steps,
 batch 16 and dropout 0.1 are DINOv3's; the schedule is ours. The head reads the last block behind the final norm. Of an
-encoder that was distilled by relations the last block is not trained (docs/segmentation.md): probe block 11 by
+encoder that was distilled by relations the last block is not trained (docs/segmentation_networks.md): probe block 11 by
 segment.taps=(11,), or fine-tune it first. model.variant must be the size of the encoder.
 """
 

@@ -1,7 +1,7 @@
 """UPerNet with TinyMIM-Small on ADE20K (48.4 mIoU in the paper).
 
 The release has a config for B alone; this is that recipe with the smaller encoder, which is our choice. The head
-is as large as B's and takes most of the time (docs/segmentation.md); segment.channels=384 makes a step three times
+is as large as B's and takes most of the time (docs/segmentation_networks.md); segment.channels=384 makes a step three times
 cheaper.
 """
 

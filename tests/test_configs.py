@@ -135,7 +135,7 @@ class Recorded:
         return self[name]
 
     def __getitem__(self, name):
-        if name in ("to_dict", "copy_and_resolve_references"):
+        if name in ("to_dict", "copy_and_resolve_references", "get"):
             return getattr(self._config, name)
         value = self._config[name]
         if isinstance(value, ConfigDict):

@@ -230,6 +230,13 @@ def test_what_cannot_be_exported_is_refused():
         make_network("plain", "median")
 
 
+def test_onnx_refuses_encoders_that_are_no_plain_vit(tmp_path):
+    network = make_network("plain")
+    record = network.record | {"encoder": network.record["encoder"] | {"switches": {"relative_bias": True}}}
+    with pytest.raises(ConvertError, match=r"differs from it \(relative_bias\): export it --to stablehlo"):
+        onnx_format.write(tmp_path / "x.onnx", Network(record, network.params, network.preprocessing))
+
+
 @pytest.mark.parametrize("name", ["adaptive", "star"])
 def test_files_are_little_larger_than_the_weights(name, tmp_path):
     """The graph itself takes kilobytes, whatever the width: under 1 % of a ViT-Tiny's 23 MB."""

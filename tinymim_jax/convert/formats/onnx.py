@@ -34,6 +34,11 @@ def write(path: pathlib.Path, network: Network, *, int8: bool = False, opset: in
     onnx = needs("onnx", _EXTRA)
     if opset not in OPSETS:
         raise ConvertError(f"opset={opset} is unknown. Choices: {', '.join(map(str, OPSETS))}")
+    if changed := network.record["encoder"].get("switches"):
+        raise ConvertError(
+            f"the ONNX graph is that of a plain ViT, and this encoder differs from it ({', '.join(changed)}): export it "
+            "--to stablehlo or litert"
+        )
     graph = _Graph(onnx, opset, int8)
     output, shape = _outputs(graph, network)
     height, width = network.image_size
