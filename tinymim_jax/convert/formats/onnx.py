@@ -36,8 +36,8 @@ def write(path: pathlib.Path, network: Network, *, int8: bool = False, opset: in
         raise ConvertError(f"opset={opset} is unknown. Choices: {', '.join(map(str, OPSETS))}")
     if changed := network.record["encoder"].get("switches"):
         raise ConvertError(
-            f"the ONNX graph is that of a plain ViT, and this encoder differs from it ({', '.join(changed)}): export it "
-            "--to stablehlo or litert"
+            f"the ONNX graph is that of a plain ViT, and this encoder differs from it ({', '.join(changed)}): "
+            "export it --to stablehlo or litert"
         )
     graph = _Graph(onnx, opset, int8)
     output, shape = _outputs(graph, network)
