@@ -110,7 +110,8 @@ class LiveProbe:
                 process_count=jax.process_count(),
             )
             self._kept[name] = _Kept(batches)
-        found: Collected = collect(self._step, params["encoder"], self._kept[name], self._mesh, examples=len(source))
+        kept: Any = self._kept[name]
+        found: Collected = collect(self._step, params["encoder"], kept, self._mesh, examples=len(source))
         features, labels = found.rows
         return np.asarray(features, np.float32), labels
 

@@ -142,4 +142,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except SystemExit as stop:  # threads of the input pipeline could abort the interpreter's shutdown
-        exit_at_once(int(stop.code or 0))
+        exit_at_once(int(stop.code or 0), "")

@@ -38,27 +38,32 @@ def forecast(
     if len(x) != len(y) or len(np.unique(x)) < 3 or x.min() <= 0:
         raise ValueError(f"steps {list(steps)}: a curve of at least three accuracies at different steps is needed")
     top = max(ceiling, float(y.max()))
-    value, residuals = _fitted(x, y, at, top)
+    (value,), (residuals,) = _fitted(x, y[None], at, np.array([top]))
     rng = np.random.default_rng(seed)
     drawn = rng.binomial(examples, np.clip(y, 0.0, 1.0), (_RESAMPLED, len(y))) / examples
-    results = [_fitted(x, row, at, max(top, float(row.max())))[0] for row in drawn]
-    results = np.asarray(results) + rng.choice(residuals, _RESAMPLED)
+    results = _fitted(x, drawn, at, np.maximum(top, drawn.max(axis=1)))[0] + rng.choice(residuals, _RESAMPLED)
     low, high = np.clip(np.percentile(results, _INTERVAL), 0.0, 1.0)
-    return Forecast(value, float(min(low, value)), float(max(high, value)))
+    return Forecast(float(value), float(min(low, value)), float(max(high, value)))
 
 
-def _fitted(x: np.ndarray, y: np.ndarray, at: float, ceiling: float) -> tuple[float, np.ndarray]:
-    """(value at `at`, residuals) of the best A - B * x^-c with B >= 0 and A <= ceiling."""
-    best, found = np.inf, (float(y.mean()), y - y.mean())
+def _fitted(x: np.ndarray, curves: np.ndarray, at: float, ceiling: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(values at `at` [n], residuals [n, points]) of the best A - B * x^-c, B >= 0 and A <= ceiling, for n curves."""
+    error = np.full(len(curves), np.inf)
+    value, residuals = np.zeros(len(curves)), np.zeros_like(curves)
+    means = curves.mean(axis=1)
     for c in _EXPONENTS:
         falling = (x / x.max()) ** -c
-        design = np.stack([np.ones_like(x), -falling], axis=1)
-        (a, b), *_ = np.linalg.lstsq(design, y, rcond=None)
-        if a > ceiling:  # the best B for the largest allowed A
-            a, b = ceiling, float(((ceiling - y) @ falling) / (falling @ falling))
-        if b < 0:
-            a, b = float(y.mean()), 0.0
-        residuals = y - (a - b * falling)
-        if (error := float(residuals @ residuals)) < best - 1e-12:
-            best, found = error, (float(a - b * (at / x.max()) ** -c), residuals)
-    return min(found[0], ceiling), found[1]
+        centred = falling - falling.mean()
+        b = -(curves @ centred) / (centred @ centred)
+        a = means + b * falling.mean()
+        # Where A would be too large: the best B for the largest A.
+        capped = ((ceiling[:, None] - curves) @ falling) / (falling @ falling)
+        a, b = np.where(a > ceiling, ceiling, a), np.where(a > ceiling, capped, b)
+        a, b = np.where(b < 0, means, a), np.maximum(b, 0.0)
+        left = curves - (a[:, None] - b[:, None] * falling)
+        found = (left**2).sum(axis=1)
+        better = found < error - 1e-12
+        error = np.where(better, found, error)
+        value = np.where(better, a - b * (at / x.max()) ** -c, value)
+        residuals = np.where(better[:, None], left, residuals)
+    return np.minimum(value, ceiling), residuals
