@@ -14,7 +14,8 @@ from tinymim_jax.convert.errors import ConvertError
 from tinymim_jax.convert.families.jax_names import to_timm
 from tinymim_jax.convert.families.published import PUBLISHED
 from tinymim_jax.convert.families.spellings import anchor_of
-from tinymim_jax.convert.foreign import Hints, from_foreign
+from tinymim_jax.convert.foreign import from_foreign
+from tinymim_jax.convert.foreign_architecture import Hints
 from tinymim_jax.convert.locate import locate
 from tinymim_jax.convert.preprocessing import PUBLISHED_BY, Given, complete_preprocessing
 from tinymim_jax.convert.sidecar import Sidecar, read_config, read_sidecar
@@ -52,7 +53,7 @@ def convert_file(
       family: a name in FAMILIES or PUBLISHED, or 'auto', which finds it by the names of the tensors.
       path: a file, a folder, or the id of a model in the local cache of the Hugging Face hub.
       heads, decoder_heads, image_size, use, prefix: as for `from_torch`.
-      eps, activation, rope_grid: see `foreign.Hints`.
+      eps, activation, rope_grid: see `foreign_architecture.Hints`.
       given: what is known of the preprocessing.
       config: a config.json to read in place of the one beside the file; 'none' for no such file.
       licence: of the weights; by default what config.json says, or that of the family.
