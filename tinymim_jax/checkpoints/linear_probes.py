@@ -22,8 +22,10 @@ def probed_params(model: dict[str, Any], params: Params, *, image_size: tuple[in
     """
     record, encoder = model["encoder"], dict(params["encoder"])
     if "pos_embed" in encoder:
-        grids = [tuple(side // record["patch_size"] for side in size) for size in (record["image_size"], image_size)]
-        encoder["pos_embed"] = np.asarray(resize_table(np.asarray(encoder["pos_embed"]), *grids))
+        (rows, columns), patch = record["image_size"], record["patch_size"]
+        old, new = (rows // patch, columns // patch), (image_size[0] // patch, image_size[1] // patch)
+        rule = record.get("switches", {}).get("table", "bicubic")
+        encoder["pos_embed"] = np.asarray(resize_table(np.asarray(encoder["pos_embed"]), old, new, rule))
     own_norm = encoder.pop("norm", None)
     if pool == "cls":
         return {"encoder": encoder | {"norm": own_norm or _no_affine(record["embed_dim"])}}

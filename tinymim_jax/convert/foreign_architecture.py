@@ -144,18 +144,20 @@ def _rope(
     """The record of a rotary embedding, complete, with the file's periods where it has them."""
     from tinymim_jax.ops.rope import Rope  # here because it imports jax, which nothing else in this package needs
 
-    settings = dict(rope)
+    settings: dict[str, Any] = dict(rope)
     if "reference" in settings:
         settings["reference"] = hints.rope_grid or said.get("ref_feat_shape") or settings["reference"]
         settings["reference"] = tuple(int(n) for n in settings["reference"])
     periods = state.get("rope_embed.periods")
-    known = tuple(float(x) for x in np.asarray(periods, np.float32)) if periods is not None else ()
+    known = settings["periods"] = (
+        tuple(float(x) for x in np.asarray(periods, np.float32)) if periods is not None else ()
+    )
     if known and len(known) != head_dim // 4:
         raise ConvertError(
             f"the file has {len(known)} rotary periods, for heads {4 * len(known)} wide, and these heads would be "
             f"{head_dim} wide: give the right number by --heads"
         )
-    return Rope(**(settings | {"periods": known})).record()
+    return Rope(**settings).record()
 
 
 def _size(
@@ -168,8 +170,8 @@ def _size(
 ) -> tuple[Sequence[int], str]:
     """((height, width) in pixels, which tokens the position table covers)."""
     table = flat.get("encoder/pos_embed")
-    configured = said.get("img_size") or config.get("image_size")
-    size = hints.image_size or ((configured,) * 2 if isinstance(configured, int) else configured)
+    configured: Any = said.get("img_size") or config.get("image_size")
+    size: Any = hints.image_size or ((configured,) * 2 if isinstance(configured, int) else configured)
     if table is None:
         if size is None and "encoder/blocks_0/attn/relative_bias" in flat:
             rows = flat["encoder/blocks_0/attn/relative_bias"].shape[0] - 3

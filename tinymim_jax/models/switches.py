@@ -79,8 +79,10 @@ class Switches:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Switches":
         """The inverse of `record`."""
-        rope = record.get("rope")
-        return cls(**(dict(record) | ({"rope": Rope.from_record(rope)} if rope else {})))
+        fields: dict[str, Any] = dict(record)
+        if fields.get("rope"):
+            fields["rope"] = Rope.from_record(fields["rope"])
+        return cls(**fields)
 
 
 PLAIN = Switches()

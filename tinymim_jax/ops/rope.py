@@ -41,7 +41,8 @@ class Rope:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Rope":
         """The inverse of `record`."""
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in record.items()})
+        fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items()}
+        return cls(**fields)
 
 
 @functools.lru_cache(maxsize=64)
