@@ -56,9 +56,15 @@ def listing(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_step_from_a_checkpoint_is_the_step_of_the_run(teacher, data_dir):
+@pytest.fixture(scope="module")
+def fourth(teacher, data_dir):
+    """The last step of the teacher, and the files of its workdir before."""
     before = listing(teacher)
-    step = replay(str(teacher), 4, data_dir=data_dir)
+    return replay(str(teacher), 4, data_dir=data_dir), before
+
+
+def test_a_step_from_a_checkpoint_is_the_step_of_the_run(teacher, fourth):
+    step, before = fourth
     assert step.repeated == 3 - max(saved for saved in saved_steps(teacher) if saved <= 3)
     same(step, recorded(teacher, 4))
     assert listing(teacher) == before
@@ -75,9 +81,9 @@ def test_a_step_from_the_start_with_micro_batches_and_noise(student, data_dir):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_losses_gradients_and_records_of_the_images(teacher, data_dir):
+def test_losses_gradients_and_records_of_the_images(fourth, data_dir):
     """Against the task's own losses and jax.grad of their mean, at the weights after three steps of the loop."""
-    step = replay(str(teacher), 4, data_dir=data_dir)
+    step, _ = fourth
     config = small_config("mae_teacher", "model.heads=4")
     experiment = build_experiment(config, data_dir=data_dir)
     with training_batches(experiment, start_step=3, workers=0) as batches:
