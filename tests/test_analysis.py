@@ -16,7 +16,10 @@ from tinymim_jax.analysis.analyze import analyze
 from tinymim_jax.analysis.images import batches_of, rows_of, some_of
 from tinymim_jax.analysis.networks import find_networks
 from tinymim_jax.analysis.relations import common_heads, relation_kl_of_blocks
-from tinymim_jax.analysis.similarity import (
+from tinymim_jax.analysis.tap import suggest_tap
+from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.data.sources.sources import open_source
+from tinymim_jax.evaluation.similarity import (
     attention_distance,
     attention_entropy,
     attention_weights,
@@ -27,9 +30,6 @@ from tinymim_jax.analysis.similarity import (
     knn_accuracy,
     linear_accuracy,
 )
-from tinymim_jax.analysis.tap import suggest_tap
-from tinymim_jax.checkpoints.params import save_params
-from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.tasks import TASKS
 

@@ -13,7 +13,11 @@ from tinymim_jax.analysis.charts import analysis_charts
 from tinymim_jax.analysis.images import batches_of, rows_of, some_of
 from tinymim_jax.analysis.networks import Network, Networks, find_networks
 from tinymim_jax.analysis.relations import common_heads, relation_kl_of_blocks
-from tinymim_jax.analysis.similarity import (
+from tinymim_jax.analysis.tap import suggest_tap
+from tinymim_jax.data.sources.labels import LabelError
+from tinymim_jax.data.sources.sources import open_source
+from tinymim_jax.evaluation.features import labelled_splits
+from tinymim_jax.evaluation.similarity import (
     attention_distance,
     attention_entropy,
     attention_weights,
@@ -23,10 +27,6 @@ from tinymim_jax.analysis.similarity import (
     knn_accuracy,
     linear_accuracy,
 )
-from tinymim_jax.analysis.tap import suggest_tap
-from tinymim_jax.data.sources.labels import LabelError
-from tinymim_jax.data.sources.sources import open_source
-from tinymim_jax.evaluation.features import labelled_splits
 from tinymim_jax.models.heads import pool_tokens
 from tinymim_jax.pages.charts import standalone
 from tinymim_jax.runtime.files import write_json, write_text

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tinymim_jax.analysis.similarity import effective_rank
 from tinymim_jax.data.pipeline import eval_batches
 from tinymim_jax.data.sources.examples import Source, Subset
 from tinymim_jax.evaluation.collect import Collected, collect, row_step
 from tinymim_jax.evaluation.knn import TEMPERATURE, knn_scores
+from tinymim_jax.evaluation.similarity import effective_rank
 from tinymim_jax.experiment import Experiment, evaluation_batch_size
 from tinymim_jax.models.heads import pool_tokens
 from tinymim_jax.models.vit import ViT
