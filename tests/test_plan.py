@@ -244,6 +244,15 @@ def test_configs_whose_checkpoint_is_yet_to_be_named(name):
     assert any("remat" in word for word in words) == (name != "linprobe")
 
 
+def test_segmentation_is_planned_without_its_data():
+    """Published: 160,000 steps of 16 images. Its products, counted by another program: 7.5 EFLOP."""
+    planned = plan_experiment(load_config("configs/segment_t.py", ["train.batch_size=2"]))
+    assert any("taken as 20,210 images of 150 classes" in note for note in planned.notes)
+    needed, executed = planned.flops
+    assert needed == executed
+    assert needed / 2 * 16 * 160_000 == pytest.approx(7.5e18, rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("plans"))

@@ -24,6 +24,12 @@ from tinymim_jax.tasks.task import RUNNING
 
 # Gradients that are zero but for rounding: a bias before a batch norm, and the bias of the keys in a softmax.
 ZERO_GRADIENT = ("fpn1.0.bias", "fpn1.3.bias", "fpn2.0.bias")
+# Adam makes whole steps of 1e-4 of that rounding, and these means follow the biases before them.
+AFTER_ZERO_GRADIENT = (
+    "backbone.fpn1.1.running_mean",
+    "decode_head.lateral_convs.0.bn.running_mean",
+    "decode_head.lateral_convs.1.bn.running_mean",
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +150,8 @@ def test_running_statistics_after_one_and_three_steps(steps, close):
         names = [name.removeprefix(prefix) for name in want if name.startswith(prefix)]
         assert len(names) == len(got)
         for name in names:
-            # Later steps follow biases whose gradient is rounding, which Adam turns into whole steps of 1e-4.
-            close(in_torch(got, name), want[prefix + name], 1e-5 if prefix == "stats/" else 3e-4, name)
+            later = 1e-3 if name in AFTER_ZERO_GRADIENT else 1e-4
+            close(in_torch(got, name), want[prefix + name], 1e-5 if prefix == "stats/" else later, name)
 
 
 def test_weights_after_three_steps(steps):
