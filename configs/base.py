@@ -26,6 +26,7 @@ def common(task: str) -> ml_collections.ConfigDict:
     config.model.depth = config_dict.placeholder(int)
     config.model.heads = config_dict.placeholder(object)  # one for all blocks, or a tuple with one for each
     config.model.patch_size = 16
+    config.model.stem = "linear"  # what makes tokens of patches: linear | conv: convolutions (arXiv 2106.14881)
     config.model.image_size = (224, 224)  # height, width in pixels
     config.model.mlp_ratio = 4.0  # hidden width of each block's MLP, relative to embed_dim
     config.model.dist_token = False  # a second learned token after CLS, for classify.distillation (DeiT, TinyMIM*-T)

@@ -3,15 +3,16 @@
   tinymim train --config configs/distill_images.py:s,5k --workdir runs/pets data.source=folder:/data/pets \\
     distill.teacher.path=teachers/mae_vit_base
 
-FILE:SIZE,PRESET: sizes are pico, nano, t, s (the default) and b; presets are 5k, 50k (the default) and 1M, the nearest
-number of training images. From 50k to 1M, epochs, batch and learning rate approach the published ones (1M: those of the
-paper). Values for fewer images are our choice: as small sets give few updates per epoch, batches are smaller, epochs
-more, and the peak learning rate follows the square root of the batch. Labels are not used.
+FILE:SIZE,PRESET: sizes are pico, nano, hybrid (nano with a convolutional stem), t, s (the default) and b; presets are
+5k, 50k (the default) and 1M, the nearest number of training images. From 50k to 1M, epochs, batch and learning rate
+approach the published ones (1M: those of the paper). Values for fewer images are our choice: as small sets give few
+updates per epoch, batches are smaller, epochs more, and the peak learning rate follows the square root of the batch.
+Labels are not used.
 """
 
 from configs import base
 
-SIZES = {"pico": "pico", "nano": "nano", "t": "Ti", "s": "S", "b": "B"}
+SIZES = {"pico": "pico", "nano": "nano", "hybrid": "nano", "t": "Ti", "s": "S", "b": "B"}
 
 # Images, epochs, batch, base_lr (for 256 images), epochs of warm-up.
 PRESETS = {
@@ -32,6 +33,9 @@ def get_config(argument: str = "s,50k"):
     _, epochs, batch, rate, warmup = PRESETS[preset]
     config = base.distill()
     config.model.variant = SIZES[size]
+    if size == "hybrid":
+        config.model.stem = "conv"
+        config.model.depth = 11  # as in arXiv 2106.14881, the stem takes the place of a block
     config.model.drop_path = 0.1 if size in ("s", "b") else 0.0  # small students underfit
     config.data.source = "folder:YOUR_IMAGES"
     config.data.train_split = "all[:90%]"
@@ -40,7 +44,7 @@ def get_config(argument: str = "s,50k"):
     config.train.batch_size = batch
     config.train.duration = f"{epochs} epochs"
     config.train.eval_every = f"{epochs // 10} epochs"
-    config.optim.base_lr = rate * (2 if size in ("pico", "nano") else 1)  # narrow networks take larger steps
+    config.optim.base_lr = rate * (2 if size in ("pico", "nano", "hybrid") else 1)  # narrow networks take larger steps
     config.optim.warmup = f"{warmup} epochs"
     config.optim.clip_norm = 1.0
     return config

@@ -4,8 +4,8 @@
   tinymim train --config configs/own_images.py --workdir runs/pets data.source=folder:/data/pets init=teachers/tinymim_s
   tinymim predict runs/pets cat.jpg
 
-FILE:t, FILE:s (the default) and FILE:b are the sizes, FILE:pico and FILE:nano two smaller ones; init names a student of
-that size, yours or the authors'.
+FILE:t, FILE:s (the default) and FILE:b are the sizes; FILE:pico, FILE:nano and FILE:hybrid (nano with a convolutional
+stem) are smaller. init names a student of that size, yours or the authors'.
 FILE:s,8000 gives the number of images, which sets the number of epochs: 100 for 50,000 images, proportional to the
 inverse square root of their number (250 for 8,000). A tenth of the images is held out for evaluation; if folders define
 the splits, set data.train_split=train data.eval_split=val. If memory runs out, set train.accumulate=4. Values that
@@ -16,8 +16,8 @@ import math
 
 from configs import finetune_b, finetune_s, finetune_t
 
-SIZES = {"pico": finetune_t, "nano": finetune_t, "t": finetune_t, "s": finetune_s, "b": finetune_b}
-SMALLER = ("pico", "nano")  # with the recipe of Tiny
+SMALLER = {"pico": "pico", "nano": "nano", "hybrid": "nano"}  # with the recipe of Tiny
+SIZES = {"t": finetune_t, "s": finetune_s, "b": finetune_b} | dict.fromkeys(SMALLER, finetune_t)
 
 
 def get_config(argument: str = "s"):
@@ -28,7 +28,9 @@ def get_config(argument: str = "s"):
         )
     config = SIZES[size].get_config()
     if size in SMALLER:
-        config.model.variant = size
+        config.model.variant = SMALLER[size]
+    if size == "hybrid":
+        config.model.stem, config.model.depth = "conv", 11
     config.data.source = "folder:YOUR_IMAGES"
     config.data.train_split = "all[:90%]"
     config.data.eval_split = "all[90%:]"

@@ -1,5 +1,6 @@
 """`tinymim distill`: what it finds, chooses and refuses, and the whole of it with children in this process."""
 
+import io
 import json
 import math
 import pathlib
@@ -11,14 +12,16 @@ import pytest
 from commands import run
 from PIL import Image
 
+import tinymim_jax
 from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.cli import distill as command
 from tinymim_jax.cli import main as cli
 from tinymim_jax.config import load_config
 from tinymim_jax.models.vit import ViT
+from tinymim_jax.runtime.exits import Interrupted
 from tinymim_jax.runtime.host_memory import available_memory
 from tinymim_jax.runtime.workdir import RunState, read_state
-from tinymim_jax.starter import child, choices, helpers, space
+from tinymim_jax.starter import api, child, choices, helpers, space
 from tinymim_jax.starter.choices import CLASSIFIER, STUDENT, Hardware, Measured
 from tinymim_jax.starter.data import find_data, source_name
 from tinymim_jax.starter.distill import check_same, runs_of
@@ -186,7 +189,7 @@ def test_presets():
     config = load_config("distill_images:s,1M")  # the published recipe
     assert (config.train.batch_size, config.train.duration, config.optim.base_lr) == (4096, "300 epochs", 1.5e-4)
     for wrong in ("x,5k", "s,6k"):
-        with pytest.raises(ValueError, match="Sizes: pico, nano, t, s, b; presets: 5k, 50k, 1M"):
+        with pytest.raises(ValueError, match="Sizes: pico, nano, hybrid, t, s, b; presets: 5k, 50k, 1M"):
             load_config(f"distill_images:{wrong}")
     with pytest.raises(ValueError, match="did you mean 'pico'"):
         choices.find_student("pica")
@@ -198,14 +201,14 @@ def test_choices_follow_data_teacher_and_hardware(pictures, teacher):
     specs = choices.config_specs("pico", "5k", data)
     assert set(specs) == {STUDENT, CLASSIFIER}
     configs = {stage: load_config(spec) for stage, spec in specs.items()}
-    chosen = {(c.stage, c.key): c.value for c in choices.choose(data, found, "pico", CPU, configs)}
+    chosen = {(c.stage, c.key): c.value for c in choices.choose(data, found, CPU, configs)}
     assert chosen[STUDENT, "model.image_size"] == chosen[CLASSIFIER, "model.image_size"] == (16, 16)
     assert chosen[STUDENT, "model.patch_size"] == 8
     assert chosen[STUDENT, "train.batch_size"] == 4  # 38 images: at least eight updates an epoch
     assert chosen[STUDENT, "optim.base_lr"] == pytest.approx(2e-3 * math.sqrt(256 / 4), rel=0.02)
     assert chosen[STUDENT, "model.dtype"] == "float32"
     assert (STUDENT, "distill.heads") not in chosen  # 2 heads divide 96
-    gpus = choices.choose(data, found, "pico", Hardware("gpu", 8, "A100"), configs)
+    gpus = choices.choose(data, found, Hardware("gpu", 8, "A100"), configs)
     values = {(c.stage, c.key): c.value for c in gpus}
     assert values[STUDENT, "train.batch_size"] == 8  # one image for each device
     assert (STUDENT, "model.dtype") not in values
@@ -215,7 +218,7 @@ def test_heads_that_do_not_divide_the_width(pictures, tmp_path):
     found = find_teacher(str(save_teacher(tmp_path / "t", embed_dim=48, heads=12)), tmp_path)
     data = find_data(str(pictures))
     config = {STUDENT: load_config("distill_images:nano,5k")}
-    chosen = {c.key: c.value for c in choices.choose(data, found, "nano", CPU, config)}
+    chosen = {c.key: c.value for c in choices.choose(data, found, CPU, config)}
     assert chosen["distill.heads"] == "resplit"
     assert chosen["distill.relation_heads"] == 8  # gcd(128, 48) = 16; its largest divisor up to 12
 
@@ -240,7 +243,7 @@ def test_the_user_has_the_last_word(pictures, teacher, tmp_path):
     data, found = find_data(str(pictures)), find_teacher(str(teacher), tmp_path)
     specs = choices.config_specs("pico", "5k", data)
     configs = {stage: load_config(spec) for stage, spec in specs.items()}
-    chosen = choices.choose(data, found, "pico", CPU, configs)
+    chosen = choices.choose(data, found, CPU, configs)
     runs = runs_of(tmp_path, specs, chosen, {"train.batch_size": 16, "student.optim.base_lr": 0.5})
     student, classifier = (load_config(each.config, each.overrides) for each in runs)
     assert (student.train.batch_size, classifier.train.batch_size) == (16, 16)
@@ -251,8 +254,6 @@ def test_the_user_has_the_last_word(pictures, teacher, tmp_path):
 
 
 def test_converting_pays_for_many_views_of_large_images(photo):
-    import io
-
     buffer = io.BytesIO()
     Image.fromarray(photo).resize((2048, 1536)).save(buffer, "JPEG", quality=95)
     large = [buffer.getvalue()] * 4
@@ -394,6 +395,53 @@ def test_refused_before_anything_is_done(pictures, teacher, tmp_path, capsys):
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"holds 'thesis.tex', which this command has not made"):
         check_same(tmp_path / "full", None)
+
+
+class Finished:
+    """A process that has said something and ended; its command line is kept."""
+
+    def __init__(self, code, said):
+        self.code, self.stdout = code, io.StringIO(said)
+
+    def __call__(self, words, **_):
+        self.words = words
+        return self
+
+    def poll(self):
+        return self.code
+
+    wait = poll
+
+
+def test_from_python(tmp_path, monkeypatch):
+    (tmp_path / "summary.json").write_text('{"knn": {"after": 0.5}}')
+    process = Finished(0, "a line\n")
+    monkeypatch.setattr(api.subprocess, "Popen", process)
+    given = {"data": "/data/pets", "teacher": pathlib.Path("t"), "output": tmp_path, "student": "Ti"}
+    found = tinymim_jax.distill(**given, hours=4, no_labels=True, no_finetune=False, overrides={"data.flip": False})
+    assert found["knn"]["after"] == 0.5
+    options = cli._parse(process.words[process.words.index("distill") :])
+    assert (options.data, options.teacher, options.student, options.hours) == ("/data/pets", "t", "Ti", 4.0)
+    assert (options.no_labels, options.no_finetune, options.overrides) == (True, False, ["data.flip=False"])
+    monkeypatch.setattr(api.subprocess, "Popen", Finished(1, "a line\ntinymim distill: no images\nlook again\n"))
+    with pytest.raises(ValueError, match=r"^no images\nlook again$"):
+        tinymim_jax.distill(**given)
+    monkeypatch.setattr(api.subprocess, "Popen", Finished(75, ""))
+    with pytest.raises(Interrupted, match="the same call goes on"):
+        tinymim_jax.distill(**given)
+
+
+def test_exports_are_checked_before_the_start(monkeypatch):
+    helpers.check_export("none", "hybrid")
+    helpers.check_export("hub", "S")
+    with pytest.raises(ValueError, match="has no form in timm"):
+        helpers.check_export("hub", "hybrid")
+    with pytest.raises(ValueError, match="did you mean 'onnx'"):
+        helpers.check_export("onx", "S")
+    monkeypatch.setattr(helpers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'tinymim-jax\[litert\]'"):
+        helpers.check_export("litert", "S")
+    assert helpers.export_format("auto") == "hub"
 
 
 def test_choices_of_the_parser_are_those_of_the_package():

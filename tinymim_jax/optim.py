@@ -162,7 +162,16 @@ def _layer(path: Path, depth: int, official: bool) -> int:
     names = [name for name in path if name != "encoder"]
     if names[0] == "dist_token" and official:
         return depth + 1
-    if names[0] in ("cls_token", "dist_token", "registers", "pos_embed", "patch_embed", "patch_norm", "pre_norm"):
+    if names[0] in (
+        "cls_token",
+        "dist_token",
+        "registers",
+        "pos_embed",
+        "patch_embed",
+        "stem",
+        "patch_norm",
+        "pre_norm",
+    ):
         return 0
     if names[0].startswith("blocks_"):
         return int(names[0].removeprefix("blocks_")) + 1

@@ -8,7 +8,7 @@ from tinymim_jax.cli.options import add_compile_cache, add_overrides
 HELP = "distil a small network from a teacher on your images: one line, resumed by the same line"
 
 # Those of starter.choices and starter.helpers, which take seconds to import.
-STUDENTS = ("pico", "nano", "Ti", "S", "B")
+STUDENTS = ("pico", "nano", "hybrid", "Ti", "S", "B")
 PRESETS = ("5k", "50k", "1M")
 EXPORTS = ("auto", "onnx", "litert", "stablehlo", "hub", "none")
 

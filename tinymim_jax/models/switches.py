@@ -8,6 +8,7 @@ from tinymim_jax.errors import unknown
 from tinymim_jax.ops.rope import Rope
 
 CHOICES = {
+    "stem": ("linear", "conv"),
     "norm": ("layer", "rms"),
     "positions": ("all", "patches", "none"),
     "table": ("bicubic", "square"),
@@ -21,6 +22,7 @@ CHOICES = {
 class Switches:
     """Variations of the encoder; the defaults are the plain ViT of timm and MAE.
 
+    stem: what makes patch tokens of pixels: a linear layer, or convolutions (models/stem.py).
     eps: added to the variance in every norm of the encoder.
     norm: 'layer', or 'rms' (no mean is subtracted and there is no bias).
     cls_tokens, registers: number of learned tokens of each kind in front of the patches; registers have no position.
@@ -42,6 +44,7 @@ class Switches:
     activation: f; 'gelu' is exact, 'gelu_tanh' its tanh approximation, 'quick_gelu' is x sigmoid(1.702 x).
     """
 
+    stem: str = "linear"
     eps: float = 1e-6
     norm: str = "layer"
     cls_tokens: int = 1

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from tinymim_jax.models.blocks import Block, Tap, run_blocks
 from tinymim_jax.models.layers import Dense, make_norm
+from tinymim_jax.models.stem import ConvStem
 from tinymim_jax.models.switches import PLAIN, Switches
 from tinymim_jax.ops.drop_path import drop_path_rates, drop_path_scales
 from tinymim_jax.ops.masking import take_tokens
@@ -126,7 +127,10 @@ class ViT(nn.Module):
             raise ValueError(f"pos_embed={self.pos_embed!r} is unknown. Choices: 'sincos', 'learned'")
         switches = self.switches
         token = nn.initializers.normal(0.02)
-        self.patch_embed = Dense(self.embed_dim, self.dtype, switches.patch_bias)
+        if switches.stem == "conv":
+            self.stem = ConvStem(self.embed_dim, self.patch_size, self.dtype)
+        else:
+            self.patch_embed = Dense(self.embed_dim, self.dtype, switches.patch_bias)
         if switches.patch_norm:
             self.patch_norm = make_norm(switches, self.dtype)
         leading = []
@@ -206,10 +210,7 @@ class ViT(nn.Module):
                 f"got images of {height}x{width}, but this encoder was built for "
                 f"{self.image_size[0]}x{self.image_size[1]}: change the image size of the data or of the model"
             )
-        patches = patchify(images, self.patch_size)
-        if keep is not None:
-            patches = take_tokens(patches, keep)
-        tokens = self.patch_embed(patches.astype(self.dtype))
+        tokens = self._patch_tokens(images, keep)
         if self.switches.patch_norm:
             tokens = self.patch_norm(tokens)
         leading = [token.astype(self.dtype) for token in self.leading]
@@ -223,6 +224,19 @@ class ViT(nn.Module):
         repeated = [jnp.broadcast_to(token, (tokens.shape[0], *token.shape[1:])) for token in leading]
         tokens = jnp.concatenate([*repeated, tokens], axis=1) if repeated else tokens
         return self.pre_norm(tokens) if self.switches.pre_norm else tokens
+
+    def _patch_tokens(self, images: Images, keep: Array | None) -> Tokens:
+        if self.switches.stem == "conv":
+            if keep is not None:
+                raise ValueError(
+                    "model.stem='conv': neighboring patches see a hidden one through the convolutions; set "
+                    "model.stem='linear', or distill.mask_ratio=0"
+                )
+            return self.stem(images)
+        patches = patchify(images, self.patch_size)
+        if keep is not None:
+            patches = take_tokens(patches, keep)
+        return self.patch_embed(patches.astype(self.dtype))
 
     def _patch_positions(self, positions: Array, keep: Array | None, batch: Any) -> Array:
         of_patches = positions[:, self.table_prefix :]

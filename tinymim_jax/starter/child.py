@@ -23,7 +23,7 @@ from tinymim_jax.optim import split
 from tinymim_jax.plan.build import changed
 from tinymim_jax.plan.plan import make_plan
 from tinymim_jax.plan.topology import parse_topology
-from tinymim_jax.runtime.exits import ERROR, exit_at_once
+from tinymim_jax.runtime.exits import DONE, ERROR, exit_at_once
 from tinymim_jax.runtime.files import write_json
 from tinymim_jax.runtime.host_memory import available_memory
 from tinymim_jax.runtime.parent import end_with_parent_of_environment
@@ -139,7 +139,9 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    status = DONE
     try:
         main(sys.argv[1:])
-    except SystemExit as stop:  # threads of the input pipeline could abort the interpreter's shutdown
-        exit_at_once(int(stop.code or 0), "")
+    except SystemExit as stop:
+        status = int(stop.code or DONE)
+    exit_at_once(status, "")  # threads of the input pipeline could abort the interpreter's shutdown

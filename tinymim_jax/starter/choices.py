@@ -13,7 +13,7 @@ from tinymim_jax.starter.teacher import Teacher
 STUDENT, CLASSIFIER = "student", "classifier"
 """Names of the two trainings, and of their folders."""
 
-STUDENTS = {"pico": "pico", "nano": "nano", "Ti": "t", "S": "s", "B": "b"}
+STUDENTS = {"pico": "pico", "nano": "nano", "hybrid": "hybrid", "Ti": "t", "S": "s", "B": "b"}
 """Values of --student, and their names in configs/distill_images.py and configs/own_images.py."""
 
 PRESETS = {"5k": 5_000, "50k": 50_000, "1M": 1_000_000}
@@ -91,13 +91,13 @@ def config_specs(student: str, preset: str, data: Data) -> dict[str, str]:
     return specs | ({CLASSIFIER: f"own_images:{size},{data.train_images}"} if data.class_names else {})
 
 
-def choose(data: Data, teacher: Teacher, student: str, hardware: Hardware, configs: Mapping[str, Any]) -> list[Choice]:
+def choose(data: Data, teacher: Teacher, hardware: Hardware, configs: Mapping[str, Any]) -> list[Choice]:
     """The choices that need no measuring.
 
     Args:
       configs: of each training, as its config file has it.
     """
-    chosen = []
+    chosen, width = [], SIZES[configs[STUDENT].model.variant]["embed_dim"]
     for stage, config in configs.items():
         chosen += [Choice(stage, *row) for row in _of_data(data)]
         chosen += [Choice(stage, *row) for row in _of_images(data, teacher)]
@@ -105,7 +105,7 @@ def choose(data: Data, teacher: Teacher, student: str, hardware: Hardware, confi
         if hardware.platform == "cpu":
             chosen.append(Choice(stage, "model.dtype", "float32", "CPUs compute bfloat16 slowly"))
         chosen.append(Choice(stage, "checkpoint.every_minutes", 2.0, "little is lost where a process is killed"))
-    chosen += [Choice(STUDENT, *row) for row in _of_teacher(teacher, SIZES[student]["embed_dim"])]
+    chosen += [Choice(STUDENT, *row) for row in _of_teacher(teacher, width)]
     return chosen
 
 

@@ -19,7 +19,7 @@ from tinymim_jax.runtime.workdir import read_result
 from tinymim_jax.starter import choices as choosing
 from tinymim_jax.starter.choices import CLASSIFIER, STUDENT, Choice, Hardware, Measured
 from tinymim_jax.starter.data import Data, find_data, source_name
-from tinymim_jax.starter.helpers import WORK, Failed, Helpers, Stopped, export_format
+from tinymim_jax.starter.helpers import WORK, Failed, Helpers, Stopped, check_export
 from tinymim_jax.starter.preparing import Verdict, judge
 from tinymim_jax.starter.space import check_space
 from tinymim_jax.starter.teacher import Teacher, find_teacher
@@ -110,9 +110,7 @@ def run_distill(request: Request, *, dry_run: bool = False) -> int:
     """
     output = pathlib.Path(request.output).expanduser().absolute()
     require_one_process("tinymim distill", str(output), ONE_BY_ONE)
-    choosing.find_student(request.student)
-    if request.export != "none":
-        export_format(request.export)
+    check_export(request.export, choosing.find_student(request.student))
     check_same(output, request)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output), Helpers(output, request.compile_cache) as helpers:
@@ -173,9 +171,7 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
     log.info("training on %s", hardware.describe())
     workers = request.workers if request.workers is not None else helpers.workers(hardware.platform)
     hours = request.hours or request.default_hours[hardware.platform != "cpu"]
-    chosen = choosing.choose(
-        data, teacher, student, hardware, {stage: load_config(spec) for stage, spec in specs.items()}
-    )
+    chosen = choosing.choose(data, teacher, hardware, {stage: load_config(spec) for stage, spec in specs.items()})
     runs = runs_of(output, specs, chosen, request.overrides)
     check_points([Point("", 0, None, {}, {}, runs)], data_dir=request.data_dir)
     measured, spent = {}, 0.0

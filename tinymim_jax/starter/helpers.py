@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 EXPORTS = {"onnx": "model.onnx", "litert": "model.tflite", "stablehlo": "model.stablehlo", "hub": "model"}
 """Formats of the exported model, and the file or folder that it is written to."""
 
+# What has to be installed for a format, and may not be.
+_NEEDED = {"onnx": "onnx", "litert": "litert_converter", "stablehlo": "flatbuffers"}
 WORK = "work"
 _MOST_WORKERS = 16
 
@@ -157,6 +159,24 @@ def export_format(given: str) -> str:
     if given not in EXPORTS:
         raise unknown("--export", given, ("auto", "none", *EXPORTS))
     return given
+
+
+def check_export(given: str, student: str) -> None:
+    """Raises ValueError or ImportError, before long work, where the student cannot be exported so.
+
+    Args:
+      given: the value of --export; student: that of --student.
+    """
+    if given == "none":
+        return
+    to = export_format(given)
+    if to in _NEEDED and not importlib.util.find_spec(_NEEDED[to]):
+        raise ImportError(f"--export {to} needs more packages: pip install 'tinymim-jax[{to}]'; or give another format")
+    if to == "hub" and student == "hybrid":
+        raise ValueError(
+            "--student hybrid: a convolutional stem has no form in timm, which --export hub writes for: pip install "
+            "'tinymim-jax[onnx]' and give --export onnx, or --export none"
+        )
 
 
 def _explained(reason: str, output: pathlib.Path) -> str:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.checkpoints.params import load_params, merge
 from tinymim_jax.class_names import match_classes
 from tinymim_jax.errors import unknown
+from tinymim_jax.models.switches import Switches
 from tinymim_jax.models.vit import PRESETS, ViT
 from tinymim_jax.ops.color import IMAGENET_MEAN, IMAGENET_STD
 from tinymim_jax.ops.posembed import resize_table
@@ -53,6 +54,7 @@ def build_encoder(model: ConfigDict, **overrides: Any) -> ViT:
         "remat": model.remat,
         "attention": model.attention,
         "dtype": compute_dtype(model),
+        "switches": Switches(stem=model.stem),
     }
     return ViT(**(fields | overrides))
 

@@ -115,6 +115,8 @@ def _params_of(arrays: Mapping[str, np.ndarray], *, learned_positions: bool) -> 
             continue
         if name == "encoder/patch_embed/kernel":
             array = array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+        elif name.startswith("encoder/stem/conv_") and name.endswith("kernel"):
+            array = array.transpose(2, 3, 1, 0)
         *folders, leaf = name.split("/")
         node = params
         for folder in folders:
@@ -221,18 +223,7 @@ def _outputs(graph: _Graph, network: Network) -> tuple[str, tuple[int, ...]]:
 def _encoder(graph: _Graph, network: Network, tokens: int) -> str:
     encoder, params = network.encoder, network.params["encoder"]
     dim, size = encoder.embed_dim, encoder.patch_size
-    kernel = np.asarray(params["patch_embed"]["kernel"]).reshape(size, size, 3, dim).transpose(3, 2, 0, 1)
-    x = graph.node(
-        "Conv",
-        "encoder/patch_embed",
-        INPUT,
-        graph.weight("encoder/patch_embed/kernel", kernel),
-        graph.weight("encoder/patch_embed/bias", params["patch_embed"]["bias"]),
-        kernel_shape=[size, size],
-        strides=[size, size],
-    )
-    x = graph.node("Reshape", "encoder/flatten", x, graph.constant("flat", [0, dim, -1]))
-    x = graph.node("Transpose", "encoder/patches", x, perm=[0, 2, 1])
+    x = _conv_stem(graph, params["stem"]) if "stem" in params else _patches(graph, params, size, dim)
     batch = graph.node("Shape", "encoder/batch", INPUT, start=0, end=1)
     one = graph.node("Concat", "encoder/one_token", batch, graph.constant("one_token", [1, dim]), axis=0)
     leading = [name for name in ("cls_token", "dist_token") if name in params]
@@ -245,6 +236,40 @@ def _encoder(graph: _Graph, network: Network, tokens: int) -> str:
     for i, heads in enumerate(encoder.block_heads):
         x = _block(graph, x, params[f"blocks_{i}"], f"encoder/blocks_{i}", heads, dim, tokens)
     return graph.norm(x, params["norm"], "encoder/norm") if encoder.final_norm else x
+
+
+def _patches(graph: _Graph, params: Mapping[str, Any], size: int, dim: int) -> str:
+    """The patch embedding as a convolution, [batch, patches, dim]."""
+    kernel = np.asarray(params["patch_embed"]["kernel"]).reshape(size, size, 3, dim).transpose(3, 2, 0, 1)
+    x = graph.node(
+        "Conv",
+        "encoder/patch_embed",
+        INPUT,
+        graph.weight("encoder/patch_embed/kernel", kernel),
+        graph.weight("encoder/patch_embed/bias", params["patch_embed"]["bias"]),
+        kernel_shape=[size, size],
+        strides=[size, size],
+    )
+    x = graph.node("Reshape", "encoder/flatten", x, graph.constant("flat", [0, dim, -1]))
+    return graph.node("Transpose", "encoder/patches", x, perm=[0, 2, 1])
+
+
+def _conv_stem(graph: _Graph, params: Mapping[str, Any]) -> str:
+    """As models.stem.ConvStem, [batch, patches, dim]; convolutions have channels first, norms have them last."""
+    x, i, dim = INPUT, 0, params["proj"]["bias"].shape[0]
+    while (name := f"conv_{i}") in params:
+        path = f"encoder/stem/{name}"
+        kernel = graph.weight(f"{path}/kernel", np.asarray(params[name]["kernel"]).transpose(3, 2, 0, 1))
+        bias = graph.weight(f"{path}/bias", params[name]["bias"])
+        x = graph.node("Conv", path, x, kernel, bias, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+        x = graph.node("Transpose", f"{path}/last", x, perm=[0, 2, 3, 1])
+        x = graph.norm(x, params[f"norm_{i}"], f"encoder/stem/norm_{i}")
+        x = graph.gelu(x, f"encoder/stem/gelu_{i}")
+        i += 1
+        if f"conv_{i}" in params:
+            x = graph.node("Transpose", f"{path}/first", x, perm=[0, 3, 1, 2])
+    x = graph.node("Reshape", "encoder/stem/flatten", x, graph.constant("flat_last", [0, -1, dim]))
+    return graph.linear(x, params["proj"], "encoder/stem/proj")
 
 
 def _block(graph: _Graph, x: str, params: Mapping[str, Any], name: str, heads: int, dim: int, tokens: int) -> str:
