@@ -34,7 +34,7 @@ def write(path: pathlib.Path, network: Network, *, int8: bool = False, opset: in
     onnx = needs("onnx", _EXTRA)
     if opset not in OPSETS:
         raise ConvertError(f"opset={opset} is unknown. Choices: {', '.join(map(str, OPSETS))}")
-    if changed := network.record["encoder"].get("switches"):
+    if changed := sorted(set(network.record["encoder"].get("switches", {})) - {"stem"}):
         raise ConvertError(
             f"the ONNX graph is that of a plain ViT, and this encoder differs from it ({', '.join(changed)}): "
             "export it --to stablehlo or litert"
