@@ -361,6 +361,21 @@ def test_one_line_does_it_all_and_the_same_line_goes_on(pictures, teacher, tmp_p
 
 
 @pytest.mark.usefixtures("_in_process")
+def test_advice_on_small_images(pictures, teacher, tmp_path, capsys):
+    """A trial of eight steps, each followed by a probe."""
+    line = words(pictures, teacher, tmp_path / "out", "train.duration=8 steps", "--compile_cache", "")
+    status, out, err = run(capsys, "advise", *line[1:])
+    assert status == 0, out + err
+    found = json.loads((tmp_path / "out" / "advice.json").read_text())
+    assert found["answer"] in ("yes", "no", "unclear")
+    assert f"Will it help? {found['answer'].upper()}" in out
+    rows = [json.loads(text) for text in (tmp_path / "out" / "student" / "metrics.jsonl").read_text().splitlines()]
+    probes = [[row["step"], row["probe/knn"]] for row in rows if "probe/knn" in row]
+    assert found["curve"] == probes
+    assert [step for step, _ in probes] == list(range(1, 9))
+
+
+@pytest.mark.usefixtures("_in_process")
 def test_without_labels_converted_first(pictures, teacher, tmp_path, capsys):
     output = tmp_path / "out"
     line = words(pictures, teacher, output, "--no_labels", "--prepare", "always", "--export", "none")
