@@ -4,6 +4,7 @@ Follows OpenCV's 8-bit arithmetic, with hue in steps of two degrees, so that the
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -44,12 +45,7 @@ def distort(pixels: np.ndarray, draws: Distortion) -> np.ndarray:
     if draws.brightness is not None or (draws.contrast is not None and draws.contrast_first):
         pixels = table[pixels]
     if draws.saturation is not None or draws.hue is not None:
-        hue, saturation, value = _to_hsv(pixels)
-        if draws.saturation is not None:
-            saturation = _scaled(draws.saturation, 0.0)[saturation]
-        if draws.hue is not None:
-            hue = (hue + draws.hue) % _HALF_CIRCLE
-        pixels = _to_rgb(hue, saturation, value)
+        pixels = _turned(pixels, draws.hue or 0, draws.saturation)
     if draws.contrast is not None and not draws.contrast_first:
         pixels = _scaled(draws.contrast, 0.0)[pixels]
     return pixels
@@ -60,36 +56,58 @@ def _scaled(factor: float, added: float) -> np.ndarray:
     return (np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(added)).clip(0, 255).astype(np.uint8)
 
 
-# OpenCV divides by tables of fixed-point reciprocals (color_hsv.simd.hpp).
-_SHIFT = 12
-_OF_VALUE = np.rint((255 << _SHIFT) / np.maximum(np.arange(256), 1)).astype(np.int32) * (np.arange(256) > 0)
-_OF_RANGE = np.rint((180 << _SHIFT) / (6 * np.maximum(np.arange(256), 1))).astype(np.int32) * (np.arange(256) > 0)
+_ROWS = 32  # at a time, so that intermediate arrays stay in the processor's cache
 
 
-def _to_hsv(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hue int32 of 0 to 179, saturation and value uint8, each `[height, width]`."""
-    red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))
-    value = np.maximum(np.maximum(red, green), blue)
-    spread = value - np.minimum(np.minimum(red, green), blue)
-    half = 1 << (_SHIFT - 1)
-    saturation = (spread * _OF_VALUE[value] + half) >> _SHIFT
-    hue = np.where(
-        value == red, green - blue, np.where(value == green, blue - red + 2 * spread, red - green + 4 * spread)
-    )
-    hue = (hue * _OF_RANGE[spread] + half) >> _SHIFT
-    hue += _HALF_CIRCLE * (hue < 0)
-    return hue, saturation.clip(0, 255).astype(np.uint8), value.astype(np.uint8)
+def _turned(pixels: np.ndarray, hue: int, saturation: float | None) -> np.ndarray:
+    """To hue, saturation and value, changed, and back, all by tables."""
+    of_hue, of_saturation = _hue_table(), _saturation_table()
+    if saturation is not None:
+        of_saturation = _scaled(saturation, 0.0)[of_saturation]
+    strength = of_saturation * np.float32(1 / 255)
+    weights = np.roll(_weights(), -hue, axis=0)
+    result = np.empty_like(pixels)
+    for top in range(0, len(pixels), _ROWS):
+        part = pixels[top : top + _ROWS]
+        red, green, blue = (part[..., channel].astype(np.int16) for channel in range(3))
+        value = np.maximum(np.maximum(red, green), blue)
+        least = np.minimum(np.minimum(red, green), blue)
+        is_red, is_green = value == red, value == green
+        sector = np.where(is_red, 0, np.where(is_green, 1, 2))
+        difference = np.where(is_red, green - blue, np.where(is_green, blue - red, red - green))
+        turned = np.take(of_hue, ((sector * 511 + difference + 255) << 8) + (value - least))
+        s = np.take(strength, (value.astype(np.int32) << 8) + least)
+        changed = value[..., None] * (1 - s[..., None] * np.take(weights, turned, axis=0))
+        result[top : top + _ROWS] = changed.clip(0, 255)  # rounded down, as in OpenCV's vector code
+    return result
 
 
-# Which of [value, value (1 - s), value (1 - s f), value (1 - s (1 - f))] red, green and blue are, in each sixth.
-_SECTORS = np.array([[0, 3, 1], [2, 0, 1], [1, 0, 3], [1, 2, 0], [3, 1, 0], [0, 1, 2]])
+# OpenCV divides by fixed-point reciprocals (color_hsv.simd.hpp).
+_SHIFT, _HALF = 12, 1 << 11
 
 
-def _to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    sixth = hue.astype(np.float32) * np.float32(6 / _HALF_CIRCLE)
-    sector = np.floor(sixth)
-    part = sixth - sector
-    s, v = saturation * np.float32(1 / 255), value.astype(np.float32)
-    weights = np.stack([v, v * (1 - s), v * (1 - s * part), v * (1 - s * (1 - part))], axis=-1)
-    chosen = np.take_along_axis(weights, _SECTORS[sector.astype(np.int8) % 6], axis=-1)
-    return chosen.clip(0, 255).astype(np.uint8)  # rounded down, as in OpenCV's vector code
+@functools.cache
+def _hue_table() -> np.ndarray:
+    """int16: hue of 0 to 179 by (largest channel, difference of the other two + 255, largest - smallest channel)."""
+    spread = np.arange(256)
+    reciprocal = np.rint((180 << _SHIFT) / (6 * np.maximum(spread, 1))).astype(np.int64) * (spread > 0)
+    difference = np.arange(-255, 256)[:, None]
+    hues = [((difference + 2 * sector * spread) * reciprocal + _HALF) >> _SHIFT for sector in range(3)]
+    hue = np.stack(hues)
+    return ((hue + _HALF_CIRCLE * (hue < 0)) % _HALF_CIRCLE).astype(np.int16).ravel()
+
+
+@functools.cache
+def _saturation_table() -> np.ndarray:
+    """uint8: saturation by (largest channel, smallest channel)."""
+    value, least = np.arange(256)[:, None], np.arange(256)
+    reciprocal = np.rint((255 << _SHIFT) / np.maximum(value, 1)).astype(np.int64) * (value > 0)
+    return (((value - least) * reciprocal + _HALF) >> _SHIFT).clip(0, 255).astype(np.uint8).ravel()
+
+
+@functools.cache
+def _weights() -> np.ndarray:
+    """float32 [180, 3]: how much of the saturation is taken from red, green and blue at each hue."""
+    sixths = np.arange(_HALF_CIRCLE, dtype=np.float32)[:, None] * np.float32(6 / _HALF_CIRCLE)
+    place = (np.array([5, 3, 1], np.float32) + sixths) % 6
+    return np.minimum(place, 4 - place).clip(0, 1).astype(np.float32)
