@@ -23,7 +23,7 @@ def get_config():
     config.optim.warmup = "50 steps"
     config.optim.layer_decay = 1.0
     config.train.batch_size = 16
-    config.train.duration = "600 steps"
+    config.train.duration = "400 steps"
     config.train.log_every = 100
     config.train.eval_every = "0 steps"
     return config

@@ -9,7 +9,9 @@ A **Batch** is a dict of numpy arrays, here and wherever the word is used:
     label  int32 [batch]                     0 to classes - 1, or -1 if the record has no such label
     valid  bool  [batch]                     False marks padding rows: zeros that must be ignored
 
-A view may add more arrays (`View.arrays`), such as a mask uint8 [batch, height, width].
+A view may add more arrays (`View.arrays`). That of segmentation adds the class of every pixel:
+
+    pixel_labels  uint8 or uint16 [batch, height, width]   the largest value of the type marks pixels to ignore
 
 `batch` is the local batch size, `local = batch_size / process_count`: process p holds rows
 `[p * local, (p + 1) * local)` of the global batch. Color jitter, mixup and masks of tokens are drawn on the device.

@@ -14,7 +14,7 @@ _SIDES = (72, 97)  # of the pictures, in pixels
 def scene(number: int) -> tuple[np.ndarray, np.ndarray]:
     """Picture `number`: RGB, uint8 `[height, width, 3]`, and its mask, `[height, width]`: 0 to 3, IGNORED at borders.
 
-    Shapes differ from each other in form only: their colours, and those of the background, are random.
+    A shape's colour is half that of its class and half random, so form and colour tell the classes apart together.
     """
     rng = np.random.default_rng([number, 20])
     height, width = (int(side) for side in rng.integers(*_SIDES, 2))
@@ -25,7 +25,8 @@ def scene(number: int) -> tuple[np.ndarray, np.ndarray]:
         radius = int(rng.integers(11, 21))
         x, y = int(rng.integers(0, width)), int(rng.integers(0, height))
         turn = float(rng.uniform(0, 2 * np.pi))
-        colour = tuple(int(value) for value in rng.integers(30, 256, 3))
+        own = tuple(CLASSES.values())[kind]
+        colour = tuple(int(value + noise) // 2 for value, noise in zip(own, rng.integers(0, 256, 3)))
         for image, fill, grow in ((mask, IGNORED, 1), (mask, kind, -1), (picture, colour, 0)):
             _draw(ImageDraw.Draw(image), kind, x, y, radius + grow, turn, fill)
     pixels = np.asarray(picture, np.int16) + rng.integers(-12, 13, (height, width, 3), dtype=np.int16)
