@@ -5,6 +5,7 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,7 +33,7 @@ def demo_segment(workdir: str | os.PathLike, overrides: Sequence[str] = ()) -> d
     shapes = write_shapes(workdir / "shapes")
     config = load_config(str(CONFIG), [f"data.source=pairs:{shapes.absolute()}", *overrides])
     began = time.perf_counter()
-    result = dict(train(config, workdir / "run"))
+    result: dict[str, Any] = dict(train(config, workdir / "run"))
     result["seconds"] = round(time.perf_counter() - began, 1)
     source = open_masks(open_source(config.data.source, split=config.data.eval_split))
     with Scenes(source, range(len(source))) as scenes:

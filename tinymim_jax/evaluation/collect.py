@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinymim_jax.data.pipeline import Batches, allowed_substitutions
+from tinymim_jax.data.whole import Scenes
 from tinymim_jax.ops.placement import splitting_batches
 from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.sharding import place_batch, replicated
@@ -82,7 +83,7 @@ def collect(step: RowStep, arguments: Any, batches: Batches, mesh: Mesh, *, exam
     return Collected(rows, count_substituted(batches, examples))
 
 
-def count_substituted(batches: Batches, examples: int) -> int:
+def count_substituted(batches: Batches | Scenes, examples: int) -> int:
     """How many images of a split, over all hosts, were replaced by others because they could not be decoded.
 
     Every host calls this once it has used up its `batches`. Raises RuntimeError for more than 0.1 % of `examples`:

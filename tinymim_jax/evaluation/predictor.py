@@ -156,7 +156,7 @@ class Model:
         colours, found = colours_of(self.preprocessing, classes), []
         for image in given:
             work = labeller.work(self._picture(image).pixels())
-            _, (labels,) = labeller.label(self._params, {}, [work], fetch=True)
+            labels: Any = labeller.label(self._params, {}, [work], fetch=True)[1][0]
             found.append(Segmented(labels, self.class_names, colours))
         return found if several else found[0]
 

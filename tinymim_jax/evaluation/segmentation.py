@@ -116,6 +116,7 @@ class PixelLabeller:
             self._grid = jax.eval_shape(
                 self._segmenter.logits, params, frozen, jax.ShapeDtypeStruct((1, *size, 3), dtype)
             ).shape[1:3]
+        assert self._grid is not None
         return [cut(shown, image.size, size, self._grid, stride, self._segmenter.fill) for shown in image.shown]
 
     def _all_logits(self, params, frozen, cuts: list[Cut | None], counts: np.ndarray, variant: int) -> list[jax.Array]:
@@ -137,7 +138,8 @@ class PixelLabeller:
         total, sides = self._zeros(), logits[0].shape[2:4]
         matrices = [self._matrices(cuts, variant, tiles, number, step, sides) for step in range(len(logits))]
         # A step none of whose windows reaches the tile of its image, on no device, is left out.
-        reached = self._gathered(np.array([[bool(rows.any() and columns.any()) for rows, columns in matrices]])).any(0)
+        reaching = np.array([[bool(rows.any() and columns.any()) for rows, columns in matrices]])
+        reached: list[bool] = self._gathered(reaching).any(axis=0).tolist()  # type: ignore[assignment]
         for found, (rows, columns), needed in zip(logits, matrices, reached):
             if needed:
                 total = self._add(total, found, self._placed(rows), self._placed(columns))

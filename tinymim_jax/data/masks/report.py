@@ -88,12 +88,12 @@ def _read_one(source: Source, rules: MaskRules, index: int) -> tuple[str, np.nda
     """(mode, values, pixels of each), what is wrong, or None for a damaged record, which is left to the pipeline."""
     try:
         example = source[index]
-        if not example.get("mask"):
+        if not (mask := example.get("mask")):
             return (
                 f"{source.describe(index)} has no mask. Segmentation needs images with masks: pairs:LOCATION, a "
                 "Parquet file with a column `mask`, or a TFDS set with `segmentation_mask`"
             )
-        stored, (_, mode) = rules.stored(example["mask"]), read_mask(example["mask"])
+        stored, (_, mode) = rules.stored(mask), read_mask(mask)
         height, width = Picture(example["image"]).size
     except LabelError as error:
         return f"{source.describe(index)}: {error}"

@@ -1,9 +1,8 @@
 """MaskSource: the records of a source with the class of every pixel, checked before anything is trained."""
 
 import logging
-from typing import Any
 
-from tinymim_jax.data.masks.classes import class_colours, class_names, known_set, read_classes
+from tinymim_jax.data.masks.classes import KnownSet, class_colours, class_names, known_set, read_classes
 from tinymim_jax.data.masks.report import describe_masks
 from tinymim_jax.data.masks.rules import MaskRules
 from tinymim_jax.data.sources import files
@@ -41,10 +40,10 @@ class MaskSource(Source):
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
-        if not example.get("mask"):
+        if not (mask := example.get("mask")):
             raise LabelError(f"{self.describe(index)} has no mask")
         try:
-            labels = self.rules.labels(example["mask"])
+            labels = self.rules.labels(mask)
         except LabelError as error:
             raise LabelError(f"{self.describe(index)}: {error}") from error
         return {"image": example["image"], "label": -1, "pixel_labels": labels}
@@ -77,34 +76,36 @@ def open_masks(
         raise ValueError(f"{source.name!r}: {_REFUSED[base]}")
     found, known = _classes(source, classes)
     names = class_names(found)
-    default_ignore = known["ignore"] if len(names) <= 254 or "label_map" in known else (65535,)
+    default_ignore = known.ignore if len(names) <= 254 else (65535,)
     if label_map is None:
-        label_map = known.get("label_map", ()) if reduce_zero_label is None and ignore is None else ()
+        label_map = known.label_map if reduce_zero_label is None and ignore is None else ()
     if reduce_zero_label is None:
-        reduce_zero_label = known.get("reduce_zero_label", False) and not label_map
+        reduce_zero_label = known.reduce_zero_label and not label_map
     rules = MaskRules(
         classes=len(names),
         colours=tuple(each for each in found if each.colour is not None),
         ignore=default_ignore if ignore is None else (ignore,) if isinstance(ignore, int) else tuple(ignore),
         label_map=tuple((int(stored), int(number)) for stored, number in label_map),
-        reduce_zero_label=reduce_zero_label,
+        reduce_zero_label=bool(reduce_zero_label),
     )
     log.info("%s", describe_masks(source, rules, names))
     return MaskSource(source, rules, found)
 
 
-def _classes(source: Source, classes: str | int) -> tuple[tuple[MaskClass, ...], dict[str, Any]]:
-    """The classes, and the rules of the well-known set that `classes` names."""
+def _classes(source: Source, classes: str | int) -> tuple[tuple[MaskClass, ...], KnownSet]:
+    """The classes, and the rules of the well-known set that `classes` names, or the usual ones."""
     text = str(classes).strip()
     if text.isdigit() and int(text):
-        return tuple(MaskClass(str(number), None) for number in range(int(text))), {"ignore": (255,)}
+        numbered = tuple(MaskClass(str(number), None) for number in range(int(text)))
+        return numbered, KnownSet(numbered)
     if "/" in text or "." in text or (text and files.matches(files.absolute(text))):
-        return read_classes(text), {"ignore": (255,)}
+        named = read_classes(text)
+        return named, KnownSet(named)
     if text:
-        rules = known_set(text)._asdict()
-        return rules.pop("classes"), rules
+        known = known_set(text)
+        return known.classes, known
     if source.mask_classes:
-        return source.mask_classes, {"ignore": (255,)}
+        return source.mask_classes, KnownSet(source.mask_classes)
     raise ValueError(
         f"the classes of the masks of {source.name!r} are not known: set data.masks.classes to a well-known set "
         "(ade20k, cityscapes, voc, camvid), to a file with a class a line, or to their number; or put classes.txt "
