@@ -189,15 +189,25 @@ def test_every_pixel_counts_once_whatever_the_devices(devices):
     assert ("iou/e" in got) == bool(confusion[:, 4].any())  # class e is in no mask
 
 
-def test_few_programs_are_compiled_whatever_the_sizes():
+def test_images_of_other_sizes_compile_nothing():
     mesh = make_mesh(devices=jax.devices()[:1])
-    labeller = PixelLabeller(segmenter(), mesh, tile=64)
-    programs, sizes = [labeller._logits, labeller._add, labeller._finish], []
-    for images in (SIZES[:2], SIZES[2:]):
-        score_split(labeller, KERNEL, {}, Pairs(images, noisy), mesh)
-        sizes.append([program._cache_size() for program in programs])
-    assert sizes[0] == sizes[1]
-    assert max(sizes[0]) <= 2
+    labeller, compiled = PixelLabeller(segmenter(), mesh, tile=64), []
+    for index, size in enumerate(SIZES):
+        photo(*size, index)  # programs of the test's own
+
+    def note(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        score_split(labeller, KERNEL, {}, Pairs(SIZES[:2], noisy), mesh)
+        first = len(compiled)
+        score_split(labeller, KERNEL, {}, Pairs(SIZES[2:], noisy), mesh)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert 1 <= first <= 12
+    assert len(compiled) == first
 
 
 def test_a_network_that_is_right_everywhere_scores_one():
