@@ -104,10 +104,20 @@ def distill() -> ml_collections.ConfigDict:
     """TinyMIM pre-training."""
     config = common("distill")
     config.distill = ml_collections.ConfigDict()
-    config.distill.target = "qk_vv"  # qk, qq, kk, vv joined by _: token relations | or a feature: output, ffn, cls, ...
-    config.distill.relation_loss = "kl"  # for relations: kl of the softmax | smooth_l1 | mse, both without softmax
+    # qk, qq, kk, vv, oo (of the block's output) joined by _: token relations | a feature: output, ffn, cls, ... |
+    # attention_map. Several with weights and options of their own: "qk_vv:1 + output(loss=mse):0.5" (docs/recipes.md)
+    config.distill.target = "qk_vv"
+    config.distill.relation_loss = "kl"  # for relations: kl of the softmax | smooth_l1 | mse | cka, without softmax
+    config.distill.relation_normalize = False  # relations are cosines of tokens instead of their products
+    # Products or cosines are divided by this; None: the square root of the width of a head, and 1 for cosines
+    config.distill.relation_temperature = config_dict.placeholder(float)
+    config.distill.patches_only = False  # the CLS token is not compared
     config.distill.relation_form = "auto"  # dense | fused | auto, as model.attention; only kl has a fused form
     config.distill.feature_loss = "smooth_l1"  # for features: smooth_l1 | mse | cosine
+    # Of the teacher's features. layer: LayerNorm of each token | fixed: by mean and standard deviation of each channel
+    config.distill.feature_norm = "layer"
+    config.distill.statistics_images = 50_000  # fixed: they are those of the first so many images of the training
+    config.distill.adapter = "linear"  # from the student's features to the teacher's width: linear | mlp, with 2 layers
     config.distill.beta = 2.0  # smooth_l1: the difference at which it changes from quadratic to linear
     config.distill.student_tap = config_dict.placeholder(int)  # which block, counted from 1; None: the last
     # Several pairs of blocks instead of student_tap and teacher.tap: ((student block, teacher block, weight), ...)

@@ -1,13 +1,14 @@
 """Options of distillation: their losses, what they train, and that other commands accept their runs."""
 
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from runs import DIGITS, run_steps, small_config
+from runs import DIGITS, run_steps, same_bits, small_config
 
 from tinymim_jax import optim
 from tinymim_jax.checkpoints.params import load_params, save_params
@@ -24,6 +25,7 @@ from tinymim_jax.sharding import make_mesh
 from tinymim_jax.tasks import TASKS
 from tinymim_jax.tasks.decoder import build_decoder
 from tinymim_jax.tasks.distill.targets import TARGETS
+from tinymim_jax.train import train as train_run
 
 TEACHER = ViT(embed_dim=32, depth=3, heads=4, patch_size=4, image_size=(16, 16))
 PATCH_8 = TEACHER.clone(patch_size=8)
@@ -71,6 +73,11 @@ OPTIONS = {
     "masked, both": ["distill.mask_ratio=0.5", "distill.teacher.masked=True", "model.dtype=bfloat16"],
     "masked, another grid": ["distill.mask_ratio=0.5", "distill.teacher.image_size=(24,16)"],
     "teacher's noise": ["distill.teacher.drop_path=0.5", "distill.teacher.jitter.contrast=0.4", "train.accumulate=2"],
+    "a sum": [
+        "distill.target=qk_vv + oo(normalize=true, temperature=0.07, patches=true):0.5 + ffn(norm=fixed, student=1)",
+        "distill.adapter=mlp",
+    ],
+    "attention maps of 4 heads by 2": ["distill.target=attention_map", "distill.heads=own"],
     "mim and features": [
         *("distill.mask_ratio=0.5", "distill.mim_weight=0.5", "distill.target=ffn", "distill.feature_loss=mse"),
         *("distill.mim.normalize_pixels=False", *MIM),
@@ -202,6 +209,65 @@ def test_several_taps_are_the_weighted_sum_of_single_ones(folder):
     np.testing.assert_allclose(both["qk_1_2"], first["qk"], rtol=1e-5)
     np.testing.assert_allclose(both["vv_2_3"], last["vv"], rtol=1e-5)
     assert set(both) == {"loss", "qk_1_2", "vv_1_2", "qk_2_3", "vv_2_3"}
+
+
+def test_a_sum_is_the_weighted_sum_of_its_parts_each_in_its_blocks(folder):
+    own = ["distill.heads=resplit", "model.drop_path=0.3"]
+    words = "qk_vv:0.5 + oo(loss=mse, normalize=true, student=1, teacher=2):3 + oo(loss=cka, patches=true)"
+    both = losses_of(folder, *own, f"distill.target={words}")
+    relations = losses_of(folder, *own, "distill.target=qk_vv")
+    gram = ["distill.target=oo", "distill.relation_loss=mse", "distill.relation_normalize=True"]
+    gram = losses_of(folder, *own, *gram, "distill.student_tap=1", "distill.teacher.tap=2")
+    cka = losses_of(folder, *own, "distill.target=oo", "distill.relation_loss=cka", "distill.patches_only=True")
+    np.testing.assert_allclose(both["loss"], 0.5 * relations["loss"] + 3 * gram["loss"] + cka["loss"], rtol=1e-5)
+    assert set(both) == {"loss", "qk_2_3", "vv_2_3", "oo_1_2", "oo_2_3"}
+    np.testing.assert_allclose(both["oo_1_2"], gram["oo"], rtol=1e-5)
+    np.testing.assert_allclose(both["oo_2_3"], cka["oo"], rtol=1e-5)
+    np.testing.assert_allclose(both["qk_2_3"], relations["qk"], rtol=1e-5)
+
+
+def test_parts_of_one_name_are_logged_by_their_losses_and_one_without_a_block_takes_the_configs(folder):
+    task = task_of(distill(folder, "distill.target=oo + oo(loss=mse)"))
+    assert task.names == ("loss", "oo", "oo_mse")
+    # The blocks of the config are for the parts that name none.
+    task = task_of(distill(folder, "distill.target=vv + output(teacher=1)", "distill.student_tap=1"))
+    assert task.names == ("loss", "vv_1_3", "output_1_1")
+    assert task.origin["teacher"]["blocks"] == [[1, 3], [1, 1]]
+    assert task.model["adapter"]["blocks"] == [[1, 3], [1, 1]]
+    assert set(task.init(jax.random.key(0))["adapter"]) == {"taps_1"}
+
+
+def test_a_learned_combination_of_the_students_maps_is_compared(folder):
+    words = ["distill.target=attention_map", "distill.heads=own", "distill.mask_ratio=0.5"]
+    task = task_of(distill(folder, *words))
+    params = task.init(jax.random.key(2))
+    assert params["adapter"]["taps_0"]["attention_map"]["kernel"].shape == (2, 4)
+    assert task.model["encoder"]["heads"] == [2, 2]
+    assert np.isfinite(losses_of(folder, *words)["loss"]).all()
+    assert "adapter" not in task_of(distill(folder, "distill.target=attention_map")).init(jax.random.key(2))
+    params = twin_params(folder)
+    np.testing.assert_allclose(losses_of(folder, *TWINS, words[0], params=params)["loss"], 0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_statistics_are_saved_stop_at_their_limit_and_resume_to_the_same_bits(folder, data_dir, tmp_path):
+    words = ["distill.target=output", "distill.feature_norm=fixed", "distill.statistics_images=20"]
+    config, whole, resumed = distill(folder, *words, "train.batch_size=8"), tmp_path / "whole", tmp_path / "resumed"
+    train_run(config, whole, data_dir=data_dir)
+    shutil.copytree(whole, resumed)
+    for step in (3, 4):  # as if it had been killed after step 2
+        shutil.rmtree(resumed / "checkpoints" / str(step))
+    (resumed / "result.json").unlink()
+    train_run(config, resumed, data_dir=data_dir)
+    (model, params), (_, again) = load_params(whole), load_params(resumed)
+    assert same_bits(params, again)
+    # The four batches have 32 images: counting stopped at the first number that is not below 20.
+    assert params["statistics"]["taps_0"]["output"]["images"] == 24
+    assert model["statistics"] == {"target": "output", "blocks": [[2, 3]], "embed_dim": 32}
+    # As the start of the same experiment they are taken over.
+    start = task_of(distill(folder, *words, f"init={whole}"))
+    filled = start.start(jax.device_get(start.init(jax.random.key(9))))
+    assert same_bits(filled["statistics"], params["statistics"])
 
 
 def test_adaptive_heads_are_those_of_every_tapped_teacher_block(folder):
@@ -427,7 +493,16 @@ def test_a_chain_of_students_with_resplit(folder, data_dir):
             r"the student's is \(4, 4\) and the teacher's \(2, 2\)",
         ),
         (["distill.target=fnn"], r"did you mean 'ffn'"),
-        (["distill.relation_loss=l1"], r"Choices: 'kl', 'smooth_l1', 'mse'"),
+        (["distill.target=qk_vv + qk"], r"compares qk twice in the same blocks"),
+        (["distill.target=output(student=3)"], r"distill\.target: the student has no block 3; it has blocks 1 to 2"),
+        (["distill.target=cls", "distill.patches_only=True"], r"write cls\(patches=false\)"),
+        (["distill.target=oo(heads=3)"], r"3 relation heads do not divide.*Choices: 1, 2, 4, 8, 16"),
+        (
+            ["distill.target=vv(student=1)", "distill.taps=((1,1,1.0),(2,2,1.0))"],
+            r"vv names one block and distill\.taps=.*give it both student= and teacher=",
+        ),
+        (["distill.feature_norm=fixed", "distill.statistics_images=0"], r"statistics_images=0 must be positive"),
+        (["distill.relation_loss=l1"], r"Choices: 'kl', 'smooth_l1', 'mse', 'cka'"),
     ],
 )
 def test_mistakes_name_the_remedy(folder, words, message):

@@ -18,6 +18,7 @@ STUDIES = [
     (name, argument, sweep)
     for name, sweeps in {
         "targets": ["sweep"],
+        "relation_family": ["sweep"],
         "losses": ["sweep", "features"],
         "tapped_block": ["sweep"],
         "masked_input": ["sweep"],

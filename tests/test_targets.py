@@ -9,7 +9,7 @@ from tinymim_jax.models.blocks import Tap
 from tinymim_jax.ops import token_grid
 from tinymim_jax.ops.products import scaled_products
 from tinymim_jax.ops.relations import resplit
-from tinymim_jax.tasks.distill.targets import FEATURES, TARGETS, find_target
+from tinymim_jax.tasks.distill.targets import FEATURES, TARGETS, find_target, is_relation
 
 BATCH, TOKENS, HEADS, HEAD_DIM = 2, 5, 3, 4
 WIDTH = HEADS * HEAD_DIM
@@ -28,7 +28,10 @@ STUDENT, TEACHER = random_tap(0), random_tap(1)
 
 
 def numpy_relation(tap: Tap, name: str, heads: int = HEADS) -> np.ndarray:
-    left, right = (np.asarray(getattr(tap, letter), np.float64).reshape(BATCH, TOKENS, heads, -1) for letter in name)
+    if name == "oo":  # the output has no heads
+        heads = 1
+    parts = (tap.output if letter == "o" else getattr(tap, letter) for letter in name)
+    left, right = (np.asarray(part, np.float64).reshape(BATCH, TOKENS, heads, -1) for part in parts)
     return np.einsum("bqhd,bkhd->bhqk", left, right) / np.sqrt(WIDTH / heads)
 
 
@@ -45,6 +48,14 @@ def value_and_gradient(kind: str, s: np.ndarray, t: np.ndarray, beta: float) -> 
         return (p * np.log(p / q)).sum(-1).mean((1, 2)), (q - p) / s[0, ..., 0].size
     if kind == "mse":
         return ((s - t) ** 2).mean(inner), 2 * (s - t) / count
+    if kind == "cka":
+        rows, columns = (-1,), (-2,)
+        s, t = (x - x.mean(rows, keepdims=True) for x in (s, t))
+        s, t = (x - x.mean(columns, keepdims=True) for x in (s, t))
+        length = np.linalg.norm(s, axis=(-2, -1), keepdims=True)
+        unit, other = s / length, t / np.linalg.norm(t, axis=(-2, -1), keepdims=True)
+        cosine = (unit * other).sum((-2, -1), keepdims=True)
+        return (1 - cosine).mean(inner), -(other - cosine * unit) / length / s.shape[1]
     if kind == "smooth_l1":
         d = np.abs(s - t)
         return np.where(d < beta, d**2 / (2 * beta), d - beta / 2).mean(inner), np.clip((s - t) / beta, -1, 1) / count
@@ -73,8 +84,8 @@ def check(target, kind: str, beta: float, student: dict, teacher: dict) -> None:
         np.testing.assert_allclose(grads[name], gradient, rtol=1e-4, atol=1e-7, err_msg=f"{kind} {name}")
 
 
-@pytest.mark.parametrize("kind", ["kl", "smooth_l1", "mse"])
-@pytest.mark.parametrize("name", [name for name in TARGETS if name not in FEATURES])
+@pytest.mark.parametrize("kind", ["kl", "smooth_l1", "mse", "cka"])
+@pytest.mark.parametrize("name", [name for name in TARGETS if is_relation(name)])
 def test_relations_in_closed_form(name, kind):
     beta = 0.7  # so that both branches occur
     target = find_target(name, relation_loss=kind, beta=beta)
@@ -122,9 +133,10 @@ def test_defaults_are_the_published_losses():
             np.testing.assert_array_equal(value, want[part])
 
 
-@pytest.mark.parametrize("kind", ["kl", "smooth_l1", "mse"])
-def test_equal_relations_cost_nothing(kind):
-    target = find_target("qk_qq_kk_vv", relation_loss=kind)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", ["kl", "smooth_l1", "mse", "cka"])
+def test_equal_relations_cost_nothing(kind, normalize):
+    target = find_target("qk_qq_kk_vv_oo", relation_loss=kind, relation_normalize=normalize)
     for value in target.loss(target.extract(STUDENT), target.extract(STUDENT)).values():
         np.testing.assert_allclose(value, 0, atol=1e-6)
 
@@ -174,7 +186,11 @@ def test_letters_in_any_order():
         ("", {}, r"is unknown"),
         ("atention", {}, r"did you mean 'attention'"),
         ("ffn_residuals", {}, r"did you mean 'ffn_residual'"),
-        ("qk", {"relation_loss": "cosine"}, r"distill\.relation_loss='cosine' is unknown.*'kl', 'smooth_l1', 'mse'"),
+        (
+            "qk",
+            {"relation_loss": "cosine"},
+            r"distill\.relation_loss='cosine' is unknown.*'kl', 'smooth_l1', 'mse', 'cka'",
+        ),
         ("qk", {"feature_loss": "kl"}, r"distill\.feature_loss='kl' is unknown"),
         ("ffn", {"relation_loss": "ms"}, r"did you mean 'mse'"),
         ("ffn", {"beta": 0.0}, r"distill\.beta=0\.0 must be positive"),

@@ -17,7 +17,7 @@ from tinymim_jax.ops.posembed import sincos_table
 # What an exported program returns: class scores, features of an image, or all tokens of the encoder.
 OUTPUTS = ("logits", "mean", "cls", "tokens")
 # Parts of a record that have parameters and are used in training only.
-_TRAINING_ONLY = ("decoder", "adapter")
+_TRAINING_ONLY = ("decoder", "adapter", "statistics")
 
 
 @dataclasses.dataclass(frozen=True)

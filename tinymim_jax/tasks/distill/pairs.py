@@ -1,21 +1,17 @@
-"""Pairs of student and teacher blocks: which are compared, with how many heads, the losses, and their adapters."""
+"""Pairs of student and teacher blocks: which are compared, on what, and with how many heads."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinymim_jax.errors import unknown
-from tinymim_jax.models.blocks import Tap
-from tinymim_jax.models.layers import Dense
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.keys import fold_in_name
-from tinymim_jax.tasks.distill.targets import Target, find_target
-from tinymim_jax.tasks.task import Params, PerExample
+from tinymim_jax.tasks.distill.parts import Part, read_parts
+from tinymim_jax.tasks.distill.target import Target
+from tinymim_jax.tasks.distill.targets import compares_heads, find_target, is_relation
 
 HEADS = ("adaptive", "own", "resplit")
 
@@ -31,11 +27,40 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two blocks, the target that compares them, and the names of the parts of their loss in the logs."""
+    """Two blocks and the target that compares them.
+
+    names: of the parts of their loss in the logs.
+    weight: of the sum of these parts in the loss.
+    patches_only: tokens before the patches are not compared.
+    """
 
     blocks: Blocks
     target: Target
     names: tuple[str, ...]
+    weight: float = 1.0
+    patches_only: bool = False
+
+
+def find_comparisons(
+    distill: ConfigDict, student_depth: int, teacher_depth: int, teacher_tap: int
+) -> tuple[tuple[Part, Blocks], ...]:
+    """Each part of `distill.target` with each pair of blocks that it compares: its own, or those of the config."""
+    usual = find_blocks(distill, student_depth, teacher_depth, teacher_tap)
+    found = []
+    for part in read_parts(distill.target):
+        if part.student is None and part.teacher is None:
+            found += [(part, blocks) for blocks in usual]
+            continue
+        if len(usual) > 1 and None in (part.student, part.teacher):
+            raise ValueError(
+                f"distill.target={distill.target!r}: {part.name} names one block and distill.taps={distill.taps!r} "
+                "several: give it both student= and teacher="
+            )
+        own = Blocks(part.student or usual[0].student, part.teacher or usual[0].teacher)
+        _check_block("distill.target", own.student, student_depth, "student")
+        _check_block("distill.target", own.teacher, teacher_depth, "teacher")
+        found.append((part, own))
+    return tuple(found)
 
 
 def find_blocks(distill: ConfigDict, student_depth: int, teacher_depth: int, teacher_tap: int) -> tuple[Blocks, ...]:
@@ -107,25 +132,55 @@ def align_heads(distill: ConfigDict, student: ViT, teacher: ViT, pairs: Sequence
     return student.clone(heads=tuple(heads))
 
 
-def make_pairs(distill: ConfigDict, student: ViT, teacher: ViT, blocks: Sequence[Blocks]) -> tuple[Pair, ...]:
+def make_pairs(
+    distill: ConfigDict, student: ViT, teacher: ViT, comparisons: Sequence[tuple[Part, Blocks]]
+) -> tuple[Pair, ...]:
     """The pairs with their targets; there are as many relation heads as the teacher has unless the config says more."""
-    losses = {
+    several_blocks = len({(blocks.student, blocks.teacher) for _, blocks in comparisons}) > 1
+    pairs, taken = [], set()
+    for part, blocks in comparisons:
+        target = find_target(part.name, **_options(distill, part, student, teacher, blocks))
+        names = target.names
+        if several_blocks:
+            names = tuple(f"{name}_{blocks.student}_{blocks.teacher}" for name in names)
+        if taken & set(names):
+            loss = part.options.get("relation_loss") or part.options.get("feature_loss")
+            names = tuple(f"{name}_{loss}" for name in names)
+        if taken & set(names):
+            raise ValueError(
+                f"distill.target={distill.target!r} compares {part.name} twice in the same blocks: leave one out, or "
+                "give both a loss= of their own"
+            )
+        taken |= set(names)
+        patches_only = distill.patches_only if part.patches_only is None else part.patches_only
+        if patches_only and part.name == "cls":
+            raise ValueError(
+                f"distill.target={distill.target!r} compares the CLS token, and only patches are to be compared: write "
+                "cls(patches=false), or set distill.patches_only=False"
+            )
+        pairs.append(Pair(blocks, target, names, part.weight * blocks.weight, patches_only))
+    return tuple(pairs)
+
+
+def _options(distill: ConfigDict, part: Part, student: ViT, teacher: ViT, blocks: Blocks) -> dict[str, Any]:
+    """Arguments of `find_target`: the config's, and in place of them those of the part."""
+    options: dict[str, Any] = {
         "relation_loss": distill.relation_loss,
+        "relation_normalize": distill.relation_normalize,
+        "relation_temperature": distill.relation_temperature,
         "relation_form": distill.relation_form,
         "feature_loss": distill.feature_loss,
+        "feature_norm": distill.feature_norm,
+        "adapter": distill.adapter,
         "beta": distill.beta,
     }
-    pairs = []
-    for pair in blocks:
-        target = find_target(distill.target, **losses)
-        if distill.heads == "resplit" and not target.adapted:
-            heads = distill.relation_heads or teacher.block_heads[pair.teacher - 1]
-            _check_relation_heads(heads, student.embed_dim, teacher.embed_dim)
-            target = find_target(distill.target, **losses, relation_heads=heads)
-        single = len(blocks) == 1
-        names = target.names if single else tuple(f"{n}_{pair.student}_{pair.teacher}" for n in target.names)
-        pairs.append(Pair(pair, target, names))
-    return tuple(pairs)
+    if distill.heads == "resplit" and compares_heads(part.name):
+        options["relation_heads"] = distill.relation_heads or teacher.block_heads[blocks.teacher - 1]
+    options |= part.options
+    for key in ("relation_heads", "output_heads"):
+        if is_relation(part.name) and key in options:
+            _check_relation_heads(options[key], student.embed_dim, teacher.embed_dim)
+    return options
 
 
 def _check_relation_heads(heads: int, student: int, teacher: int) -> None:
@@ -136,47 +191,3 @@ def _check_relation_heads(heads: int, student: int, teacher: int) -> None:
             f"{heads} relation heads do not divide the widths of both student ({student}) and teacher ({teacher}): "
             f"set distill.relation_heads. Choices: {choices}"
         )
-
-
-def compare(pairs: Sequence[Pair], adapters: Params, student: Sequence[Tap], teacher: Sequence[Tap]) -> PerExample:
-    """Losses by name, each unweighted, and their weighted sum as "loss"; the teacher gets no gradient.
-
-    Args:
-      adapters: from `init_adapters`; not read where no target has adapters.
-      student, teacher: the tap of each pair.
-    """
-    weighted, parts = [], {}
-    for i, (pair, seen, wanted) in enumerate(zip(pairs, student, teacher, strict=True)):
-        extracted = pair.target.extract(seen)
-        if pair.target.adapted:
-            extracted = {name: _adapt(adapters[f"taps_{i}"][name], value) for name, value in extracted.items()}
-        losses = pair.target.loss(extracted, jax.lax.stop_gradient(pair.target.extract(wanted)))
-        weight = pair.blocks.weight
-        weighted += [value if weight == 1 else weight * value for value in losses.values()]
-        parts |= dict(zip(pair.names, losses.values(), strict=True))
-    return {"loss": jnp.sum(jnp.stack(weighted), axis=0), **parts}
-
-
-def init_adapters(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher: ViT) -> Params:
-    """A Linear from the student's width to the teacher's for each feature of each pair; {} where no target needs it."""
-    feature = jnp.zeros((1, student.embed_dim))
-    linear = Dense(teacher.embed_dim)
-    return {
-        f"taps_{i}": {
-            name: linear.init(fold_in_name(key, f"adapter {i} {name}"), feature)["params"] for name in pair.target.names
-        }
-        for i, pair in enumerate(pairs)
-        if pair.target.adapted
-    }
-
-
-def adapter_record(distill: ConfigDict, pairs: Sequence[Pair], teacher: ViT) -> dict[str, Any]:
-    """What the adapters were trained for, as plain JSON: they fit no other target, blocks or width."""
-    blocks = [[pair.blocks.student, pair.blocks.teacher] for pair in pairs]
-    return {"target": distill.target, "blocks": blocks, "embed_dim": teacher.embed_dim}
-
-
-def _adapt(params: Params, features: jax.Array) -> jax.Array:
-    width = params["bias"].shape[0]
-    adapted: Any = Dense(width, dtype=features.dtype).apply({"params": params}, features)
-    return adapted

@@ -14,18 +14,11 @@ from tinymim_jax.checkpoints.params import merge
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.decoder import PixelPrediction, decoder_record, fill_decoder, pixel_prediction
-from tinymim_jax.tasks.distill.pairs import (
-    Pair,
-    adapter_record,
-    align_heads,
-    compare,
-    find_blocks,
-    init_adapters,
-    make_pairs,
-)
-from tinymim_jax.tasks.distill.targets import find_target
+from tinymim_jax.tasks.distill.compare import compare, comparison_record, init_comparison
+from tinymim_jax.tasks.distill.pairs import Pair, align_heads, find_comparisons, make_pairs
+from tinymim_jax.tasks.distill.parts import read_parts
 from tinymim_jax.tasks.distill.teachers import find_teacher, how_to_get, teacher_stand_in
-from tinymim_jax.tasks.distill.views import Inputs, build_inputs, compared
+from tinymim_jax.tasks.distill.views import Inputs, build_inputs, compared, compared_prefix
 from tinymim_jax.tasks.pretrained import (
     Loaded,
     Numbers,
@@ -40,14 +33,14 @@ from tinymim_jax.tasks.pretrained import (
     teacher_record,
 )
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
-from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType
+from tinymim_jax.tasks.task import Batch, Params, Task, TaskType
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     """The task of `config`; labels are not used. Raises ValueError where student, teacher and target do not fit."""
     del class_names
     distill = config.distill
-    find_target(distill.target)  # a misspelled target is reported before a missing teacher
+    read_parts(distill.target)  # a misspelled target is reported before a missing teacher
     loaded = _load_teacher(distill.teacher)
     pixels = teacher_pixels(loaded, distill.teacher.mean, distill.teacher.std, "distill.teacher")
     method = _distillation(config, loaded, pixels)
@@ -69,6 +62,7 @@ class Distillation:
     """Student and teacher, which blocks of them are compared on what, and what both are shown.
 
     mim: MAE's loss beside the distillation; None without.
+    images: see compare.compare.
     """
 
     student: ViT
@@ -76,6 +70,7 @@ class Distillation:
     pairs: tuple[Pair, ...]
     inputs: Inputs
     mim: PixelPrediction | None
+    images: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,14 +78,13 @@ class Distillation:
         return ("loss", *(name for pair in self.pairs for name in pair.names), *(("mae",) if self.mim else ()))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters: "encoder", and "adapter" and "decoder" where the losses need them."""
+        """Fresh parameters: "encoder", and "adapter", "statistics" and "decoder" where the losses need them."""
         image = jnp.zeros((1, *self.student.image_size, 3))
         params = {"encoder": self.student.init(key, image)["params"]}
-        if adapters := init_adapters(key, self.pairs, self.student, self.teacher):
-            params["adapter"] = adapters
+        params |= init_comparison(key, self.pairs, self.student, self.teacher)
         return params | (self.mim.init(key) if self.mim else {})
 
-    def losses(self, params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> PerExample:
+    def losses(self, params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> dict[str, Any]:
         """See Task.losses; `frozen` are the teacher's weights."""
         student_view, teacher_view = self.inputs.views(batch["image"], key, train)
         masking = self.inputs.masking(key, len(student_view))
@@ -114,7 +108,8 @@ class Distillation:
         )
         wanted = [self.inputs.aligned(compared(tap, self.teacher), masking) for tap in seen_by_teacher]
         seen = [compared(tap, self.student) for tap in seen_by_student[: len(self.pairs)]]
-        values = compare(self.pairs, params.get("adapter"), seen, wanted)
+        prefix = compared_prefix(self.student, self.teacher)
+        values = compare(self.pairs, params, seen, wanted, prefix=prefix, images=self.images if train else 0)
         if self.mim:
             assert masking is not None
             reconstruction = self.mim.losses(params, seen_by_student[-1].output, student_view, masking)
@@ -126,21 +121,26 @@ def _distillation(config: ConfigDict, loaded: Loaded, pixels: tuple[Numbers, Num
     distill = config.distill
     teacher, tap = _teacher(loaded, config)
     student = build_encoder(config.model)
-    blocks = find_blocks(distill, student.depth, teacher.depth, tap)
-    student = align_heads(distill, student, teacher, blocks)
+    comparisons = find_comparisons(distill, student.depth, teacher.depth, tap)
+    student = align_heads(distill, student, teacher, [blocks for _, blocks in comparisons])
+    if distill.statistics_images < 1:
+        raise ValueError(f"distill.statistics_images={distill.statistics_images} must be positive")
     return Distillation(
         student=student,
         teacher=teacher,
-        pairs=make_pairs(distill, student, teacher, blocks),
+        pairs=make_pairs(distill, student, teacher, comparisons),
         inputs=build_inputs(config, student, teacher, pixels),
         mim=pixel_prediction(distill, student),
+        images=distill.statistics_images,
     )
 
 
 def _record(distill: ConfigDict, method: Distillation) -> dict[str, Any]:
     record = {"encoder": method.student.record()}
-    if any(pair.target.adapted for pair in method.pairs):
-        record["adapter"] = adapter_record(distill, method.pairs, method.teacher)
+    parts = jax.eval_shape(method.init, jax.random.key(0))
+    for part in ("adapter", "statistics"):
+        if part in parts:
+            record[part] = comparison_record(distill, method.pairs, method.teacher)
     if method.mim:
         record["decoder"] = decoder_record(method.mim.decoder)
     return record
@@ -148,7 +148,7 @@ def _record(distill: ConfigDict, method: Distillation) -> dict[str, Any]:
 
 def _compared(method: Distillation) -> dict[str, Any]:
     """The teacher's image size and the pairs of blocks (student, teacher), for model.json."""
-    pairs = [[pair.blocks.student, pair.blocks.teacher] for pair in method.pairs]
+    pairs = [list(pair) for pair in dict.fromkeys((p.blocks.student, p.blocks.teacher) for p in method.pairs)]
     return {"image_size": list(method.teacher.image_size), "blocks": pairs}
 
 
@@ -160,10 +160,11 @@ def _frozen(loaded: Loaded, teacher: ViT, last: int) -> Params:
 
 
 def _filled(params: Params, source: Loaded, method: Distillation, model: dict[str, Any]) -> Params:
-    """`params` with the checkpoint's encoder, and its adapters and decoder where they are those of this task."""
+    """`params` with the checkpoint's encoder, and its adapters and the like where they are those of this task."""
     params = fill_encoder(params, source, method.student)
-    if "adapter" in model and same_part(source, "adapter", model["adapter"]):
-        params |= {"adapter": merge(params["adapter"], source.params["adapter"])}
+    for part in ("adapter", "statistics"):
+        if part in model and same_part(source, part, model[part]):
+            params |= {part: merge(params[part], source.params[part])}
     if method.mim:
         params = fill_decoder(params, source, method.mim.decoder)
     log_unused(source, model)

@@ -86,6 +86,11 @@ def compared(tap: Tap, network: ViT) -> Tap:
     return jax.tree.map(without_dist_token, tap) if network.dist_token else tap
 
 
+def compared_prefix(student: ViT, teacher: ViT) -> int:
+    """Number of tokens before the patches in what `compared` returns for both networks."""
+    return 1
+
+
 def build_inputs(config: ConfigDict, student: ViT, teacher: ViT, pixels: tuple[Numbers, Numbers]) -> Inputs:
     """The inputs of `config` for these networks.
 

@@ -1,0 +1,43 @@
+"""Adapters: what brings the student's arrays to the shape of the teacher's. They are trained, and not used later."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tinymim_jax.models.layers import Dense
+from tinymim_jax.models.mlp import Mlp
+from tinymim_jax.ops.products import full_precision
+from tinymim_jax.tasks.task import Params
+
+# Of features. linear: a Linear (published) | mlp: Linear, GELU and Linear, all of the teacher's width.
+ADAPTERS = ("linear", "mlp")
+
+
+def init_adapter(kind: str, key: jax.Array, student: int, teacher: int) -> Params | None:
+    """Fresh parameters of an adapter; None where it has none.
+
+    Args:
+      kind: one of ADAPTERS, or 'heads': each of the teacher's attention maps is compared with a linear combination of
+        the student's, at first their mean. It has no parameters where both have equally many.
+      student, teacher: widths; numbers of heads for 'heads'.
+    """
+    if kind == "heads":
+        return None if student == teacher else {"kernel": jnp.full((student, teacher), 1 / student)}
+    network = Dense(teacher) if kind == "linear" else Mlp(teacher, teacher)
+    return network.init(key, jnp.zeros((1, student)))["params"]
+
+
+def adapt(kind: str, params: Params | None, values: jax.Array) -> jax.Array:
+    """The student's features [batch, tokens, width] in the teacher's width, or its maps in the teacher's heads."""
+    if params is None:
+        return values
+    if kind == "heads":
+        kernel = params["kernel"].astype(values.dtype)
+        return jnp.einsum("bsqk,st->btqk", values, kernel, precision=full_precision(values.dtype))
+    if kind == "linear":
+        network: Any = Dense(params["bias"].shape[0], dtype=values.dtype)
+    else:
+        width = params["fc2"]["bias"].shape[0]
+        network = Mlp(width, width, dtype=values.dtype)
+    return network.apply({"params": params}, values)
