@@ -147,6 +147,9 @@ def distill() -> ml_collections.ConfigDict:
     config.distill.teacher.mean = config_dict.placeholder(object)
     config.distill.teacher.std = config_dict.placeholder(object)
     config.distill.teacher.masked = False  # True: the teacher does not see the hidden patches either
+    # Share of the patches that the teacher is not shown, to save its compute: those to which the student's CLS token
+    # attends least (MaskedKD, arXiv 2302.10494). The loss covers the others
+    config.distill.teacher.drop_patches = 0.0
     config.distill.teacher.drop_path = 0.0  # as model.drop_path, with the same schedule
     config.distill.teacher.jitter = ml_collections.ConfigDict()  # of the teacher's view, independent of the student's
     config.distill.teacher.jitter.brightness = 0.0

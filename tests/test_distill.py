@@ -1,7 +1,7 @@
 """Options of distillation: their losses, what they train, and that other commands accept their runs."""
 
 import re
-import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ from flax.traverse_util import flatten_dict
 from runs import DIGITS, run_steps, same_bits, small_config
 
 from tinymim_jax import optim
+from tinymim_jax.checkpoints.manager import Checkpoints
 from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.convert import to_torch
+from tinymim_jax.flops import step_flops
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.mae_decoder import MaskedAutoencoder
 from tinymim_jax.models.vit import ViT
@@ -21,6 +23,7 @@ from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import random_masking
 from tinymim_jax.ops.patches import patchify
+from tinymim_jax.runtime.exits import Interrupted
 from tinymim_jax.sharding import make_mesh
 from tinymim_jax.tasks import TASKS
 from tinymim_jax.tasks.decoder import build_decoder
@@ -78,6 +81,7 @@ OPTIONS = {
         "distill.adapter=mlp",
     ],
     "attention maps of 4 heads by 2": ["distill.target=attention_map", "distill.heads=own"],
+    "the teacher's patches are dropped": ["distill.teacher.drop_patches=0.25", "distill.target=output + cls"],
     "mim and features": [
         *("distill.mask_ratio=0.5", "distill.mim_weight=0.5", "distill.target=ffn", "distill.feature_loss=mse"),
         *("distill.mim.normalize_pixels=False", *MIM),
@@ -250,14 +254,22 @@ def test_a_learned_combination_of_the_students_maps_is_compared(folder):
 
 
 @pytest.mark.slow
-def test_statistics_are_saved_stop_at_their_limit_and_resume_to_the_same_bits(folder, data_dir, tmp_path):
+def test_statistics_are_saved_stop_at_their_limit_and_resume_to_the_same_bits(folder, data_dir, tmp_path, monkeypatch):
     words = ["distill.target=output", "distill.feature_norm=fixed", "distill.statistics_images=20"]
     config, whole, resumed = distill(folder, *words, "train.batch_size=8"), tmp_path / "whole", tmp_path / "resumed"
     train_run(config, whole, data_dir=data_dir)
-    shutil.copytree(whole, resumed)
-    for step in (3, 4):  # as if it had been killed after step 2
-        shutil.rmtree(resumed / "checkpoints" / str(step))
-    (resumed / "result.json").unlink()
+    save, asked = Checkpoints.save, []
+
+    def interrupted(self, step, *args, **kwargs):
+        saved = save(self, step, *args, **kwargs)
+        if not asked:
+            asked.append(step)
+            signal.raise_signal(signal.SIGINT)
+        return saved
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    with pytest.raises(Interrupted, match="stopped after step 2, all saved"):
+        train_run(config, resumed, data_dir=data_dir)
     train_run(config, resumed, data_dir=data_dir)
     (model, params), (_, again) = load_params(whole), load_params(resumed)
     assert same_bits(params, again)
@@ -305,6 +317,32 @@ def test_the_same_patches_are_hidden_from_both(folder):
     first = losses_of(folder, *whole, "distill.student_tap=1", "distill.teacher.tap=1", params=params)
     np.testing.assert_allclose(first["loss"], 0, atol=1e-6)
     assert (np.asarray(losses_of(folder, *whole, params=params)["loss"]) > 1e-4).all()
+
+
+def test_the_teacher_sees_the_patches_that_the_student_attends_to(folder):
+    """Compared by hand: the student's attention of CLS, the best half of the patches, and relations of those."""
+    words = ["distill.teacher.drop_patches=0.5", "distill.teacher.tap=2", "model.drop_path=0.0", *CLEAN]
+    task = task_of(distill(folder, *words))
+    params, frozen = task.init(jax.random.key(2)), task.load_frozen()
+    student, target = ViT.from_record(task.model["encoder"]), TARGETS["qk_vv"]
+    view = normalize(BATCH["image"], MEAN, STD)
+    own = student.apply({"params": params["encoder"]}, view, tap=2, method="encode")
+    q, k = np.asarray(own.q, np.float64), np.asarray(own.k, np.float64)
+    logits = np.einsum("bqhd,bkhd->bhqk", q, k)[:, :, 0] / np.sqrt(q.shape[-1])
+    attention = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).mean(1)[:, 1:]
+    keep = np.sort(np.argsort(-attention, axis=1)[:, :8], axis=1)
+    shown = TEACHER.apply({"params": frozen}, view, tap=2, keep=jnp.asarray(keep), method="encode")
+    at = np.concatenate([np.zeros((4, 1), int), keep + 1], axis=1)
+    own = jax.tree.map(lambda x: jnp.stack([x[i, at[i]] for i in range(4)]), own)
+    wanted = sum(target.loss(target.extract(own), target.extract(shown)).values())
+    got = jax.jit(task.losses, static_argnums=4)(params, frozen, BATCH, KEY, True)
+    np.testing.assert_allclose(got["loss"], wanted, rtol=2e-5)
+
+    def flops(*words):
+        task = task_of(distill(folder, *words))
+        return step_flops(task, task.load_frozen(), BATCH)
+
+    assert flops(*words) < 0.8 * flops(*words[1:])  # most of the step is the teacher
 
 
 def test_masks_come_from_the_step_key_and_differ_between_images(folder):
@@ -493,6 +531,12 @@ def test_a_chain_of_students_with_resplit(folder, data_dir):
             r"the student's is \(4, 4\) and the teacher's \(2, 2\)",
         ),
         (["distill.target=fnn"], r"did you mean 'ffn'"),
+        (["distill.teacher.drop_patches=0.5", "distill.mask_ratio=0.5"], r"a student that sees all patches"),
+        (
+            ["distill.teacher.drop_patches=0.5", "distill.teacher.image_size=(8,8)"],
+            r"the grids are \(4, 4\) and \(2, 2\)",
+        ),
+        (["distill.teacher.drop_patches=1.0"], r"must lie in \[0, 1\)"),
         (["distill.target=qk_vv + qk"], r"compares qk twice in the same blocks"),
         (["distill.target=output(student=3)"], r"distill\.target: the student has no block 3; it has blocks 1 to 2"),
         (["distill.target=cls", "distill.patches_only=True"], r"write cls\(patches=false\)"),

@@ -61,8 +61,9 @@ def test_gram_anchoring_the_local_loss_and_cka(kind, options, patches_only):
     for i in range(BATCH):
         x, y = (np.asarray(tap.output[i, start:], np.float64) for tap in (STUDENT, TEACHER))
         value, wanted = by_hand(kind, x, y)
-        # float32; the gradient of a cosine is a difference of larger terms.
-        np.testing.assert_allclose(values["oo"][i], value, rtol=2e-5)
+        # float32; a KL is a sum of differences of logarithms of order 10, and the gradient of a cosine a difference of
+        # larger terms.
+        np.testing.assert_allclose(values["oo"][i], value, rtol=2e-5, atol=2e-7)
         np.testing.assert_allclose(gradient[i, start:], wanted, rtol=1e-4, atol=1e-6)
     assert not np.any(gradient[:, :start])
 

@@ -44,6 +44,25 @@ def random_masking(key: jax.Array, batch: int, patches: int, mask_ratio: float) 
     return masking_from_noise(jax.random.uniform(key, (batch, patches)), mask_ratio)
 
 
+def most_attended(
+    queries: Float[Array, "batch tokens heads head_dim"],
+    keys: Float[Array, "batch tokens heads head_dim"],
+    *,
+    prefix: int,
+    kept: int,
+) -> Int[Array, "batch {kept}"]:
+    """Positions, in ascending order, of the patches that the first token attends to most; mean over the heads.
+
+    Args:
+      queries, keys: of one block.
+      prefix: number of tokens before the patches.
+    """
+    queries, keys = queries[:, 0].astype(jnp.float32), keys.astype(jnp.float32)
+    logits = jnp.sum(queries[:, None] * keys, axis=-1) * queries.shape[-1] ** -0.5  # [batch, tokens, heads]
+    attention = jnp.mean(jax.nn.softmax(logits, axis=1), axis=2)[:, prefix:]
+    return jnp.sort(jax.lax.top_k(attention, kept)[1], axis=1)
+
+
 def greyed(
     images: Float[Array, "batch height width 3"], hidden: Bool[Array, "batch patches"], patch_size: int
 ) -> Float[Array, "batch height width 3"]:

@@ -25,7 +25,7 @@ def init_adapter(kind: str, key: jax.Array, student: int, teacher: int) -> Param
     if kind == "heads":
         return None if student == teacher else {"kernel": jnp.full((student, teacher), 1 / student)}
     network = Dense(teacher) if kind == "linear" else Mlp(teacher, teacher)
-    return network.init(key, jnp.zeros((1, student)))["params"]
+    return network.init(key, jnp.zeros((1, 1, student)))["params"]
 
 
 def adapt(kind: str, params: Params | None, values: jax.Array) -> jax.Array:

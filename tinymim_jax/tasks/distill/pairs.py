@@ -143,8 +143,8 @@ def make_pairs(
         names = target.names
         if several_blocks:
             names = tuple(f"{name}_{blocks.student}_{blocks.teacher}" for name in names)
-        if taken & set(names):
-            loss = part.options.get("relation_loss") or part.options.get("feature_loss")
+        loss = part.options.get("relation_loss") or part.options.get("feature_loss")
+        if loss and taken & set(names):
             names = tuple(f"{name}_{loss}" for name in names)
         if taken & set(names):
             raise ValueError(

@@ -13,6 +13,7 @@ from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.checkpoints.params import merge
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
+from tinymim_jax.ops.token_grid import visible_tokens
 from tinymim_jax.tasks.decoder import PixelPrediction, decoder_record, fill_decoder, pixel_prediction
 from tinymim_jax.tasks.distill.compare import compare, comparison_record, init_comparison
 from tinymim_jax.tasks.distill.pairs import Pair, align_heads, find_comparisons, make_pairs
@@ -89,14 +90,6 @@ class Distillation:
         student_view, teacher_view = self.inputs.views(batch["image"], key, train)
         masking = self.inputs.masking(key, len(student_view))
         keep = masking.keep if masking else None
-        seen_by_teacher: Any = self.teacher.apply(
-            {"params": frozen},
-            teacher_view,
-            tap=tuple(pair.blocks.teacher for pair in self.pairs),
-            keep=keep if self.inputs.teacher_masked else None,
-            drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
-            method="encode",
-        )
         last = (self.student.depth,) if self.mim else ()
         seen_by_student: Any = self.student.apply(
             {"params": params["encoder"]},
@@ -106,9 +99,20 @@ class Distillation:
             drop_key=fold_in_name(key, "drop_path") if train else None,
             method="encode",
         )
-        wanted = [self.inputs.aligned(compared(tap, self.teacher), masking) for tap in seen_by_teacher]
         seen = [compared(tap, self.student) for tap in seen_by_student[: len(self.pairs)]]
         prefix = compared_prefix(self.student, self.teacher)
+        deepest = max(range(len(seen)), key=lambda i: self.pairs[i].blocks.student)
+        if (chosen := self.inputs.chosen(seen[deepest], prefix)) is not None:
+            seen = [jax.tree.map(lambda tokens: visible_tokens(tokens, chosen), tap) for tap in seen]
+        seen_by_teacher: Any = self.teacher.apply(
+            {"params": frozen},
+            teacher_view,
+            tap=tuple(pair.blocks.teacher for pair in self.pairs),
+            keep=keep if self.inputs.teacher_masked else chosen,
+            drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
+            method="encode",
+        )
+        wanted = [self.inputs.aligned(compared(tap, self.teacher), masking) for tap in seen_by_teacher]
         values = compare(self.pairs, params, seen, wanted, prefix=prefix, images=self.images if train else 0)
         if self.mim:
             assert masking is not None

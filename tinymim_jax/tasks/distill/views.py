@@ -10,7 +10,7 @@ from tinymim_jax.models.blocks import Tap
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import color_jitter, denormalize, normalize
 from tinymim_jax.ops.keys import fold_in_name
-from tinymim_jax.ops.masking import Masking, greyed, kept_patches, random_masking
+from tinymim_jax.ops.masking import Masking, greyed, kept_patches, most_attended, random_masking
 from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens, without_dist_token
 from tinymim_jax.tasks.pretrained import Numbers
 
@@ -24,6 +24,7 @@ class Inputs:
     mask_ratio: share of the patches that is hidden from the student; 0 hides nothing.
     teacher_masked: the same patches are hidden from the teacher. Otherwise it sees the whole image, and only its tokens
       at the student's visible patches are compared.
+    dropped: share of the patches that the teacher is not shown: those to which the student's CLS token attends least.
     grid, teacher_grid: patches (rows, columns) of each.
     teacher_size: height and width of the teacher's images, in pixels.
     """
@@ -36,6 +37,7 @@ class Inputs:
     teacher_std: tuple[float, ...]
     mask_ratio: float
     teacher_masked: bool
+    dropped: float
     grid: Grid
     teacher_grid: Grid
     teacher_size: tuple[int, int]
@@ -67,6 +69,17 @@ class Inputs:
         if not self.mask_ratio:
             return None
         return random_masking(fold_in_name(key, "masking"), batch, self.grid[0] * self.grid[1], self.mask_ratio)
+
+    def chosen(self, tap: Tap, prefix: int) -> jax.Array | None:
+        """Positions of the patches that the teacher is shown, [batch, kept]; None for all of them.
+
+        Args:
+          tap: the student's deepest tap, with all patches.
+        """
+        if not self.dropped:
+            return None
+        kept = kept_patches(self.grid[0] * self.grid[1], self.dropped)
+        return most_attended(tap.q, tap.k, prefix=prefix, kept=kept)
 
     def aligned(self, tap: Tap, masking: Masking | None) -> Tap:
         """The teacher's tap with the tokens of the student's: on the student's grid, the visible patches only."""
@@ -112,6 +125,13 @@ def build_inputs(config: ConfigDict, student: ViT, teacher: ViT, pixels: tuple[N
             f"distill.teacher.masked=True needs the same grid of patches for both, but the student's is {student.grid} "
             f"and the teacher's {teacher.grid}: set distill.teacher.masked=False, or give both the same patches"
         )
+    if dropped := distill.teacher.drop_patches:
+        kept_patches(student.grid[0] * student.grid[1], dropped)
+        if ratio or student.grid != teacher.grid:
+            raise ValueError(
+                f"distill.teacher.drop_patches={dropped} needs a student that sees all patches, and the same grid of "
+                f"patches for both; distill.mask_ratio={ratio}, the grids are {student.grid} and {teacher.grid}"
+            )
     return Inputs(
         jitter=dict(distill.jitter),
         teacher_jitter=dict(distill.teacher.jitter),
@@ -121,6 +141,7 @@ def build_inputs(config: ConfigDict, student: ViT, teacher: ViT, pixels: tuple[N
         teacher_std=pixels[1],
         mask_ratio=ratio,
         teacher_masked=masked,
+        dropped=dropped,
         grid=student.grid,
         teacher_grid=teacher.grid,
         teacher_size=(teacher.image_size[0], teacher.image_size[1]),
