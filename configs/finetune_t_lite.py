@@ -8,7 +8,7 @@ GitHub) has base_lr 1e-3 per 256, layer decay 0.85, 300 epochs, 5 of them warm-u
 FILE:s and FILE:b revisit the other sizes. s is G2SD's (arXiv 2302.14771; G2SD/SD.sh in github.com/pengzhiliang/G2SD):
 base_lr 1e-3, layer decay 0.75, 200 epochs, no drop path, mixup 0.8, cutmix 1.0, erasing 0.25; without its supervised
 teacher. b is DMAE's (arXiv 2208.12256; finetune.sh in github.com/UCSC-VLAA/DMAE): 100 epochs, base_lr 5e-4, drop path
-0.1; its layer decay is the default of MAE's main_finetune.py, 0.75.
+0.1; its layer decay is the default of its main_finetune.py, 0.7.
 
 Name the pre-trained student by init=runs/t; heads are those of its pre-training (configs/distill_t_lite.py has 12).
 """
@@ -44,5 +44,5 @@ def small():
 def base():
     config = finetune_b.get_config()
     config.model.drop_path = 0.1
-    config.optim.layer_decay = 0.75
+    config.optim.layer_decay = 0.7
     return config
