@@ -30,9 +30,9 @@ def init_adapter(kind: str, key: jax.Array, student: int, teacher: int) -> Param
 
 def adapt(kind: str, params: Params | None, values: jax.Array) -> jax.Array:
     """The student's features [batch, tokens, width] in the teacher's width, or its maps in the teacher's heads."""
-    if params is None:
-        return values
     if kind == "heads":
+        if params is None:
+            return values
         kernel = params["kernel"].astype(values.dtype)
         return jnp.einsum("bsqk,st->btqk", values, kernel, precision=full_precision(values.dtype))
     if kind == "linear":
