@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tinymim_jax.models.layers import Dense
-from tinymim_jax.models.mlp import Mlp
+from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.products import full_precision
 from tinymim_jax.tasks.task import Params
 
@@ -24,8 +24,11 @@ def init_adapter(kind: str, key: jax.Array, student: int, teacher: int) -> Param
     """
     if kind == "heads":
         return None if student == teacher else {"kernel": jnp.full((student, teacher), 1 / student)}
-    network = Dense(teacher) if kind == "linear" else Mlp(teacher, teacher)
-    return network.init(key, jnp.zeros((1, 1, student)))["params"]
+    if kind == "linear":
+        return Dense(teacher).init(key, jnp.zeros((1, student)))["params"]
+    first, second = jax.random.split(key)
+    hidden = Dense(teacher).init(first, jnp.zeros((1, student)))["params"]
+    return {"fc1": hidden, "fc2": Dense(teacher).init(second, jnp.zeros((1, teacher)))["params"]}
 
 
 def adapt(kind: str, params: Params | None, values: jax.Array) -> jax.Array:
@@ -35,9 +38,12 @@ def adapt(kind: str, params: Params | None, values: jax.Array) -> jax.Array:
             return values
         kernel = params["kernel"].astype(values.dtype)
         return jnp.einsum("bsqk,st->btqk", values, kernel, precision=full_precision(values.dtype))
+    assert params is not None
     if kind == "linear":
-        network: Any = Dense(params["bias"].shape[0], dtype=values.dtype)
-    else:
-        width = params["fc2"]["bias"].shape[0]
-        network = Mlp(width, width, dtype=values.dtype)
-    return network.apply({"params": params}, values)
+        return _linear(params, values)
+    return _linear(params["fc2"], gelu(_linear(params["fc1"], values)))
+
+
+def _linear(params: Params, values: jax.Array) -> jax.Array:
+    found: Any = Dense(params["bias"].shape[0], dtype=values.dtype).apply({"params": params}, values)
+    return found

@@ -102,7 +102,8 @@ class Distillation:
         seen = [compared(tap, self.student) for tap in seen_by_student[: len(self.pairs)]]
         prefix = compared_prefix(self.student, self.teacher)
         deepest = max(range(len(seen)), key=lambda i: self.pairs[i].blocks.student)
-        if (chosen := self.inputs.chosen(seen[deepest], prefix)) is not None:
+        chosen: Any = self.inputs.chosen(seen[deepest], prefix)
+        if chosen is not None:
             seen = [jax.tree.map(lambda tokens: visible_tokens(tokens, chosen), tap) for tap in seen]
         seen_by_teacher: Any = self.teacher.apply(
             {"params": frozen},
