@@ -12,7 +12,7 @@ from tinymim_jax.ops import platform
 from tinymim_jax.ops.attention import attention, attention_for_cpu
 from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.layer_norm import layer_norm, layer_norm_for_cpu
-from tinymim_jax.ops.products import scaled_products
+from tinymim_jax.ops.products import add_bias, scaled_products
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -161,3 +161,15 @@ def test_gelu_and_its_gradient_round_once(dtype):
 
 def test_the_form_follows_the_backend():
     assert platform.on_cpu() == (jax.default_backend() == "cpu")
+
+
+def test_the_gradient_of_a_bias_before_a_kernel_is_summed_in_float32():
+    """On TPUs as a product of ones; in bfloat16, 4096 equal cotangents would add up to much less."""
+    x, bias = jnp.zeros((64, 64, 8), jnp.bfloat16), jnp.ones(8)
+    with platform.compiling_for("tpu"):
+        value, back = jax.vjp(add_bias, x, bias)
+        d_x, d_bias = back(jnp.full_like(x, 1 / 64))
+    np.testing.assert_array_equal(value, jnp.ones_like(x))
+    np.testing.assert_array_equal(d_x, jnp.full_like(x, 1 / 64))
+    assert d_bias.dtype == jnp.float32
+    np.testing.assert_allclose(d_bias, 64.0, rtol=1e-6)

@@ -66,7 +66,7 @@ class Attention(nn.Module):
     def setup(self):
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the width {self.dim}: choose a divisor of it")
-        self.qkv = Dense(3 * self.dim, self.dtype, self.switches.qkv_bias == "qkv")
+        self.qkv = Dense(3 * self.dim, self.dtype, self.switches.qkv_bias == "qkv", into_kernel=True)
         if self.switches.qkv_bias == "qv":
             self.q_bias = self.param("q_bias", nn.initializers.zeros, (self.dim,))
             self.v_bias = self.param("v_bias", nn.initializers.zeros, (self.dim,))

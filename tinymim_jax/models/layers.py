@@ -11,15 +11,20 @@ from tinymim_jax.models.switches import Switches
 from tinymim_jax.ops.layer_norm import EPS, layer_norm
 from tinymim_jax.ops.placement import split_batch
 from tinymim_jax.ops.platform import on_cpu
-from tinymim_jax.ops.products import full_precision
+from tinymim_jax.ops.products import add_bias, full_precision
 
 
 class Dense(nn.Module):
-    """A linear layer: Xavier-uniform kernel, zero bias, computed in `dtype`."""
+    """A linear layer: Xavier-uniform kernel, zero bias, computed in `dtype`.
+
+    Attributes:
+      into_kernel: the output goes into an attention kernel, see `ops.products.add_bias`.
+    """
 
     features: int
     dtype: Any = jnp.float32
     use_bias: bool = True
+    into_kernel: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch features"]:
@@ -28,7 +33,8 @@ class Dense(nn.Module):
         rows = x.reshape(-1, x.shape[-1]) if on_cpu() else x
         product = jnp.matmul(rows, kernel, precision=full_precision(self.dtype))
         if self.use_bias:
-            product = product + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            product = add_bias(product, bias) if self.into_kernel else product + bias.astype(self.dtype)
         return split_batch(product.reshape(*x.shape[:-1], self.features))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from tinymim_jax.ops.platform import target
@@ -19,6 +20,38 @@ def full_precision(dtype: Any) -> jax.lax.Precision | None:
     LiteRT's converter knows no precision; its float32 is float32.
     """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 and target() != "litert" else None
+
+
+def add_bias(x: Float[Array, "*batch dim"], bias: Float[Array | np.ndarray, "dim"]) -> Float[Array, "*batch dim"]:
+    """`x + bias` in the dtype of `x`."""
+    if target() == "tpu" and x.dtype == jnp.bfloat16 and bias.dtype == jnp.float32:
+        return add_bias_for_tpu(x, jnp.asarray(bias))
+    return x + bias.astype(x.dtype)
+
+
+@jax.custom_vjp
+def add_bias_for_tpu(x: Float[Array, "*batch dim"], bias: Float[Array, "dim"]) -> Float[Array, "*batch dim"]:
+    """The same with the gradient by `bias` as a matrix product of ones with the cotangent, in float32.
+
+    Only worth it where the cotangent comes out of a kernel: the TPU compiler cannot fuse its sum over batch and tokens
+    with anything then, takes five times as long for it by its own estimate, and rounds it to bfloat16.
+    """
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias(x: Array, bias: Array) -> tuple[Array, None]:
+    return add_bias_for_tpu(x, bias), None
+
+
+def _bias_gradient(_: None, cotangent: Array) -> tuple[Array, Array]:
+    leading = cotangent.shape[:-1]
+    # Eight equal rows fill a tile; a product with a single row would be turned into a sum again.
+    ones, axes = jnp.ones((8, *leading), cotangent.dtype), range(len(leading))
+    dimensions = ((tuple(axis + 1 for axis in axes), tuple(axes)), ((), ()))
+    return cotangent, jax.lax.dot_general(ones, cotangent, dimensions, preferred_element_type=jnp.float32)[0]
+
+
+add_bias_for_tpu.defvjp(_add_bias, _bias_gradient)
 
 
 @jax.custom_vjp
