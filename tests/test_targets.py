@@ -241,14 +241,14 @@ def interpolated(grid: np.ndarray, new: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("old", "new"), [((2, 3), (4, 5)), ((4, 4), (2, 2)), ((7, 5), (3, 6)), ((1, 2), (3, 4))])
-@pytest.mark.parametrize("rest", [(3,), (2, 2)])
-def test_resized_tokens_are_interpolated(old, new, rest):
-    tokens = np.random.default_rng(0).normal(size=(2, 1 + old[0] * old[1], *rest)).astype(np.float32)
-    got = np.asarray(token_grid.resize_tokens(jnp.asarray(tokens), old, new))
-    assert got.shape == (2, 1 + new[0] * new[1], *rest)
-    np.testing.assert_array_equal(got[:, 0], tokens[:, 0])
+@pytest.mark.parametrize(("rest", "prefix"), [((3,), 1), ((2, 2), 1), ((3,), 0), ((2,), 3)])
+def test_resized_tokens_are_interpolated(old, new, rest, prefix):
+    tokens = np.random.default_rng(0).normal(size=(2, prefix + old[0] * old[1], *rest)).astype(np.float32)
+    got = np.asarray(token_grid.resize_tokens(jnp.asarray(tokens), old, new, prefix))
+    assert got.shape == (2, prefix + new[0] * new[1], *rest)
+    np.testing.assert_array_equal(got[:, :prefix], tokens[:, :prefix])
     for index in np.ndindex(2, *rest):
-        channel = (index[0], slice(1, None), *index[1:])
+        channel = (index[0], slice(prefix, None), *index[1:])
         want = interpolated(tokens[channel].reshape(old), new)
         np.testing.assert_allclose(got[channel].reshape(new), want, rtol=1e-5, atol=1e-6)
 
@@ -262,15 +262,26 @@ def test_halving_a_grid_averages_two_by_two_and_bfloat16_stays():
     assert token_grid.resize_tokens(got, (2, 2), (2, 2)) is got
     with pytest.raises(ValueError, match="5 tokens are not a CLS token and a grid of 3x3"):
         token_grid.resize_tokens(got, (3, 3), (2, 2))
+    with pytest.raises(ValueError, match="5 tokens are not 3 tokens and a grid of 2x2"):
+        token_grid.resize_tokens(got, (2, 2), (3, 3), 3)
 
 
-@pytest.mark.parametrize("rest", [(3,), (2, 2)])
-def test_visible_tokens(rest):
-    tokens = np.random.default_rng(0).normal(size=(2, 6, *rest)).astype(np.float32)
+@pytest.mark.parametrize(("rest", "prefix"), [((3,), 1), ((2, 2), 1), ((2,), 0), ((3,), 4)])
+def test_visible_tokens(rest, prefix):
+    tokens = np.random.default_rng(0).normal(size=(2, prefix + 5, *rest)).astype(np.float32)
     keep = np.array([[4, 0, 2], [1, 3, 0]])
-    got = token_grid.visible_tokens(jnp.asarray(tokens), jnp.asarray(keep))
-    want = np.stack([tokens[i][[0, *(keep[i] + 1)]] for i in range(2)])
+    got = token_grid.visible_tokens(jnp.asarray(tokens), jnp.asarray(keep), prefix)
+    want = np.stack([tokens[i][[*range(prefix), *(keep[i] + prefix)]] for i in range(2)])
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("prefix", "kept"), [(0, 0), (1, 1), (1, 0), (2, 1), (5, 1), (4, 0)])
+def test_tokens_that_are_not_compared(prefix, kept):
+    tokens = np.random.default_rng(0).normal(size=(2, prefix + 6, 3)).astype(np.float32)
+    got = token_grid.without_extra_tokens(jnp.asarray(tokens), prefix, kept)
+    np.testing.assert_array_equal(got, np.delete(tokens, range(kept, prefix), axis=1))
+    with pytest.raises(ValueError, match=rf"{prefix + 1} of {prefix} tokens .* cannot be kept"):
+        token_grid.without_extra_tokens(got, prefix, prefix + 1)
 
 
 def test_resized_images_keep_their_range_and_their_mean():

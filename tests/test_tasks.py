@@ -17,7 +17,7 @@ from tinymim_jax.experiment import build_experiment
 from tinymim_jax.ops.posembed import resize_table
 from tinymim_jax.ops.top_k import in_top
 from tinymim_jax.sharding import make_mesh
-from tinymim_jax.tasks.distill.teachers import TEACHERS
+from tinymim_jax.tasks.distill.teachers import TEACHERS, how_to_get
 
 
 @pytest.fixture(scope="module")
@@ -219,10 +219,38 @@ def test_top_k_counts_ties_for_the_first_class_and_nan_for_none():
     np.testing.assert_array_equal(in_top(logits, labels, 2), [1, 1, 1, 0])
 
 
+def test_teachers_of_the_hub_say_how_to_get_them():
+    assert how_to_get("dinov3_vit_base", "teachers/d").splitlines() == [
+        "hf download facebook/dinov3-vitb16-pretrain-lvd1689m",
+        "  tinymim convert --from auto --input facebook/dinov3-vitb16-pretrain-lvd1689m --output teachers/d",
+    ]
+    assert "--input vit-b-300ep.pth.tar" in how_to_get("mocov3_vit_base", "x")
+
+
+# Millions of parameters of the encoder as published (model cards, papers), with the position table of 224 pixels.
+PUBLISHED_SIZES = {
+    "dinov3_vit_small": 21.6,
+    "clip_vit_base": 85.8,
+    "eva02_vit_base": 85.8,
+    "beit_vit_base": 85.8,
+    "aimv2_vit_large": 309.2,
+}
+
+
+def test_stand_ins_have_the_published_sizes():
+    """To 0.5 %: releases count heads, tables of their own resolution and masks differently."""
+    for name, millions in PUBLISHED_SIZES.items():
+        encoder = TEACHERS[name].encoder
+        shapes = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, *encoder.image_size, 3)))
+        assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, rel=5e-3), name
+
+
 def test_teachers_name_real_architectures():
     for name, teacher in TEACHERS.items():
         assert 1 <= teacher.tap <= teacher.depth, name
         assert dataclasses.asdict(teacher)["url"].startswith("https://")
+        assert teacher.licence or name.startswith("tinymim"), name
+        assert teacher.tap_is_ours or name.startswith(("mae_vit_base", "mae_vit_large", "tinymim")), name
     assert (TEACHERS["mae_vit_large"].tap, TEACHERS["mae_vit_base"].tap) == (18, 12)
 
 

@@ -209,7 +209,7 @@ def _accuracies(
 
 def _pooled(network: Network) -> Any:
     def step(params: Any, images: jax.Array) -> jax.Array:
-        pooled = [pool_tokens(tap.output, "mean", network.vit.prefix) for tap in network.taps(params, images)]
+        pooled = [pool_tokens(tap.output, "mean", network.vit) for tap in network.taps(params, images)]
         return jnp.stack(pooled, axis=1)  # [batch, blocks, dim]
 
     return step

@@ -10,7 +10,7 @@ from tinymim_jax.analysis.networks import Network
 from tinymim_jax.models.blocks import Tap
 from tinymim_jax.ops.products import scaled_products
 from tinymim_jax.ops.relations import resplit
-from tinymim_jax.ops.token_grid import Grid, resize_tokens
+from tinymim_jax.ops.token_grid import Grid, resize_tokens, without_extra_tokens
 
 RELATIONS = ("qk", "vv")
 """Those of the published loss."""
@@ -29,6 +29,12 @@ def common_heads(student: Network, teacher: Network, pairs: tuple[tuple[int, int
     return max(h for h in range(1, teacher.vit.block_heads[-1] + 1) if common % h == 0)
 
 
+def comparable(student: Network, teacher: Network) -> tuple[str, ...]:
+    """The RELATIONS that can be compared: rotated q and k of a teacher cannot be brought to another grid of patches."""
+    rotated = teacher.vit.switches.rope is not None and teacher.vit.grid != student.vit.grid
+    return tuple(name for name in RELATIONS if not rotated or name == "vv")
+
+
 def relation_kl_of_blocks(student: Network, teacher: Network, heads: int) -> Any:
     """(student's weights, teacher's weights, images) -> KL(teacher || student) by relation; to be jitted.
 
@@ -38,11 +44,11 @@ def relation_kl_of_blocks(student: Network, teacher: Network, heads: int) -> Any
 
     def compare(own: Any, theirs: Any, images: jax.Array) -> dict[str, jax.Array]:
         mine, wanted = student.taps(own, images), teacher.taps(theirs, images)
-        with_cls = all(one.vit.switches.cls_tokens > 0 for one in (student, teacher))
+        prefix = min(1, student.vit.switches.cls_tokens, teacher.vit.switches.cls_tokens)
         found = {}
-        for relation in RELATIONS:
+        for relation in comparable(student, teacher):
             logs = [
-                jnp.stack([_log_softmax(tap, relation, heads, network, student.vit.grid, with_cls) for tap in taps])
+                jnp.stack([_log_softmax(tap, relation, heads, network, student.vit.grid, prefix) for tap in taps])
                 for network, taps in ((student, mine), (teacher, wanted))
             ]
             # One block of the teacher at a time: all pairs of blocks at once would not fit into memory.
@@ -61,20 +67,16 @@ def relation_map(tap: Tap, relation: str, network: Network, query: int) -> jax.A
     return weights[:, :, weights.shape[2] - patches + query, -patches:].mean(axis=1)
 
 
-def _log_softmax(tap: Tap, relation: str, heads: int, network: Network, grid: Grid, with_cls: bool) -> jax.Array:
+def _log_softmax(tap: Tap, relation: str, heads: int, network: Network, grid: Grid, prefix: int) -> jax.Array:
     left, right = (
-        resplit(_tokens(getattr(tap, letter), network, grid, with_cls).astype(jnp.float32), heads)
-        for letter in relation
+        resplit(_tokens(getattr(tap, letter), network, grid, prefix).astype(jnp.float32), heads) for letter in relation
     )
     return jax.nn.log_softmax(scaled_products(left, right), axis=-1)
 
 
-def _tokens(features: jax.Array, network: Network, grid: Grid, with_cls: bool) -> jax.Array:
+def _tokens(features: jax.Array, network: Network, grid: Grid, prefix: int) -> jax.Array:
     """[batch, tokens, heads, head_dim] with the patches on `grid`, after the CLS token or alone."""
-    patches = network.vit.grid[0] * network.vit.grid[1]
-    joined = jnp.concatenate([features[:, :1], features[:, -patches:]], axis=1)
-    resized = resize_tokens(joined, network.vit.grid, grid)
-    return resized if with_cls else resized[:, 1:]
+    return resize_tokens(without_extra_tokens(features, network.vit.prefix, prefix), network.vit.grid, grid, prefix)
 
 
 def _kl(log_student: jax.Array, log_teacher: jax.Array) -> jax.Array:

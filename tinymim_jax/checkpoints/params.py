@@ -73,7 +73,7 @@ def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
         raise CheckpointError(f"{directory} exists and is no export. Choose another directory.")
 
 
-def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_params(path: epath.PathLike, *, cnn: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """(content of model.json, parameters as nested dicts of numpy arrays) of an export or of a training run.
 
     Of a run, the newest intact checkpoint is used and only its parameters are read, in place of which the moving
@@ -82,17 +82,32 @@ def load_params(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Args:
       path: a directory written by `save_params` (or `tinymim convert`), or the workdir of a run.
+      cnn: whether a convolutional network ("backbone" in model.json), which can only be a teacher, is accepted.
 
     Raises:
-      CheckpointError: it is neither, or none of it is intact.
+      CheckpointError: it is neither, or none of it is intact, or it is a convolutional network.
     """
     path = _resolved(path)
     if (path / "params").is_dir():
-        return _load_export(path)
+        model, params = _load_export(path)
+        if "backbone" in model and not cnn:
+            raise CheckpointError(
+                f"{path} is a {model['backbone']['kind']}, which can only be a teacher: distill.teacher.path={path}. "
+                "Give a Vision Transformer"
+            )
+        return model, params
     if (path / "checkpoints").is_dir():
         model, params = _read_model(path), _load_run(path / "checkpoints")
         return model, _with_probed_encoder(path, model, params) if "probe" in model else params
     raise CheckpointError(_not_a_checkpoint(path))
+
+
+def load_record(path: epath.PathLike) -> dict[str, Any]:
+    """The content of model.json of an export or a run, without its parameters. Raises CheckpointError without one."""
+    path = _resolved(path)
+    if not path.exists():
+        raise CheckpointError(_not_a_checkpoint(path))
+    return _read_model(path)
 
 
 def merge(

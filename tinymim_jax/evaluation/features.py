@@ -18,7 +18,7 @@ from tinymim_jax.data.views.transforms import EvalView
 from tinymim_jax.errors import unknown
 from tinymim_jax.evaluation.collect import collect, row_step
 from tinymim_jax.experiment import evaluation_batch_size
-from tinymim_jax.models.heads import POOLS, pool_tokens
+from tinymim_jax.models.heads import POOLS, check_pool, pool_tokens
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
 from tinymim_jax.runtime.progress import format_seconds
@@ -85,11 +85,12 @@ def split_features(
     """
     if pool not in POOLS:
         raise unknown("pool", pool, POOLS)
+    check_pool(encoder, pool)
     mean, std = tuple(config.data.mean), tuple(config.data.std)
 
     def extract(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens: Any = encoder.apply({"params": params}, normalize(batch["image"], mean, std))
-        return pool_tokens(tokens, pool, encoder.prefix), batch["label"]
+        return pool_tokens(tokens, pool, encoder), batch["label"]
 
     batches = eval_batches(
         source,

@@ -42,9 +42,7 @@ def lineage(checkpoint: str) -> list[dict[str, Any]]:
             step[kind] = epath.Path(other).name
             waiting.append(epath.Path(other).expanduser())
         if "licence" not in step and path.name in TEACHERS and not path.exists():
-            step |= {
-                key: value for key, value in {"licence": LICENCES.get(TEACHERS[path.name].family)}.items() if value
-            }
+            step |= {"licence": licence} if (licence := TEACHERS[path.name].licence) else {}
         steps.append(step)
     return steps
 

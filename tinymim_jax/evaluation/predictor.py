@@ -133,7 +133,7 @@ class Model:
 
         def pooled(params: Any, pixels: jax.Array) -> jax.Array:
             tokens: Any = self._encoder.apply({"params": params["encoder"]}, pixels)
-            return pool_tokens(tokens, pool, self._encoder.prefix)
+            return pool_tokens(tokens, pool, self._encoder)
 
         return self._run(pool, images, pooled)
 

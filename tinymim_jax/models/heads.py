@@ -21,10 +21,20 @@ Features = Float[Array, "batch dim"]
 Logits = Float[Array, "batch classes"]
 
 
-def pool_tokens(tokens: Tokens, pool: str, prefix: int) -> Features:
-    """float32: the mean of the patch tokens, which come after `prefix` others, or the 'cls' token."""
+def pool_tokens(tokens: Tokens, pool: str, encoder: ViT) -> Features:
+    """float32: the mean of the patch tokens of `encoder`, or its 'cls' token, of several the first.
+
+    Raises ValueError for 'cls' where the encoder has no CLS token.
+    """
+    check_pool(encoder, pool)
     tokens = tokens.astype(jnp.float32)
-    return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(axis=1)
+    return tokens[:, 0] if pool == "cls" else tokens[:, encoder.prefix :].mean(axis=1)
+
+
+def check_pool(encoder: ViT, pool: str) -> None:
+    """Raises ValueError for 'cls' where the encoder has no CLS token."""
+    if pool == "cls" and not encoder.switches.cls_tokens:
+        raise ValueError("pool='cls', but this encoder has no CLS token: choose 'mean', the mean of the patch tokens")
 
 
 class Widen(nn.Module):
@@ -73,6 +83,7 @@ class Classifier(nn.Module):
     def setup(self):
         if self.pool not in POOLS:
             raise ValueError(f"pool={self.pool!r} is unknown. Choices: {', '.join(map(repr, POOLS))}")
+        check_pool(self.encoder, self.pool)
         if self.norm_first and not (self.hidden_dim and self.pool == "mean"):
             raise ValueError("norm_first=True needs pool='mean' and a hidden_dim: it orders the norm and the widening")
         final_norm = needs_final_norm(self.pool, self.hidden_dim)
@@ -111,9 +122,10 @@ class Classifier(nn.Module):
             tokens = tokens[:, :prefix]  # the other tokens are not read
         if self.hidden_dim and not self.norm_first:
             tokens = self.widen(tokens)
-        read = pool_tokens(tokens, self.pool, prefix)[:, None]
+        read = pool_tokens(tokens, self.pool, self.encoder)[:, None]
         if self.encoder.dist_token:
-            read = jnp.concatenate([read, tokens[:, 1:2].astype(jnp.float32)], axis=1)
+            place = self.encoder.switches.cls_tokens  # DIST comes after the CLS tokens
+            read = jnp.concatenate([read, tokens[:, place : place + 1].astype(jnp.float32)], axis=1)
         if self.pool == "mean":
             read = self.fc_norm(read)
         return self.widen(read).astype(jnp.float32) if self.norm_first else read

@@ -20,32 +20,41 @@ def bilinear_matrix(old: int, new: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def resize_tokens(tokens: Tokens, old: Grid, new: Grid) -> Float[Array, "batch new_tokens *rest"]:
-    """Patch tokens interpolated from the grid `old` (rows, columns) to the grid `new`; the CLS token is kept.
+def resize_tokens(tokens: Tokens, old: Grid, new: Grid, prefix: int = 1) -> Float[Array, "batch new_tokens *rest"]:
+    """Patch tokens interpolated from the grid `old` (rows, columns) to the grid `new`.
 
-    Bilinear, computed in float32 and returned in the dtype of `tokens`. Returns `tokens` if the grids are equal.
+    The `prefix` tokens in front of them, such as CLS, are kept. Bilinear, computed in float32 and returned in the dtype
+    of `tokens`. Returns `tokens` if the grids are equal.
     """
     if old == new:
         return tokens
     batch, count, *rest = tokens.shape
-    if count != 1 + old[0] * old[1]:
-        raise ValueError(f"{count} tokens are not a CLS token and a grid of {old[0]}x{old[1]} patches")
-    grid = tokens[:, 1:].reshape(batch, *old, -1).astype(jnp.float32)
+    if count != prefix + old[0] * old[1]:
+        leading = {0: "", 1: "a CLS token and "}.get(prefix, f"{prefix} tokens and ")
+        raise ValueError(f"{count} tokens are not {leading}a grid of {old[0]}x{old[1]} patches")
+    grid = tokens[:, prefix:].reshape(batch, *old, -1).astype(jnp.float32)
     grid = jnp.einsum("rh,bhwd->brwd", bilinear_matrix(old[0], new[0]), grid, precision="highest")
     grid = jnp.einsum("cw,brwd->brcd", bilinear_matrix(old[1], new[1]), grid, precision="highest")
     patches = grid.reshape(batch, new[0] * new[1], *rest).astype(tokens.dtype)
-    return jnp.concatenate([tokens[:, :1], patches], axis=1)
+    return jnp.concatenate([tokens[:, :prefix], patches], axis=1)
 
 
-def without_dist_token(tokens: Tokens) -> Float[Array, "batch fewer *rest"]:
-    """CLS and patch tokens of CLS, DIST and patch tokens."""
-    return jnp.concatenate([tokens[:, :1], tokens[:, 2:]], axis=1)
+def without_extra_tokens(tokens: Tokens, prefix: int, kept: int = 1) -> Float[Array, "batch fewer *rest"]:
+    """The first `kept` of the `prefix` tokens in front of the patches, and the patch tokens."""
+    if kept > prefix:
+        raise ValueError(f"{kept} of {prefix} tokens in front of the patches cannot be kept")
+    return tokens if kept == prefix else jnp.concatenate([tokens[:, :kept], tokens[:, prefix:]], axis=1)
 
 
-def visible_tokens(tokens: Tokens, keep: Int[Array, "batch kept"]) -> Float[Array, "batch visible *rest"]:
-    """The CLS token and the patch tokens at the positions `keep` of each image (counted from 0, in that order)."""
-    cls = jnp.zeros((keep.shape[0], 1), keep.dtype)
-    positions = jnp.concatenate([cls, keep + 1], axis=1)
+def visible_tokens(
+    tokens: Tokens, keep: Int[Array, "batch kept"], prefix: int = 1
+) -> Float[Array, "batch visible *rest"]:
+    """The `prefix` tokens in front of the patches, and the patch tokens at the positions `keep` of each image.
+
+    Positions are counted from 0 at the first patch; patches are returned in their order.
+    """
+    leading = jnp.broadcast_to(jnp.arange(prefix, dtype=keep.dtype), (keep.shape[0], prefix))
+    positions = jnp.concatenate([leading, keep + prefix], axis=1)
     return jnp.take_along_axis(tokens, positions.reshape(*positions.shape, *(1,) * (tokens.ndim - 2)), axis=1)
 
 

@@ -14,6 +14,7 @@ from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import Masking, random_masking
 from tinymim_jax.ops.patches import patchify
+from tinymim_jax.ops.token_grid import without_extra_tokens
 from tinymim_jax.tasks.pretrained import Loaded, same_part
 from tinymim_jax.tasks.task import Params
 
@@ -34,21 +35,33 @@ def build_decoder(sizes: ConfigDict, encoder: ViT) -> MaeDecoder:
         remat=encoder.remat,
         attention=encoder.attention,
         dtype=encoder.dtype,
+        cls=encoder.switches.cls_tokens > 0,
     )
 
 
-def check_no_dist_token(encoder: ViT) -> None:
-    """Raises ValueError for an encoder with a DIST token, which the MAE decoder does not handle."""
+def check_decodable(encoder: ViT) -> None:
+    """Raises ValueError for an encoder that cannot be trained with hidden patches and a decoder of pixels."""
     if encoder.dist_token:
         raise ValueError(
             "model.dist_token=True: a decoder of pixels reads the CLS and patch tokens only; set it to False. "
             "The token serves classify, and distill without distill.mim_weight"
         )
+    check_maskable(encoder, "mae.mask_ratio")
+
+
+def check_maskable(encoder: ViT, key: str) -> None:
+    """Raises ValueError for an encoder that needs all patches; `key` is the config's key that hides some."""
+    if encoder.switches.relative_bias:
+        raise ValueError(
+            f"{key} hides patches, but the encoder has relative position biases, which are for all patches (BEiT, "
+            "data2vec, segmentation networks): start from another checkpoint, or hide nothing"
+        )
 
 
 def decoder_record(decoder: MaeDecoder) -> dict[str, Any]:
     """The architecture as plain JSON."""
-    return {"embed_dim": decoder.embed_dim, "depth": decoder.depth, "heads": decoder.heads}
+    record = {"embed_dim": decoder.embed_dim, "depth": decoder.depth, "heads": decoder.heads}
+    return record | ({} if decoder.cls else {"cls": False})
 
 
 def fill_decoder(params: Params, loaded: Loaded, decoder: MaeDecoder) -> Params:
@@ -77,7 +90,7 @@ class PixelPrediction:
     def init(self, key: jax.Array) -> Params:
         """Parameters of the decoder, as in an MAE run."""
         masking = random_masking(key, 1, self.student.grid[0] * self.student.grid[1], self.mask_ratio)
-        latent = jnp.zeros((1, 1 + masking.keep.shape[1], self.student.embed_dim))
+        latent = jnp.zeros((1, int(self.decoder.cls) + masking.keep.shape[1], self.student.embed_dim))
         return {"decoder": self.decoder.init(fold_in_name(key, "decoder"), latent, masking.restore)["params"]}
 
     def losses(self, params: Params, tokens: jax.Array, images: jax.Array, masking: Masking) -> jax.Array:
@@ -89,6 +102,7 @@ class PixelPrediction:
           images: the normalized pixels of the whole view.
           masking: which patches were hidden.
         """
+        tokens = without_extra_tokens(tokens, self.student.prefix, int(self.decoder.cls))
         latent: Any = self.student.apply({"params": params["encoder"]}, tokens, method="finish")
         prediction: Any = self.decoder.apply({"params": params["decoder"]}, latent, masking.restore)
         target = patchify(images, self.student.patch_size)
@@ -103,7 +117,7 @@ def pixel_prediction(distill: ConfigDict, student: ViT) -> PixelPrediction | Non
         raise ValueError(f"distill.mim_weight={weight} must not be negative: 0 leaves the loss out")
     if not weight:
         return None
-    check_no_dist_token(student)
+    check_decodable(student)
     if not ratio:
         raise ValueError(
             f"distill.mim_weight={weight} asks for the pixels of hidden patches, but distill.mask_ratio={ratio} hides "

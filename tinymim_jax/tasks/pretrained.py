@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tinymim_jax.checkpoints.params import load_params, merge
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.checkpoints.params import load_params, load_record, merge
+from tinymim_jax.checkpoints.tables import biases_on_grid
 from tinymim_jax.class_names import match_classes
 from tinymim_jax.errors import unknown
-from tinymim_jax.models.switches import Switches
+from tinymim_jax.models.switches import PLAIN, Switches
 from tinymim_jax.models.vit import PRESETS, ViT
 from tinymim_jax.ops.color import IMAGENET_MEAN, IMAGENET_STD
 from tinymim_jax.ops.posembed import resize_table
@@ -59,6 +61,31 @@ def build_encoder(model: ConfigDict, **overrides: Any) -> ViT:
     return ViT(**(fields | overrides))
 
 
+def started_encoder(config: ConfigDict, **overrides: Any) -> ViT:
+    """The encoder that `config.model` describes, with the switches of the checkpoint that `config.init` names, if any.
+
+    So an encoder that starts from another author's model (LayerScale, registers, rotary positions, ...) is that model.
+
+    Args:
+      overrides: fields of ViT that replace those of the config.
+    """
+    return build_encoder(config.model, switches=_switches_of(config.init), **overrides)
+
+
+def _switches_of(path: str) -> Switches:
+    """Those of a checkpoint; the plain ones without one, and for one that is missing: that is reported on reading."""
+    if not path:
+        return PLAIN
+    try:
+        model = _KEPT[path].model if _KEPT is not None and path in _KEPT else load_record(path)
+    except CheckpointError:
+        return PLAIN
+    switches = Switches.from_record(model.get("encoder", {}).get("switches", {}))
+    if switches != PLAIN:
+        log.info("init: the encoder is that of %s: %s", path, switches.record())
+    return switches
+
+
 def compute_dtype(model: ConfigDict) -> Any:
     """`config.model.dtype` as a jax dtype."""
     if model.dtype not in DTYPES:
@@ -96,11 +123,11 @@ def keeping_checkpoints() -> Iterator[dict[str, Loaded]]:
         _KEPT = None
 
 
-def load(path: str) -> Loaded:
-    """Reads an export, what `tinymim convert` wrote, or the workdir of a run."""
+def load(path: str, *, cnn: bool = False) -> Loaded:
+    """Reads an export, what `tinymim convert` wrote, or the workdir of a run; see `load_params`."""
     if _KEPT is not None and path in _KEPT:
         return _KEPT[path]
-    model, params = load_params(path)
+    model, params = load_params(path, cnn=cnn)
     loaded = Loaded(path, model, params)
     if _KEPT is not None:
         _KEPT[path] = loaded
@@ -176,8 +203,8 @@ def fit_positions(loaded: Loaded, encoder: ViT) -> Params:
     token and the checkpoint has none, its position is zeros, as the CLS token's is. An encoder with a fixed sin-cos
     table has no such parameter, so a table in the checkpoint must equal it; any other is a ValueError.
     """
-    params = dict(loaded.params["encoder"])
     record = ViT.from_record(loaded.model["encoder"])
+    params = dict(biases_on_grid(loaded.params["encoder"], record, encoder))
     if record.dist_token and not encoder.dist_token:
         raise ValueError(f"{loaded.path} has a distillation token: set model.dist_token=True")
     table = params.pop("pos_embed", None)
@@ -203,7 +230,8 @@ def fill_encoder(
 
     Parameters that differ in name or shape are an error that lists them. Numbers of attention heads do not show in
     shapes, so the recorded ones are compared, unless `same_heads` is False. A DIST token that the checkpoint lacks
-    keeps its initial value, with a log line. So do, without one, parameters named in `new` that it lacks.
+    keeps its initial value, with a log line; so does a final norm that an encoder of another author lacks. So do,
+    without one, parameters named in `new` that it lacks.
     """
     if same_heads and tuple(loaded.model["encoder"]["heads"]) != encoder.block_heads:
         raise ValueError(
@@ -216,5 +244,21 @@ def fill_encoder(
     if encoder.dist_token and no_token:
         log.info("init: %s has no DIST token; it starts from its initialization", loaded.path)
     missing = (*new, *(["dist_token"] if no_token else []))
-    filled = merge(params["encoder"], fit_positions(loaded, encoder), allow_missing=missing, allow_unused=unused)
+    if encoder.final_norm and "norm" not in loaded.params["encoder"] and "switches" in loaded.model["encoder"]:
+        log.info("init: %s has no final norm; it starts from its initialization", loaded.path)
+        missing = (*missing, "norm")
+    try:
+        filled = merge(params["encoder"], fit_positions(loaded, encoder), allow_missing=missing, allow_unused=unused)
+    except CheckpointError as error:
+        raise CheckpointError(f"init={loaded.path}: {error}{_other_sizes(loaded, encoder)}") from error
     return params | {"encoder": filled}
+
+
+def _other_sizes(loaded: Loaded, encoder: ViT) -> str:
+    """The overrides that give the config's encoder the sizes of the loaded one; '' where they are equal."""
+    record = ViT.from_record(loaded.model["encoder"])
+    names = ("embed_dim", "depth", "patch_size", "mlp_ratio")
+    words = [
+        f"model.{name}={getattr(record, name)}" for name in names if getattr(record, name) != getattr(encoder, name)
+    ]
+    return f"\nIts sizes differ from those of the config; add {' '.join(words)}" if words else ""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.convert.errors import ConvertError
-from tinymim_jax.models.heads import Classifier, pool_tokens
+from tinymim_jax.models.heads import Classifier, check_pool, pool_tokens
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.posembed import sincos_table
 
@@ -44,6 +44,7 @@ class Network:
                 "the checkpoint has no classifier, so there are no logits to export: choose --features mean, cls or "
                 "tokens to export the encoder, or fine-tune it first. Segmentation heads cannot be exported yet"
             )
+        check_pool(self.encoder, self.output)
 
     @property
     def encoder(self) -> ViT:
@@ -94,7 +95,7 @@ class Network:
         def features(params: Any, pixels: jax.Array) -> jax.Array:
             tokens = encoder.apply({"params": params["encoder"]}, pixels)
             tokens = tokens.astype(jnp.float32)
-            return tokens if self.output == "tokens" else pool_tokens(tokens, self.output, encoder.prefix)
+            return tokens if self.output == "tokens" else pool_tokens(tokens, self.output, encoder)
 
         return features
 

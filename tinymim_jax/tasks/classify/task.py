@@ -26,11 +26,11 @@ from tinymim_jax.tasks.classify.teacher import SupervisedTeacher, reorder_heads,
 from tinymim_jax.tasks.pretrained import (
     OFFICIAL_HEADS,
     Loaded,
-    build_encoder,
     class_order,
     fill_encoder,
     load,
     log_unused,
+    started_encoder,
 )
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType, nothing_frozen
@@ -195,7 +195,7 @@ def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     choice, last_block = config.classify.heads, config.classify.last_block
     check_last_block(last_block, pretrained=loaded is not None)
     final_norm = needs_final_norm(config.classify.pool, config.classify.hidden_dim)
-    encoder = build_encoder(config.model, final_norm=final_norm)
+    encoder = started_encoder(config, final_norm=final_norm)
     if last_block == "drop":
         encoder = without_last_block(encoder)
     if choice == "official":

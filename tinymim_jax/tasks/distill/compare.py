@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinymim_jax.models.blocks import Tap
+from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.distill.adapters import adapt, init_adapter
@@ -60,7 +61,7 @@ def _standardized(teacher: Extracted, statistics: Params, images: int) -> tuple[
     return {name: standardize(value, statistics[name]) for name, value in teacher.items()}, statistics
 
 
-def init_comparison(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher: ViT) -> Params:
+def init_comparison(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher: ViT | ConvNet) -> Params:
     """Fresh "adapter" and "statistics" for each array of each pair, as far as the targets have them."""
     adapters, statistics = {}, {}
     for i, pair in enumerate(pairs):
@@ -77,14 +78,14 @@ def init_comparison(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher
     return ({"adapter": adapters} if adapters else {}) | ({"statistics": statistics} if statistics else {})
 
 
-def comparison_record(distill: ConfigDict, pairs: Sequence[Pair], teacher: ViT) -> dict[str, Any]:
+def comparison_record(distill: ConfigDict, pairs: Sequence[Pair], teacher: ViT | ConvNet) -> dict[str, Any]:
     """What adapters and statistics were made for, as plain JSON: they fit no other target, blocks or width."""
     blocks = [[pair.blocks.student, pair.blocks.teacher] for pair in pairs]
     record = {"target": distill.target, "blocks": blocks, "embed_dim": teacher.embed_dim}
     return record | ({"kind": distill.adapter} if distill.adapter != "linear" else {})
 
 
-def _sizes(pair: Pair, student: ViT, teacher: ViT) -> tuple[int, int]:
+def _sizes(pair: Pair, student: ViT, teacher: ViT | ConvNet) -> tuple[int, int]:
     """Of student and teacher: the numbers of heads for an adapter of attention maps, else the widths."""
     if pair.target.adapter == "heads":
         return student.block_heads[pair.blocks.student - 1], teacher.block_heads[pair.blocks.teacher - 1]

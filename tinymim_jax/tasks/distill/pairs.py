@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tinymim_jax.errors import unknown
+from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.tasks.distill.parts import Part, read_parts
 from tinymim_jax.tasks.distill.target import Target
@@ -106,7 +107,7 @@ def _check_block(key: str, block: int, depth: int, whose: str) -> None:
         raise ValueError(f"{key}: the {whose} has no block {block}; it has blocks 1 to {depth}")
 
 
-def align_heads(distill: ConfigDict, student: ViT, teacher: ViT, pairs: Sequence[Blocks]) -> ViT:
+def align_heads(distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, pairs: Sequence[Blocks]) -> ViT:
     """The student with the attention heads that `distill.heads` asks for."""
     if distill.heads not in HEADS:
         raise unknown("distill.heads", distill.heads, HEADS)
@@ -115,7 +116,7 @@ def align_heads(distill: ConfigDict, student: ViT, teacher: ViT, pairs: Sequence
             f"distill.relation_heads={distill.relation_heads} needs distill.heads='resplit', but that is "
             f"{distill.heads!r}: set it, or distill.relation_heads=None"
         )
-    if distill.heads != "adaptive":
+    if distill.heads != "adaptive" or isinstance(teacher, ConvNet):
         return student
     heads, given = list(student.block_heads), {}
     for pair in pairs:
@@ -133,7 +134,7 @@ def align_heads(distill: ConfigDict, student: ViT, teacher: ViT, pairs: Sequence
 
 
 def make_pairs(
-    distill: ConfigDict, student: ViT, teacher: ViT, comparisons: Sequence[tuple[Part, Blocks]]
+    distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, comparisons: Sequence[tuple[Part, Blocks]]
 ) -> tuple[Pair, ...]:
     """The pairs with their targets; there are as many relation heads as the teacher has unless the config says more."""
     several_blocks = len({(blocks.student, blocks.teacher) for _, blocks in comparisons}) > 1
@@ -162,7 +163,7 @@ def make_pairs(
     return tuple(pairs)
 
 
-def _options(distill: ConfigDict, part: Part, student: ViT, teacher: ViT, blocks: Blocks) -> dict[str, Any]:
+def _options(distill: ConfigDict, part: Part, student: ViT, teacher: ViT | ConvNet, blocks: Blocks) -> dict[str, Any]:
     """Arguments of `find_target`: the config's, and in place of them those of the part."""
     options: dict[str, Any] = {
         "relation_loss": distill.relation_loss,

@@ -11,25 +11,28 @@ from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.checkpoints.params import merge
+from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.token_grid import visible_tokens
 from tinymim_jax.tasks.decoder import PixelPrediction, decoder_record, fill_decoder, pixel_prediction
+from tinymim_jax.tasks.distill.checks import check_targets
+from tinymim_jax.tasks.distill.cnn import cnn_teacher, cnn_weights
 from tinymim_jax.tasks.distill.compare import compare, comparison_record, init_comparison
 from tinymim_jax.tasks.distill.pairs import Pair, align_heads, find_comparisons, make_pairs
 from tinymim_jax.tasks.distill.parts import read_parts
 from tinymim_jax.tasks.distill.teachers import find_teacher, how_to_get, teacher_stand_in
-from tinymim_jax.tasks.distill.views import Inputs, build_inputs, compared, compared_prefix
+from tinymim_jax.tasks.distill.views import Inputs, build_inputs, compared
 from tinymim_jax.tasks.pretrained import (
     Loaded,
     Numbers,
-    build_encoder,
     compute_dtype,
     fill_encoder,
     fit_positions,
     load,
     log_unused,
     same_part,
+    started_encoder,
     teacher_pixels,
     teacher_record,
 )
@@ -67,7 +70,7 @@ class Distillation:
     """
 
     student: ViT
-    teacher: ViT
+    teacher: ViT | ConvNet
     pairs: tuple[Pair, ...]
     inputs: Inputs
     mim: PixelPrediction | None
@@ -99,12 +102,12 @@ class Distillation:
             drop_key=fold_in_name(key, "drop_path") if train else None,
             method="encode",
         )
-        seen = [compared(tap, self.student) for tap in seen_by_student[: len(self.pairs)]]
-        prefix = compared_prefix(self.student, self.teacher)
+        prefix = self.inputs.prefix
+        seen = [compared(tap, self.student, prefix) for tap in seen_by_student[: len(self.pairs)]]
         deepest = max(range(len(seen)), key=lambda i: self.pairs[i].blocks.student)
         chosen: Any = self.inputs.chosen(seen[deepest], prefix)
         if chosen is not None:
-            seen = [jax.tree.map(lambda tokens: visible_tokens(tokens, chosen), tap) for tap in seen]
+            seen = [jax.tree.map(lambda tokens: visible_tokens(tokens, chosen, prefix), tap) for tap in seen]
         seen_by_teacher: Any = self.teacher.apply(
             {"params": frozen},
             teacher_view,
@@ -113,7 +116,7 @@ class Distillation:
             drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
             method="encode",
         )
-        wanted = [self.inputs.aligned(compared(tap, self.teacher), masking) for tap in seen_by_teacher]
+        wanted = [self.inputs.aligned(compared(tap, self.teacher, prefix), masking) for tap in seen_by_teacher]
         values = compare(self.pairs, params, seen, wanted, prefix=prefix, images=self.images if train else 0)
         if self.mim:
             assert masking is not None
@@ -125,16 +128,24 @@ class Distillation:
 def _distillation(config: ConfigDict, loaded: Loaded, pixels: tuple[Numbers, Numbers]) -> Distillation:
     distill = config.distill
     teacher, tap = _teacher(loaded, config)
-    student = build_encoder(config.model)
+    student = started_encoder(config)
     comparisons = find_comparisons(distill, student.depth, teacher.depth, tap)
     student = align_heads(distill, student, teacher, [blocks for _, blocks in comparisons])
     if distill.statistics_images < 1:
         raise ValueError(f"distill.statistics_images={distill.statistics_images} must be positive")
+    pairs = make_pairs(distill, student, teacher, comparisons)
+    inputs = build_inputs(config, student, teacher, pixels)
+    check_targets(pairs, student, teacher, inputs.prefix)
+    if inputs.dropped and (inputs.prefix == 0 or isinstance(teacher, ConvNet)):
+        raise ValueError(
+            f"distill.teacher.drop_patches={inputs.dropped}: the patches are chosen by the student's CLS token and hidden "
+            "from the teacher, which needs a student and a ViT teacher with CLS tokens: set it to 0"
+        )
     return Distillation(
         student=student,
         teacher=teacher,
-        pairs=make_pairs(distill, student, teacher, comparisons),
-        inputs=build_inputs(config, student, teacher, pixels),
+        pairs=pairs,
+        inputs=inputs,
         mim=pixel_prediction(distill, student),
         images=distill.statistics_images,
     )
@@ -157,8 +168,10 @@ def _compared(method: Distillation) -> dict[str, Any]:
     return {"image_size": list(method.teacher.image_size), "blocks": pairs}
 
 
-def _frozen(loaded: Loaded, teacher: ViT, last: int) -> Params:
+def _frozen(loaded: Loaded, teacher: ViT | ConvNet, last: int) -> Params:
     """The teacher's weights up to block `last`: later ones are never run, so they take no memory on the device."""
+    if isinstance(teacher, ConvNet):
+        return cnn_weights(loaded, teacher)
     unused = {f"blocks_{i}" for i in range(last, teacher.depth)} | {"norm"}
     used = {name: leaf for name, leaf in fit_positions(loaded, teacher).items() if name not in unused}
     return jax.tree.map(lambda leaf: np.asarray(leaf, teacher.dtype), used)
@@ -186,14 +199,17 @@ def _load_teacher(teacher: ConfigDict) -> Loaded:
             + "\nand add distill.teacher.path=teachers/mae_vit_large"
         )
     try:
-        return load(teacher.path)
+        return load(teacher.path, cnn=True)
     except CheckpointError as error:
         hint = f"\nTo get it: {how_to_get(teacher.name, teacher.path)}" if teacher.name else ""
         raise CheckpointError(f"distill.teacher.path: {error}{hint}") from error
 
 
-def _teacher(loaded: Loaded, config: ConfigDict) -> tuple[ViT, int]:
+def _teacher(loaded: Loaded, config: ConfigDict) -> tuple[ViT | ConvNet, int]:
     """The frozen encoder at the config's image size, and the block that is tapped."""
+    if "backbone" in loaded.model:
+        network = cnn_teacher(loaded, config)
+        return network, network.depth
     record = loaded.model["encoder"]
     tap = config.distill.teacher.tap
     if config.distill.teacher.name:

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tinymim_jax.models.blocks import Tap
+from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import color_jitter, denormalize, normalize
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.masking import Masking, greyed, kept_patches, most_attended, random_masking
-from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens, without_dist_token
+from tinymim_jax.ops.token_grid import Grid, resize_images, resize_tokens, visible_tokens, without_extra_tokens
+from tinymim_jax.tasks.decoder import check_maskable
 from tinymim_jax.tasks.pretrained import Numbers
 
 
@@ -27,6 +29,7 @@ class Inputs:
     dropped: share of the patches that the teacher is not shown: those to which the student's CLS token attends least.
     grid, teacher_grid: patches (rows, columns) of each.
     teacher_size: height and width of the teacher's images, in pixels.
+    prefix: tokens before the patches that are compared, see `compared_prefix`.
     """
 
     jitter: dict[str, float]
@@ -41,6 +44,7 @@ class Inputs:
     grid: Grid
     teacher_grid: Grid
     teacher_size: tuple[int, int]
+    prefix: int = 1
 
     def views(self, images: jax.Array, key: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         """Normalized pixels for student and teacher from uint8 [batch, height, width, 3]."""
@@ -82,29 +86,29 @@ class Inputs:
         return most_attended(tap.q, tap.k, prefix=prefix, kept=kept)
 
     def aligned(self, tap: Tap, masking: Masking | None) -> Tap:
-        """The teacher's tap with the tokens of the student's: on the student's grid, the visible patches only."""
+        """The teacher's `compared` tap on the student's tokens: on the student's grid, the visible patches only."""
         if self.teacher_grid != self.grid:
-            tap = jax.tree.map(lambda tokens: resize_tokens(tokens, self.teacher_grid, self.grid), tap)
+            tap = jax.tree.map(lambda tokens: resize_tokens(tokens, self.teacher_grid, self.grid, self.prefix), tap)
         if masking is not None and not self.teacher_masked:
-            tap = jax.tree.map(lambda tokens: visible_tokens(tokens, masking.keep), tap)
+            tap = jax.tree.map(lambda tokens: visible_tokens(tokens, masking.keep, self.prefix), tap)
         return tap
 
 
-def compared(tap: Tap, network: ViT) -> Tap:
-    """The tap without the DIST token, where the network has one.
+def compared(tap: Tap, network: ViT | ConvNet, prefix: int = 1) -> Tap:
+    """The tap of `network` with the tokens on which student and teacher are compared: those that both have.
 
-    Student and teacher are compared on the tokens that both have, CLS and patches, so no softmax of a relation includes
-    the DIST token. (The authors pre-train without it and add it for fine-tuning.)
+    These are the CLS token (of several the first), where `prefix` is 1, and the patches. No softmax of a relation
+    includes a DIST token (the authors pre-train without it and add it for fine-tuning) or a register.
     """
-    return jax.tree.map(without_dist_token, tap) if network.dist_token else tap
+    return jax.tree.map(lambda tokens: without_extra_tokens(tokens, network.prefix, prefix), tap)
 
 
-def compared_prefix(student: ViT, teacher: ViT) -> int:
-    """Number of tokens before the patches in what `compared` returns for both networks."""
-    return 1
+def compared_prefix(student: ViT, teacher: ViT | ConvNet) -> int:
+    """Number of tokens before the patches in `compared` taps of these networks: 1, or 0 where one has no CLS token."""
+    return min(1, student.switches.cls_tokens, teacher.switches.cls_tokens)
 
 
-def build_inputs(config: ConfigDict, student: ViT, teacher: ViT, pixels: tuple[Numbers, Numbers]) -> Inputs:
+def build_inputs(config: ConfigDict, student: ViT, teacher: ViT | ConvNet, pixels: tuple[Numbers, Numbers]) -> Inputs:
     """The inputs of `config` for these networks.
 
     Args:
@@ -120,6 +124,10 @@ def build_inputs(config: ConfigDict, student: ViT, teacher: ViT, pixels: tuple[N
             "distill.teacher.masked=True hides the student's hidden patches from the teacher, but "
             f"distill.mask_ratio={ratio}: set it, for example to 0.75, or distill.teacher.masked=False"
         )
+    if ratio:
+        check_maskable(student, f"distill.mask_ratio={ratio}")
+    if masked and isinstance(teacher, ViT):
+        check_maskable(teacher, "distill.teacher.masked=True")
     if masked and student.grid != teacher.grid:
         raise ValueError(
             f"distill.teacher.masked=True needs the same grid of patches for both, but the student's is {student.grid} "
@@ -145,6 +153,7 @@ def build_inputs(config: ConfigDict, student: ViT, teacher: ViT, pixels: tuple[N
         grid=student.grid,
         teacher_grid=teacher.grid,
         teacher_size=(teacher.image_size[0], teacher.image_size[1]),
+        prefix=compared_prefix(student, teacher),
     )
 
 

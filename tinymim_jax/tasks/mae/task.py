@@ -12,16 +12,16 @@ from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.losses import masked_pixel_loss
 from tinymim_jax.ops.masking import greyed, random_masking
 from tinymim_jax.ops.patches import patchify
-from tinymim_jax.tasks.decoder import build_decoder, check_no_dist_token, decoder_record, fill_decoder
-from tinymim_jax.tasks.pretrained import build_encoder, fill_encoder, load, log_unused
+from tinymim_jax.tasks.decoder import build_decoder, check_decodable, decoder_record, fill_decoder
+from tinymim_jax.tasks.pretrained import fill_encoder, load, log_unused, started_encoder
 from tinymim_jax.tasks.task import Batch, Params, PerExample, Task, TaskType
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     """The task of `config`; labels are not used."""
     del class_names
-    encoder = build_encoder(config.model)
-    check_no_dist_token(encoder)
+    encoder = started_encoder(config)
+    check_decodable(encoder)
     decoder = build_decoder(config.mae, encoder)
     network = MaskedAutoencoder(encoder, decoder)
     mask_ratio, normalize_pixels = config.mae.mask_ratio, config.mae.normalize_pixels

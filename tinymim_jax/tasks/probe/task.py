@@ -16,7 +16,7 @@ from tinymim_jax.checkpoints.format import digest
 from tinymim_jax.checkpoints.linear_probes import probed_params, with_neutral_batch_norm
 from tinymim_jax.class_names import ClassMismatch
 from tinymim_jax.errors import unknown
-from tinymim_jax.models.heads import POOLS, Classifier
+from tinymim_jax.models.heads import POOLS, Classifier, check_pool
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.batch_norm import batch_moments, batch_norm, update_running_stats
 from tinymim_jax.ops.color import normalize
@@ -137,6 +137,7 @@ def probed_network(loaded: Loaded, model: ConfigDict, pool: str, classes: int) -
         attention=model.attention,
         dtype=compute_dtype(model),
     )
+    check_pool(encoder, pool)
     return Classifier(encoder, classes=classes, pool=pool)
 
 

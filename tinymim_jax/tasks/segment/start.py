@@ -2,14 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from tinymim_jax.class_names import ClassMismatch, match_classes
 from tinymim_jax.models.segmentation import SegmentationNetwork
-from tinymim_jax.ops.relative_bias import resize_bias_table
 from tinymim_jax.tasks.pretrained import Loaded, fill_encoder, log_unused
 from tinymim_jax.tasks.task import Params
 
@@ -22,8 +20,7 @@ def start_from(loaded: Loaded, network: SegmentationNetwork, class_names: Sequen
     What the checkpoint lacks of the encoder's additions (relative biases, factors of branches, the final norm) keeps
     its initial values. Relative biases for another grid of patches are resized.
     """
-    fitted = with_fitted_biases(loaded, network)
-    filled = fill_encoder(params, fitted, network.encoder, same_heads=False, new=_additions(network))
+    filled = fill_encoder(params, loaded, network.encoder, same_heads=False, new=_additions(network))
     record = loaded.model.get("segmenter")
     if network.widen and "widen" in loaded.params:
         filled = filled | {"widen": jax.tree.map(np.asarray, loaded.params["widen"])}
@@ -34,25 +31,6 @@ def start_from(loaded: Loaded, network: SegmentationNetwork, class_names: Sequen
         log.warning("the head of %s (%s) does not fit and is initialized anew", loaded.path, record)
         return filled
     return filled | _loaded_heads(loaded, class_names)
-
-
-def with_fitted_biases(loaded: Loaded, network: SegmentationNetwork) -> Loaded:
-    """The checkpoint with its tables of relative position biases resized to the grid of `network`'s encoder."""
-    record = loaded.model["encoder"]
-    if not record.get("switches", {}).get("relative_bias"):
-        return loaded
-    height, width = record["image_size"]
-    grid = height // record["patch_size"], width // record["patch_size"]
-    if grid == network.encoder.grid:
-        return loaded
-    prefix = network.encoder.prefix
-
-    def fit(path: Any, leaf: Any) -> Any:
-        is_table = path[-1].key == "relative_bias"
-        return resize_bias_table(np.asarray(leaf), grid, network.encoder.grid, prefix) if is_table else leaf
-
-    encoder = jax.tree_util.tree_map_with_path(fit, loaded.params["encoder"])
-    return Loaded(loaded.path, loaded.model, loaded.params | {"encoder": encoder})
 
 
 def _additions(network: SegmentationNetwork) -> tuple[str, ...]:

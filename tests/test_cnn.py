@@ -1,0 +1,113 @@
+"""ConvNeXt and ResNet against timm: the maps of every stage, and their use as teachers."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinymim_jax.convert.cnn import from_cnn
+from tinymim_jax.convert.errors import ConvertError
+from tinymim_jax.convert.readers import read_contents
+from tinymim_jax.models.cnn import ConvNet
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "teachers"
+KINDS = ("convnext", "resnet")
+
+
+def state_of(kind: str) -> dict:
+    return dict(read_contents(GOLDEN / f"timm_{kind}.safetensors").data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stage(kind):
+    with np.load(GOLDEN / f"timm_{kind}.npz") as file:
+        want = dict(file)
+    model, params = from_cnn(state_of(kind), want["images"].shape[1:3])
+    network = ConvNet.from_record(json.loads(json.dumps(model["backbone"])))
+    assert network.record() == model["backbone"]
+    images = jnp.asarray(want["images"])
+    stages = jax.jit(network.stages)(params["backbone"], images)
+    assert len(stages) == sum(name.startswith("stage_") for name in want)
+    for i, maps in enumerate(stages):
+        np.testing.assert_allclose(maps, want[f"stage_{i}"], atol=5e-5, rtol=0, err_msg=f"stage {i}")
+    np.testing.assert_allclose(stages[-1], want["final"], atol=5e-5, rtol=0)
+    (tap,) = network.apply({"params": params["backbone"]}, images, tap=(4,))
+    np.testing.assert_allclose(tap.output, want["final"].reshape(1, -1, network.embed_dim), atol=5e-5)
+    assert network.grid == want["final"].shape[1:3]
+    assert network.embed_dim == want["final"].shape[3]
+
+
+def test_two_convolutions_in_a_block():
+    """ResNet-18's blocks against numpy: a stride of 1 and of 2."""
+    rng = np.random.default_rng(0)
+    state = state_of("resnet")
+    widths = {1: (4, 64), 2: (6, 4)}
+    small = {name: x for name, x in state.items() if not name.startswith(("layer", "fc"))}
+    for i, (out, into) in widths.items():
+        small |= {
+            f"layer{i}.0.conv1.weight": rng.normal(0, 0.2, (out, into, 3, 3)),
+            f"layer{i}.0.conv2.weight": rng.normal(0, 0.2, (out, out, 3, 3)),
+            f"layer{i}.0.downsample.0.weight": rng.normal(0, 0.2, (out, into, 1, 1)),
+        }
+        for name in ("bn1", "bn2", "downsample.1"):
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                small[f"layer{i}.0.{name}.{part}"] = rng.uniform(0.5, 1, out)
+    small = {name: np.asarray(x, np.float32) for name, x in small.items()}
+    model, params = from_cnn(small, (32, 32))
+    network = ConvNet.from_record(model["backbone"])
+    assert (network.widths, network.blocks, network.grid) == ((4, 6), (1, 1), (4, 4))
+    _, first, second = network.stages(params["backbone"], jnp.asarray(rng.normal(size=(1, 32, 32, 3)), jnp.float32))
+
+    def conv(x, kernel, stride):
+        half = kernel.shape[2] // 2
+        x = np.pad(x, ((half, half), (half, half), (0, 0)))
+        rows = range(0, x.shape[0] - kernel.shape[2] + 1, stride)
+        size = kernel.shape[2]
+        return np.array([[np.einsum("rci,oirc->o", x[r : r + size, c : c + size], kernel) for c in rows] for r in rows])
+
+    def norm(x, name):
+        w, b, mean, var = (small[f"layer2.0.{name}.{p}"] for p in ("weight", "bias", "running_mean", "running_var"))
+        return (x - mean) / np.sqrt(var + 1e-5) * w + b
+
+    x = np.asarray(first, np.float64)[0]
+    y = np.maximum(norm(conv(x, small["layer2.0.conv1.weight"], 2), "bn1"), 0)
+    y = norm(conv(y, small["layer2.0.conv2.weight"], 1), "bn2")
+    want = np.maximum(y + norm(conv(x, small["layer2.0.downsample.0.weight"], 2), "downsample.1"), 0)
+    np.testing.assert_allclose(second[0], want, atol=1e-4)
+
+
+def test_the_authors_names_of_convnext():
+    theirs = {
+        name.replace("stem.", "downsample_layers.0.")
+        .replace(".blocks.", ".")
+        .replace("conv_dw", "dwconv")
+        .replace("mlp.fc", "pwconv"): x
+        for name, x in state_of("convnext").items()
+    }
+    theirs = {
+        f"downsample_layers.{name[7]}.{name.partition('downsample.')[2]}" if ".downsample." in name else name: x
+        for name, x in theirs.items()
+    }
+    assert "stages.0.0.dwconv.weight" in theirs
+    assert "downsample_layers.3.1.bias" in theirs
+    assert from_cnn(theirs, None)[0] == from_cnn(state_of("convnext"), None)[0]
+    jax.tree.map(np.testing.assert_array_equal, from_cnn(theirs, None)[1], from_cnn(state_of("convnext"), None)[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("resnet", {"layer1.0.se.fc1.weight": np.ones(2)}, r"not known of a resnet: layer1\.0\.se\.fc1\.weight"),
+        ("convnext", {"stages.0.blocks.0.mlp.grn.weight": np.ones(2)}, r"mlp\.grn\.weight.*not V2"),
+        ("convnext", {"stages.1.blocks.0.norm.weight": None}, "not hold a whole convnext: 'weight' is missing"),
+    ],
+)
+def test_other_networks(kind, change, message):
+    state = state_of(kind) | change
+    with pytest.raises(ConvertError, match=message):
+        from_cnn({name: x for name, x in state.items() if x is not None}, None)
+    with pytest.raises(ConvertError, match="neither a ConvNeXt nor a ResNet"):
+        from_cnn({"a": np.ones(2)}, None)
