@@ -7,11 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import DIGITS, small_config
 
+from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.cli.main import main
+from tinymim_jax.convert import convert_file
 from tinymim_jax.convert.cnn import from_cnn
 from tinymim_jax.convert.errors import ConvertError
 from tinymim_jax.convert.readers import read_contents
 from tinymim_jax.models.cnn import ConvNet
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.color import IMAGENET_MEAN, IMAGENET_STD, normalize
+from tinymim_jax.ops.losses import smooth_l1
+from tinymim_jax.ops.token_grid import bilinear_matrix, resize_images
+from tinymim_jax.tasks import TASKS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "teachers"
 KINDS = ("convnext", "resnet")
@@ -111,3 +121,75 @@ def test_other_networks(kind, change, message):
         from_cnn({name: x for name, x in state.items() if x is not None}, None)
     with pytest.raises(ConvertError, match="neither a ConvNeXt nor a ResNet"):
         from_cnn({"a": np.ones(2)}, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cnns")
+    for kind in KINDS:
+        words = ["convert", "--input", str(GOLDEN / f"timm_{kind}.safetensors"), "--output", str(path / kind)]
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--image_size", "32", "32", "--licence", "mit"])
+        assert not end.value.code
+    return path
+
+
+def distill(folder, kind: str, *words: str):
+    size = ("model.image_size=(32,32)", "model.patch_size=8", "data.eval_resize=32", "distill.target=output")
+    return small_config("distill", *size, f"distill.teacher.path={folder / kind}", *words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_of_another_kind(folder, kind):
+    """Its last map, brought to the student's grid, is what the student's adapted patches are compared with."""
+    words = [f"distill.jitter.{name}=0.0" for name in ("brightness", "contrast", "saturation")]
+    config = distill(folder, kind, *words, "distill.teacher.image_size=(64,64)", "model.dtype=float32")
+    task = TASKS["distill"].build(config, DIGITS)
+    params, frozen = task.init(jax.random.key(2)), task.load_frozen()
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
+    batch = {"image": images, "label": jnp.zeros(2, jnp.int32)}
+    got = jax.jit(task.losses, static_argnums=4)(params, frozen, batch, jax.random.key(0), False)
+    model, weights = load_params(folder / kind, cnn=True)
+    assert model["source"] | {"licence": "mit"} == model["source"]
+    network = ConvNet.from_record(model["backbone"], image_size=(64, 64))
+    pixels = normalize(resize_images(images.astype(jnp.float32), (64, 64)), IMAGENET_MEAN, IMAGENET_STD)
+    maps = network.stages(weights["backbone"], pixels)[-1]
+    assert maps.shape[1:3] == (2, 2)
+    wide = jnp.einsum("rh,cw,bhwd->brcd", *[bilinear_matrix(2, 4)] * 2, maps).reshape(2, 16, -1)
+    normed = (wide - wide.mean(-1, keepdims=True)) / jnp.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    student = ViT.from_record(task.model["encoder"])
+    assert student.block_heads == (2, 2)
+    own = student.apply({"params": params["encoder"]}, normalize(images, *[(0.5,) * 3] * 2), tap=2, method="encode")
+    adapter = params["adapter"]["taps_0"]["output"]
+    features = own.output[:, 1:] @ adapter["kernel"] + adapter["bias"]
+    np.testing.assert_allclose(got["output"], smooth_l1(features, normed, beta=2.0), rtol=1e-3)
+    gradient = jax.grad(lambda p: task.losses(p, frozen, batch, jax.random.key(0), True)["loss"].mean())(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert task.origin["teacher"]["image_size"] == [64, 64]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill.target=qk_vv"], r"teacher is a resnet, which has no qk, vv.*Choose distill\.target=output"),
+        (["distill.target=qkv"], "has no q, k, v"),
+        (["distill.target=cls"], "has no cls"),
+        (["distill.teacher.image_size=(48,48)"], r"one position for 32 pixels.*images of 48x48"),
+        (["distill.teacher.tap=2"], "the last stage, 4, is compared"),
+        (["distill.mask_ratio=0.5", "distill.teacher.masked=True"], "sees whole images as they are"),
+        (["distill.teacher.name=mae_vit_base"], r"names a ViT: set it to ''"),
+    ],
+)
+def test_what_such_a_teacher_cannot_do(folder, words, message):
+    with pytest.raises(ValueError, match=message):
+        TASKS["distill"].build(distill(folder, "resnet", *words), DIGITS)
+
+
+def test_it_can_only_be_a_teacher(folder):
+    with pytest.raises(CheckpointError, match=r"is a convnext, which can only be a teacher: distill\.teacher\.path"):
+        load_params(folder / "convnext")
+    config = small_config("finetune", f"init={folder / 'convnext'}")
+    with pytest.raises(CheckpointError, match="can only be a teacher"):
+        TASKS["classify"].build(config, DIGITS)
+    with pytest.raises(ConvertError, match=r"timm_resnet.*--heads has no meaning"):
+        convert_file("auto", GOLDEN / "timm_resnet.safetensors", heads=4)

@@ -110,15 +110,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         model, params = convert_file(family, options.input, given=given, **arguments)
     save_params(options.output, params, model)
-    encoder, source = model["encoder"], model["source"]
-    parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
-    parts += ", segmentation network" * ("segmenter" in model)
-    assumed = " (assumed: those of the published model of this width)" * ("heads" in source.get("assumed", []))
-    print(
-        f"{options.output}: {source.get('family', family)}, {parts}; "
-        f"width {encoder['embed_dim']}, {encoder['depth']} blocks, heads {encoder['heads']}"
-        f"{assumed}"
-    )
+    source = model["source"]
+    print(f"{options.output}: {_architecture(model, family)}")
     if "taken" in source:
         print(f"  taken: {source['taken']}")
     for text in source.get("left_out", []):
@@ -172,3 +165,19 @@ def _read_export(family: str, path: str, arguments: dict[str, Any], given: Any) 
     from tinymim_jax.convert.formats.onnx import read_file
 
     return read_file(path, given=given)
+
+
+def _architecture(model: dict, family: str) -> str:
+    source = model["source"]
+    if "backbone" in model:
+        backbone = model["backbone"]
+        widths, blocks = (", ".join(map(str, backbone[key])) for key in ("widths", "blocks"))
+        return f"{backbone['kind']}, as a teacher only; stages of {widths} channels, {blocks} blocks"
+    encoder = model["encoder"]
+    parts = "encoder" + ", decoder" * ("decoder" in model) + ", classifier" * ("classifier" in model)
+    parts += ", segmentation network" * ("segmenter" in model)
+    assumed = " (assumed: those of the published model of this width)" * ("heads" in source.get("assumed", []))
+    return (
+        f"{source.get('family', family)}, {parts}; width {encoder['embed_dim']}, {encoder['depth']} blocks, heads "
+        f"{encoder['heads']}{assumed}"
+    )

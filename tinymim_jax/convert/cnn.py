@@ -41,6 +41,15 @@ def kind_of(names: set[str]) -> str | None:
     return found[0] if found else None
 
 
+def find_cnn(data: Any) -> Mapping[str, Any] | None:
+    """The state dict of a ConvNeXt or ResNet in what a file holds, at its top or one level below; None without one."""
+    candidates = [data, *(data.values() if isinstance(data, Mapping) else ())]
+    for state in candidates:
+        if isinstance(state, Mapping) and kind_of({name for name in state if isinstance(name, str)}):
+            return state
+    return None
+
+
 def from_cnn(state: Mapping[str, Any], image_size: tuple[int, int] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """({"backbone": the architecture, see models.cnn.ConvNet}, {"backbone": parameters}).
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinymim_jax.convert.architecture import Heads
+from tinymim_jax.convert.cnn import find_cnn, from_cnn
 from tinymim_jax.convert.conversion import family_of, fitting_families, from_state_dict
 from tinymim_jax.convert.detect import AUTO, find_weights, names_in, usual_network
 from tinymim_jax.convert.errors import ConvertError
@@ -16,7 +17,7 @@ from tinymim_jax.convert.families.published import PUBLISHED
 from tinymim_jax.convert.families.spellings import anchor_of
 from tinymim_jax.convert.foreign import from_foreign
 from tinymim_jax.convert.foreign_architecture import Hints
-from tinymim_jax.convert.locate import locate
+from tinymim_jax.convert.locate import Weights, locate
 from tinymim_jax.convert.preprocessing import PUBLISHED_BY, Given, complete_preprocessing
 from tinymim_jax.convert.sidecar import Sidecar, read_config, read_sidecar
 from tinymim_jax.convert.state_dict import Found, find_state_dict
@@ -74,6 +75,14 @@ def convert_file(
     path = weights.path
     data, metadata = weights.read()
     exported, notes = _exported(metadata)
+    if family == AUTO and (state := find_cnn(data)) is not None:
+        try:
+            _refuse_options(
+                heads=heads, decoder_heads=decoder_heads, eps=eps, activation=activation, rope_grid=rope_grid
+            )
+            return _convert_cnn(state, weights, image_size, given or Given(), config, licence)
+        except ConvertError as error:
+            raise ConvertError(f"cannot convert {path}: {error}") from error
     hints = Hints(heads, image_size, eps, activation, rope_grid)
     found = None
     try:
@@ -109,6 +118,26 @@ def convert_file(
     model["preprocessing"] = preprocessing
     model["source"] = source | {key: value for key, value in more.items() if value}
     return model, params
+
+
+def _convert_cnn(
+    state: Mapping[str, Any],
+    weights: Weights,
+    image_size: tuple[int, int] | None,
+    given: Given,
+    config: str | pathlib.Path | None,
+    licence: str | None,
+) -> tuple[dict, dict]:
+    """As `convert_file`, of a convolutional network; model.json has "backbone" in place of "encoder"."""
+    model, params = from_cnn(state, image_size)
+    sidecar, said = read_sidecar(weights.path, config), read_config(weights.path, config)
+    preprocessing = complete_preprocessing({"encoder": model["backbone"]}, given, {}, sidecar)
+    preprocessing["origin"]["image_size"] = "given" if image_size else "assumed"
+    source = {"family": model["backbone"]["kind"], "file": weights.name, "sha256": weights.sha256()}
+    stated = licence or str((said.get("pretrained_cfg") or said).get("license") or "")
+    more = {"licence": stated, "notes": list(sidecar.notes)}
+    source |= {key: value for key, value in more.items() if value}
+    return model | {"preprocessing": preprocessing, "source": source}, params
 
 
 def _found(

@@ -34,6 +34,11 @@ def write(path: pathlib.Path, network: Network, *, card: str = "", licence: str 
     """
     from tinymim_jax.convert import FORMATS
 
+    if changed := network.record["encoder"].get("switches"):
+        raise ConvertError(
+            f"a folder for the hub holds a plain ViT, and this encoder differs from it ({', '.join(changed)}): export "
+            "it --to stablehlo or litert, or --to original with the names of the file it came from"
+        )
     record: dict[str, Any] = {"encoder": network.record["encoder"]}
     if network.output == "logits":
         record["classifier"] = network.record["classifier"]
