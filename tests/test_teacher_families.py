@@ -42,7 +42,7 @@ def saved(name: str, path) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_as_a_teacher_and_as_a_start(name, tmp_path):
-    """A twin of the teacher, on the teacher's pixels, has loss 0; a plain student has not. Fine-tuning starts as it is."""
+    """A twin that sees the same pixels has loss 0, a plain student has not; fine-tuning starts from it as it is."""
     model, params = saved(name, tmp_path / "teacher")
     record, pixels = ViT.from_record(model["encoder"]), model["preprocessing"]
     sizes = [f"model.{key}={model['encoder'][key]}" for key in ("embed_dim", "depth", "mlp_ratio")]
