@@ -85,7 +85,7 @@ class ConvNet:
         images: Float[Array, "batch height width 3"],
         *,
         tap: Sequence[int],
-        keep: None = None,
+        keep: Any = None,
         drop_key: jax.Array | None = None,
         method: str = "encode",
     ) -> tuple[Tap, ...]:
