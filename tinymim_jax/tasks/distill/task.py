@@ -138,8 +138,8 @@ def _distillation(config: ConfigDict, loaded: Loaded, pixels: tuple[Numbers, Num
     check_targets(pairs, student, teacher, inputs.prefix)
     if inputs.dropped and (inputs.prefix == 0 or isinstance(teacher, ConvNet)):
         raise ValueError(
-            f"distill.teacher.drop_patches={inputs.dropped}: the student's CLS token chooses the patches that are hidden "
-            "from the teacher, which needs a student and a ViT teacher with CLS tokens: set it to 0"
+            f"distill.teacher.drop_patches={inputs.dropped}: the student's CLS token chooses what the teacher is not "
+            "shown, which needs a student and a ViT teacher with CLS tokens: set it to 0"
         )
     return Distillation(
         student=student,
