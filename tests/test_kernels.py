@@ -12,6 +12,7 @@ import pytest
 from conftest import relative_error
 
 from tinymim_jax.convert import convert_file
+from tinymim_jax.flops import matmul_flops
 from tinymim_jax.models.blocks import Tap
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.attention import choose_form, cudnn_attention, joint_attention
@@ -406,3 +407,14 @@ def test_golden_gradients_with_the_kernels(golden):
     last = found[f"blocks_{sizes['depth'] - 1}"]["attn"]["qkv"]["kernel"].T
     assert relative_error(last, arrays[f"grad0/blocks.{sizes['depth'] - 1}.attn.qkv.weight"]) <= 1e-4
     assert last.shape == (3 * width, width)
+
+
+def test_flops_are_those_of_the_dense_form_whatever_the_config_says():
+    """Also where cuDNN is missing, and without what kernels compute twice."""
+    qkv = jax.ShapeDtypeStruct((1, 197, 3 * 128), jnp.bfloat16)
+
+    def gradient(form):
+        return lambda x: jax.grad(lambda x: jnp.sum(joint_attention(x, 2, form).astype(jnp.float32)))(x)
+
+    wanted = 2 * 197**2 * 128 * 5  # of the two forward the gradient needs one only, and four backward
+    assert matmul_flops(gradient("fused"), qkv) == matmul_flops(gradient("dense"), qkv) == wanted

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
-from tinymim_jax.ops.platform import compiling_for
+from tinymim_jax.ops.platform import COUNTING, compiling_for
 from tinymim_jax.tasks.task import Batch, Params, Task
 
 
@@ -21,7 +21,7 @@ def matmul_flops(function: Callable, *arguments: Any) -> int:
     Of a convolution every product counts, those with padded zeros too. Raises NotImplementedError for loops of unknown
     length (`while`).
     """
-    with compiling_for("gpu"):  # in dense form, on any machine: kernels compute some products twice
+    with compiling_for(COUNTING):  # in dense form, on any machine: kernels compute some products twice
         return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from tinymim_jax.errors import unknown
 from tinymim_jax.ops.placement import for_each_shard
-from tinymim_jax.ops.platform import on_cpu, target
+from tinymim_jax.ops.platform import COUNTING, on_cpu, target
 from tinymim_jax.ops.products import HeadFeatures, full_precision, scaled_products
 
 FORMS = ("auto", "dense", "fused")
@@ -93,6 +93,8 @@ def choose_form(key: str, form: str, *, tokens: int) -> str:
     """
     if form not in FORMS:
         raise unknown(key, form, FORMS)
+    if target() == COUNTING:
+        return "dense"
     if form != "auto":
         return form
     if target() != "tpu":

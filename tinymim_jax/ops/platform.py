@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 import jax
 
+# For `compiling_for`: products are only counted, in dense form and whatever a config says.
+COUNTING = "counting"
+
 _compiled_for: str | None = None
 
 
