@@ -44,7 +44,7 @@ def _count(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "while":
-            raise NotImplementedError("FLOPs of loops of unknown length are not counted")
+            raise NotImplementedError("FLOPs of loops of unknown length (while) are not counted")
         if equation.primitive.name == "pallas_call":
             total += equation.params["cost_estimate"].flops
             continue

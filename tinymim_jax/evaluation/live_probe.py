@@ -63,7 +63,7 @@ class LiveProbe:
 
         def extract(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             tokens: Any = encoder.apply({"params": params}, normalize(batch["image"], mean, std))
-            return pool_tokens(tokens, "mean", encoder.prefix), batch["label"]
+            return pool_tokens(tokens, "mean", encoder), batch["label"]
 
         self._step = row_step(extract, mesh)
         self._kept: dict[str, _Kept] = {}
