@@ -136,7 +136,7 @@ def test_the_published_chains_build_at_full_size(sizes, heads, monkeypatch, tmp_
     loads = []
     monkeypatch.setattr(
         "tinymim_jax.tasks.pretrained.load_params",
-        lambda path: loads.append(path) or ({"encoder": vit.record()}, {"encoder": zeros}),
+        lambda path, **_: loads.append(path) or ({"encoder": vit.record()}, {"encoder": zeros}),
     )
     words = {
         "distill.teacher.path": "teachers/mae",

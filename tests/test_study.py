@@ -43,7 +43,7 @@ def _in_the_repository(monkeypatch):
         monkeypatch.setattr(network, "init", jax.jit(network.init, static_argnums=0))
 
 
-def teacher(path: str):
+def teacher(path: str, *, cnn: bool = False):
     """The architecture that a study expects at `path`, with zeros that take no memory as weights."""
     sizes = {
         "teachers/mae_vit_base": {"embed_dim": 768, "depth": 12, "heads": 12},
