@@ -168,6 +168,26 @@ def test_a_teacher_of_another_kind(folder, kind):
     assert task.origin["teacher"]["image_size"] == [64, 64]
 
 
+def test_relations_of_its_positions(folder):
+    """'oo': KL of the softmaxes of products of the student's patches, and of the teacher's on the student's grid."""
+    config = distill(folder, "resnet", "distill.target=oo", "model.dtype=float32")
+    task = TASKS["distill"].build(config, DIGITS)
+    params, frozen = task.init(jax.random.key(2)), task.load_frozen()
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
+    batch = {"image": images, "label": jnp.zeros(2, jnp.int32)}
+    got = jax.jit(task.losses, static_argnums=4)(params, frozen, batch, jax.random.key(0), False)
+    network = ConvNet.from_record(load_params(folder / "resnet", cnn=True)[0]["backbone"])
+    maps = np.asarray(network.stages(frozen, normalize(images, IMAGENET_MEAN, IMAGENET_STD))[-1], np.float64)
+    student = ViT.from_record(task.model["encoder"])
+    own = student.apply({"params": params["encoder"]}, normalize(images, *[(0.5,) * 3] * 2), tap=2, method="encode")
+    logs = []
+    for tokens in (np.asarray(own.output[:, 1:], np.float64), np.repeat(maps.reshape(2, 1, -1), 16, axis=1)):
+        products = tokens @ tokens.swapaxes(1, 2) / tokens.shape[-1] ** 0.5
+        logs.append(products - np.log(np.exp(products).sum(-1, keepdims=True)))
+    want = (np.exp(logs[1]) * (logs[1] - logs[0])).sum(-1).mean(1)
+    np.testing.assert_allclose(got["oo"], want, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

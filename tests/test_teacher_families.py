@@ -67,7 +67,7 @@ def test_as_a_teacher_and_as_a_start(name, tmp_path):
     weights = tuned.start(jax.device_get(tuned.init(jax.random.key(0))))
     network = Classifier(ViT.from_record(tuned.model["encoder"]), **tuned.model["classifier"])
     assert network.encoder.switches == record.switches
-    shown = normalize(BATCH["image"], pixels["mean"], pixels["std"])
+    shown = normalize(BATCH["image"], tuple(pixels["mean"]), tuple(pixels["std"]))
     encoder = record.clone(image_size=SIZE, final_norm=False)
     fitted = {k: v for k, v in fit_positions(Loaded("", model, params), encoder).items() if k != "norm"}
     pooled = np.asarray(encoder.apply({"params": fitted}, shown))[:, encoder.prefix :].mean(1)

@@ -52,6 +52,20 @@ class Tap:
     output: Tokens
 
 
+@flax.struct.dataclass
+class OutputTap(Tap):
+    """A Tap of a network without attention: only `output` is there, all else is None."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    qkv: Any = None
+    attention: Any = None
+    middle: Any = None
+    ffn: Any = None
+    output: Any = None
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for q, k and v."""
 

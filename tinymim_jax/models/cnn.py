@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinymim_jax.models.blocks import Tap
+from tinymim_jax.models.blocks import OutputTap
 from tinymim_jax.models.switches import Switches
 from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.layer_norm import layer_norm
@@ -88,10 +88,10 @@ class ConvNet:
         keep: Any = None,
         drop_key: jax.Array | None = None,
         method: str = "encode",
-    ) -> tuple[Tap, ...]:
-        """The last stage's map as the output of a Tap, [batch, rows * columns, embed_dim], once for each of `tap`.
+    ) -> tuple[OutputTap, ...]:
+        """The last stage's map as the output of a tap, [batch, rows * columns, embed_dim], once for each of `tap`.
 
-        Called as flax calls ViT.encode; all other values of the Tap are None.
+        Called as flax calls ViT.encode.
         """
         del drop_key
         if keep is not None or method != "encode" or set(tap) != {self.depth}:
@@ -100,8 +100,7 @@ class ConvNet:
             )
         maps = self.stages(variables["params"], images)[-1]
         output = maps.reshape(maps.shape[0], -1, maps.shape[-1])
-        found = Tap(q=None, k=None, v=None, qkv=None, attention=None, middle=None, ffn=None, output=output)  # pyright: ignore[reportArgumentType]
-        return (found,) * len(tap)
+        return (OutputTap(output=output),) * len(tap)
 
     def stages(self, params: Params, images: Float[Array, "batch height width 3"]) -> tuple[Maps, ...]:
         """The maps after the stem and after each stage of a ResNet; after each stage of a ConvNeXt."""

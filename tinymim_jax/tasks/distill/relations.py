@@ -68,7 +68,7 @@ def relations(
             features = getattr(tap, letter)
             return features if heads is None else resplit(features, heads)
 
-        if _runs_fused(form, fused, tap.qkv.shape[1]):
+        if _runs_fused(form, fused, tap.output.shape[1]):
             return {"qkv": tap.qkv, "q": part("q")}
         return {name: _similarities(part(name[0]), part(name[1]), normalize, temperature) for name in names}
 
