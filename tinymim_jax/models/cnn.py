@@ -76,7 +76,7 @@ class ConvNet:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], **overrides: Any) -> "ConvNet":
-        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items()}
+        fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items()}
         return cls(**(fields | overrides))
 
     def apply(
