@@ -85,7 +85,7 @@ PUBLISHED: dict[str, Published] = {
         architectures=r"eva02_",
     ),
     "beit": Published(
-        "mit",
+        "apache-2.0",
         eps=None,
         switches={"relative_bias": True},
         pixels=_HALF,
