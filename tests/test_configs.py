@@ -101,7 +101,7 @@ def test_shipped_configs_build_at_full_size(spec, monkeypatch):
     source = FakeAde20k() if config.task == "segment" else FakeImageNet()
     monkeypatch.setattr(experiment_module, "_open_sources", lambda *_: (source, source))
     if config.task == "distill":
-        monkeypatch.setattr(distill_module, "load", lambda path: fake_teacher(config))
+        monkeypatch.setattr(distill_module, "load", lambda path, **_: fake_teacher(config))
     if config.task == "probe":
         monkeypatch.setattr(probe_module, "load", lambda path: fake_teacher(config))
     if config.task == "segment":
@@ -195,6 +195,7 @@ def test_every_key_of_segmentation_is_read_by_something(tmp_path):
     words += ["segment.head=upernet", "segment.auxiliary_channels=4"]  # which reads all keys
     words += ["segment.channels=4", f"data.source=pairs:{tmp_path}", "data.masks.classes=2", "data.scale=(40,40)"]
     words += ["train.duration=1 steps", "optim.warmup=0 steps", "segment.evaluation.stride=(32,32)"]
+    words += ["train.probe_every=1 steps"]
     config, seen = load_config(str(ROOT / "configs/segment_own.py"), words), set()
     train(Recorded(config, seen), tmp_path / "run")
     assert flat_keys(config) - seen == set()

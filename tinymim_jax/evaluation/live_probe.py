@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinymim_jax.data.pipeline import eval_batches
@@ -42,9 +43,11 @@ class LiveProbe:
                 f"train.probe_images={settings.probe_images}, train.probe_patience={settings.probe_patience}: give at "
                 "least 2 images, and a patience of 0 (never stop) or more"
             )
-        self._bank = _spaced(experiment.train_source, settings.probe_images)
-        self._queries = _spaced(experiment.eval_source, settings.probe_images // 2)
-        self._classes = experiment.train_source.classes
+        self._bank = self._decoded(_spaced(experiment.train_source, settings.probe_images))
+        self._queries = self._decoded(_spaced(experiment.eval_source, settings.probe_images // 2))
+        # Classes of masks, which sources of segmentation have, are no labels of images.
+        known = self._bank.labelled > 0 and self._queries.labelled > 0
+        self._classes = experiment.train_source.classes if known else 0
         if settings.probe_patience and self._classes < 2:
             raise ValueError(
                 f"train.probe_patience={settings.probe_patience} stops by k-NN accuracy, which needs labels, and "
@@ -66,16 +69,15 @@ class LiveProbe:
             return pool_tokens(tokens, "mean", encoder), batch["label"]
 
         self._step = row_step(extract, mesh)
-        self._kept: dict[str, _Kept] = {}
 
     def __call__(self, params: Any) -> dict[str, float]:
         """The figures of these parameters: "effective_rank", and "knn" (top-1, 0 to 1) where there are labels."""
         if "encoder" not in params:
             raise ValueError("train.probe_every: this task trains no encoder; set it to '0 epochs'")
-        features, labels = self._features("evaluated", self._queries, params)
+        features, labels = self._features(self._queries, params)
         figures = {"effective_rank": effective_rank(features.astype(np.float64))}
         if self._classes > 1:
-            bank, known = self._features("bank", self._bank, params)
+            bank, known = self._features(self._bank, params)
             labelled, wanted = known >= 0, labels >= 0
             k = max(1, min(_MOST_NEIGHBORS, int(labelled.sum()) // self._classes))
             scores = knn_scores(
@@ -97,33 +99,40 @@ class LiveProbe:
             return False
         return max(self._history[-self._patience :]) <= max(self._history[: -self._patience])
 
-    def _features(self, name: str, source: Source, params: Any) -> tuple[np.ndarray, np.ndarray]:
-        if name not in self._kept:
-            config, views = self._experiment.config, self._experiment.views
-            batches = eval_batches(
-                source,
-                view=views.eval,
-                batch_size=evaluation_batch_size(config, self._mesh.size),
-                upright=config.data.upright,
-                workers=0,  # a few images, once
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            self._kept[name] = _Kept(batches)
-        kept: Any = self._kept[name]
-        found: Collected = collect(self._step, params["encoder"], kept, self._mesh, examples=len(source))
+    def _features(self, images: "_Kept", params: Any) -> tuple[np.ndarray, np.ndarray]:
+        batches: Any = images
+        found: Collected = collect(self._step, params["encoder"], batches, self._mesh, examples=images.examples)
         features, labels = found.rows
         return np.asarray(features, np.float32), labels
 
+    def _decoded(self, source: Source) -> "_Kept":
+        config, views = self._experiment.config, self._experiment.views
+        batches = eval_batches(
+            source,
+            view=views.eval,
+            batch_size=evaluation_batch_size(config, self._mesh.size),
+            upright=config.data.upright,
+            workers=0,  # a few images, once
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return _Kept(batches, len(source))
+
 
 class _Kept:
-    """Batches that can be iterated again: `collect` takes them in place of a pipeline."""
+    """Batches that can be iterated again: `collect` takes them in place of a pipeline.
+
+    `examples` is the number of images, `labelled` how many of them have a label, in all processes together.
+    """
 
     substitutions = 0  # a few damaged images do not matter here; the evaluation of the run counts them
 
-    def __init__(self, batches: Any):
+    def __init__(self, batches: Any, examples: int):
         with batches:
             self._batches = [{name: batch[name] for name in ("image", "label", "valid")} for batch in batches]
+        self.examples = examples
+        labelled = sum(int((batch["label"][batch["valid"]] >= 0).sum()) for batch in self._batches)
+        self.labelled = int(np.sum(multihost_utils.process_allgather(np.int32(labelled))))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return iter(self._batches)

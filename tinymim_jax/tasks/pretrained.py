@@ -65,11 +65,15 @@ def started_encoder(config: ConfigDict, **overrides: Any) -> ViT:
     """The encoder that `config.model` describes, with the switches of the checkpoint that `config.init` names, if any.
 
     So an encoder that starts from another author's model (LayerScale, registers, rotary positions, ...) is that model.
+    `model.stem` counts where it is not the default, so that a stem that the checkpoint lacks is not left out unsaid.
 
     Args:
       overrides: fields of ViT that replace those of the config.
     """
-    return build_encoder(config.model, switches=_switches_of(config.init), **overrides)
+    switches = _switches_of(config.init)
+    if config.model.stem != PLAIN.stem:
+        switches = dataclasses.replace(switches, stem=config.model.stem)
+    return build_encoder(config.model, switches=switches, **overrides)
 
 
 def _switches_of(path: str) -> Switches:
