@@ -29,7 +29,8 @@ from saved_states import (
 
 from tinymim_jax.checkpoints.format import CheckpointError, digest, read_arrays
 from tinymim_jax.checkpoints.manager import Checkpoints
-from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.checkpoints.params import load_params, save_params
+from tinymim_jax.checkpoints.read_back import read_back
 from tinymim_jax.runtime.paths import check_output_path
 from tinymim_jax.train import train
 
@@ -232,6 +233,43 @@ def test_the_first_save_is_read_back(tmp_path, monkeypatch):
     checkpoints.save(1, state, force=True)
     with pytest.raises(CheckpointError, match=r"first checkpoint of this run, .*/1, is not what .*NOT_FOUND"):
         checkpoints.wait()
+
+
+def test_the_first_save_is_read_back_before_the_next_one_may_delete_it(tmp_path, monkeypatch):
+    """With keep=1 and saves that take longer than a step: the next save begins while the first is being written."""
+    monkeypatch.setattr(ocp.CheckpointManager, "is_saving_in_progress", lambda self: True)
+    read = []
+
+    def read_and_note(directory, **options):
+        read.append(sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()))
+        read_back(directory, **options)
+
+    monkeypatch.setattr("tinymim_jax.checkpoints.manager.read_back", read_and_note)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2, 3):
+            assert checkpoints.save(step, place(make_state(step), 2), force=True)
+    assert read == [["1"]]
+    assert only_steps(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+def test_the_newest_step_of_a_run_that_deletes_it_meanwhile(run, monkeypatch, caplog):
+    (run.parent / "model.json").write_text("{}")
+    asked = []
+
+    def read_late(directory, wanted):
+        asked.append(directory.parent.name)
+        if len(asked) == 1:  # the training saves a newer step and deletes all others
+            (run / "3").rename(run / "4")
+            shutil.rmtree(run / "2")
+            shutil.rmtree(run / "1")
+        return read_arrays(directory, wanted)
+
+    monkeypatch.setattr("tinymim_jax.checkpoints.params.stored.read_arrays", read_late)
+    _, params = load_params(run.parent)
+    assert asked == ["3", "4"]
+    assert_same_bits(params["encoder"], make_state(3).params["encoder"])
+    assert "damaged" not in caplog.text
 
 
 def test_bits_that_change_on_the_way_to_the_disk_are_found_at_once(tmp_path):

@@ -170,6 +170,8 @@ class Checkpoints:
         return False
 
     def _begin(self, step: int, args: ocp.args.Composite) -> None:
+        if self._unread is not None:
+            self.wait()  # reads it back now: the save that begins here may delete it
         self._wait_unless_failed()
         with stored.writing(self._directory):
             self._manager.save(step, args=args, force=True)

@@ -154,15 +154,21 @@ def _load_export(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _load_run(directory: epath.Path) -> dict[str, Any]:
-    damaged = []
-    for step in sorted(ocp.utils.checkpoint_steps(directory), reverse=True):
+    """The parameters of the newest intact step. A run that is training may delete steps meanwhile and save others."""
+    damaged, deleted = {}, set()
+    while steps := set(ocp.utils.checkpoint_steps(directory)) - damaged.keys() - deleted:
+        step = max(steps)
         try:
             return _load_step(directory / str(step))
         except Damaged as error:
-            damaged.append(f"\n  {step}: {error}")
+            if step not in ocp.utils.checkpoint_steps(directory):
+                deleted.add(step)
+                continue
+            damaged[step] = error
             _log.error("Checkpoint %d in %s is damaged, trying the one before it: %s", step, directory, error)
     if damaged:
-        raise CheckpointError(f"No checkpoint in {directory} is intact:{''.join(damaged)}\nPut back a copy.")
+        reasons = "".join(f"\n  {step}: {error}" for step, error in damaged.items())
+        raise CheckpointError(f"No checkpoint in {directory} is intact:{reasons}\nPut back a copy.")
     raise CheckpointError(f"{directory} holds no checkpoint yet. Wait until the run has saved one.")
 
 
