@@ -82,6 +82,14 @@ def test_overrides_may_stand_between_flags(capsys):
     assert "takes no KEY=VALUE: seed=1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("variable", "cache"), [("", "~/.cache/tinymim_jax"), ("/a", "")])
+def test_a_compile_cache_that_jax_was_given_stays_as_it_is(variable, cache, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
+    words = ["train", "--config", "a.py", "--workdir", "w"]
+    assert cli._parse(words).compile_cache == cache
+    assert cli._parse([*words, "--compile_cache", "b"]).compile_cache == "b"
+
+
 def test_an_error_is_status_1_even_if_the_interpreter_cannot_shut_down(tmp_path):
     """As with a /dev/shm that is too small for the workers, where threads may abort it: exit status 134."""
     code = "import atexit, os, sys; atexit.register(os.abort); sys.argv = ['tinymim', 'status', sys.argv[1]]"

@@ -77,13 +77,13 @@ def add_runtime(command: argparse.ArgumentParser) -> None:
 
 
 def add_compile_cache(command: argparse.ArgumentParser) -> None:
-    """Adds where compiled programs are kept."""
-    cache = "~/.cache/tinymim_jax"
+    """Adds where compiled programs are kept. By default a cache that the user has given to JAX stays as it is."""
+    variable, cache = "JAX_COMPILATION_CACHE_DIR", "~/.cache/tinymim_jax"
     command.add_argument(
         "--compile_cache",
-        default=cache,
+        default="" if os.environ.get(variable) else cache,
         metavar="DIR",
-        help=f"keep compiled programs here (default {cache}; '' for none)",
+        help=f"keep compiled programs here (default ${variable}, otherwise {cache}; '' for none)",
     )
 
 
