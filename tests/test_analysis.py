@@ -117,7 +117,7 @@ def test_attention_distance_and_entropy():
     for b, h in itertools.product(range(2), range(3)):
         logits = np.asarray(q)[b, :, h].astype(np.float64) @ np.asarray(k)[b, :, h].T / math.sqrt(5)
         weights[b, h] = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    got = attention_weights(q, k)
+    got = jax.jit(attention_weights)(q, k)
     np.testing.assert_allclose(got, weights, rtol=1e-5)
     patches = weights[:, :, 2:, 2:] / weights[:, :, 2:, 2:].sum(-1, keepdims=True)
     np.testing.assert_allclose(
@@ -198,13 +198,15 @@ def test_relation_kl_of_blocks(folder):
     words += ["distill.teacher.tap=3", f"distill.teacher.path={folder / 'teacher'}", "model.depth=2"]
     task = TASKS["distill"].build(small_config("distill", *words), DIGITS)
     params = {"encoder": student.params}
-    losses = task.losses(params, task.load_frozen(), {"image": images}, jax.random.key(0), False)
+    losses = jax.jit(task.losses, static_argnums=4)(
+        params, task.load_frozen(), {"image": images}, jax.random.key(0), False
+    )
     for relation in ("qk", "vv"):
         np.testing.assert_allclose(found[relation][:, 1, 2].mean(-1), losses[relation], rtol=2e-4)
     assert task.origin["teacher"]["blocks"] == [[2, 3]]
     assert task.origin["teacher"]["image_size"] == [16, 16]
     # Other blocks, in numpy: the student's first against the teacher's second, patches of 4 averaged to those of 8.
-    own, theirs = (one.taps(one.params, images) for one in (student, teacher))
+    own, theirs = (jax.jit(one.taps)(one.params, images) for one in (student, teacher))
     mine, wanted = np.asarray(own[0].v), np.asarray(theirs[1].v)
     mine = np.delete(mine, 1, axis=1).reshape(3, 5, 4, 4)
     grid = wanted[:, 1:].reshape(3, 2, 2, 2, 2, 4, 8).mean((2, 4)).reshape(3, 4, 4, 8)

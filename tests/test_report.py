@@ -79,7 +79,7 @@ def test_what_the_networks_see(chain, data_dir):
         batch = next(batches)
     assert [each["label"] for each in found] == [str(label) for label in batch["label"]]
     assert [each["seen"]["teacher"] for each in found] == [data_uri(image) for image in batch["image"]]
-    seen = experiment.task.seen({"image": jnp.asarray(batch["image"])}, jax.random.key(0))
+    seen = jax.jit(experiment.task.seen)({"image": jnp.asarray(batch["image"])}, jax.random.key(0))
     assert seen["student"].shape == (8, 16, 16, 3)
     patches = np.asarray(seen["student"]).reshape(8, 2, 8, 2, 8, 3)
     grey = (patches == 0.5).all(axis=(2, 4, 5))
@@ -91,7 +91,7 @@ def test_mae_and_mixed_images_are_shown_as_they_are_trained_on(data_dir):
         experiment = build_experiment(small_config(task, *words), data_dir=data_dir)
         images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
         batch = {"image": jnp.asarray(images), "label": jnp.arange(4)}
-        ((name, seen),) = experiment.task.seen(batch, jax.random.key(3)).items()
+        ((name, seen),) = jax.jit(experiment.task.seen)(batch, jax.random.key(3)).items()
         seen = np.asarray(seen)
         if task == "finetune":
             # Mixup is lam * image + (1 - lam) * the image at the other end of the batch.

@@ -1,19 +1,19 @@
 """What a run's networks see and do, for its report: views, relation maps, layers, classes; on few images."""
 
+import functools
 import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from tinymim_jax.analysis.analyze import analyze, write_analysis
 from tinymim_jax.analysis.images import batches_of, some_of
-from tinymim_jax.analysis.networks import Networks, find_networks
+from tinymim_jax.analysis.networks import Network, Networks, find_networks
 from tinymim_jax.analysis.relations import RELATIONS, relation_map
 from tinymim_jax.config import from_json
 from tinymim_jax.data.pipeline import train_batches
@@ -104,25 +104,18 @@ def samples(config: ConfigDict, data_dir: str | None) -> list[dict[str, Any]]:
     ) as batches:
         batch = next(batches)
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return as_tiles(pictures(experiment.task, {k: jnp.asarray(v) for k, v in batch.items()}, key), batch, experiment)[
-        :: config.data.crops
-    ]
+    seen = jax.device_get(jax.jit(functools.partial(pictures, experiment.task))(batch, key))
+    return as_tiles(seen, batch, experiment)[:: config.data.crops]
 
 
-def as_tiles(seen: dict[str, jax.Array], batch: dict[str, np.ndarray], experiment: Any) -> list[dict[str, Any]]:
+def as_tiles(seen: dict[str, np.ndarray], batch: dict[str, np.ndarray], experiment: Any) -> list[dict[str, Any]]:
     """For each image {"label": class name or "", "seen": {network: data URI}}, from tasks.task.pictures."""
     names = experiment.train_source.class_names
     found = []
     for i, label in enumerate(batch["label"]):
-        tiles = {
-            name: data_uri(np.asarray(jnp.round(255 * images[i])).astype(np.uint8)) for name, images in seen.items()
-        }
+        tiles = {name: data_uri(np.round(255 * images[i]).astype(np.uint8)) for name, images in seen.items()}
         found.append({"label": names[label] if 0 <= label < len(names) else "", "seen": tiles})
     return found
-
-
-def _pixels(image: jax.Array) -> np.ndarray:
-    return np.asarray(jnp.round(255 * image)).astype(np.uint8)
 
 
 def _relation_maps(
@@ -145,13 +138,21 @@ def _relation_maps(
         maps[i]["image"] = data_uri(_framed(image, place, student.vit.grid))
     for one in reversed(networks.members):
         grid = one.vit.grid
-        (tap,) = one.taps(one.params, jnp.asarray(images), [blocks[one.name]])
-        for i, place in enumerate(places):
-            query = int(place[0] * grid[0]) * grid[1] + int(place[1] * grid[1])
-            drawn = {r.upper(): np.asarray(relation_map(tap, r, one, query))[i].reshape(grid) for r in RELATIONS}
-            maps[i]["maps"][one.name] = {name: data_uri(_enlarged(coloured(values))) for name, values in drawn.items()}
+        queries = np.asarray([int(row * grid[0]) * grid[1] + int(column * grid[1]) for row, column in places])
+        found = jax.device_get(jax.jit(_maps_of(one, blocks[one.name]))(one.params, images, queries))
+        for i in range(len(images)):
+            drawn = {name: _enlarged(coloured(values[i].reshape(grid))) for name, values in found.items()}
+            maps[i]["maps"][one.name] = {name: data_uri(pixels) for name, pixels in drawn.items()}
     said = ", ".join(f"block {block} of the {name}" for name, block in blocks.items())
     return maps, f"Softmax of the products of one patch with all patches, mean over heads; {said}. Brighter: larger."
+
+
+def _maps_of(network: Network, block: int) -> Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]:
+    def maps(params: Any, images: jax.Array, queries: jax.Array) -> dict[str, jax.Array]:
+        (tap,) = network.taps(params, images, [block])
+        return {name.upper(): relation_map(tap, name, network, queries) for name in RELATIONS}
+
+    return maps
 
 
 def _varied_patch(image: np.ndarray, grid: tuple[int, int]) -> tuple[float, float]:

@@ -59,12 +59,17 @@ def relation_kl_of_blocks(student: Network, teacher: Network, heads: int) -> Any
     return compare
 
 
-def relation_map(tap: Tap, relation: str, network: Network, query: int) -> jax.Array:
-    """Relation of patch `query` to all patches, float32 [batch, patches], mean over the network's own heads."""
+def relation_map(tap: Tap, relation: str, network: Network, queries: jax.Array) -> jax.Array:
+    """Relation of one patch of each image to all its patches, float32 [batch, patches], mean over the network's heads.
+
+    Args:
+      queries: which patch, int [batch].
+    """
     left, right = getattr(tap, relation[0]), getattr(tap, relation[1])
     weights = jax.nn.softmax(scaled_products(left, right).astype(jnp.float32), axis=-1)
     patches = network.vit.grid[0] * network.vit.grid[1]
-    return weights[:, :, weights.shape[2] - patches + query, -patches:].mean(axis=1)
+    between = weights[:, :, -patches:, -patches:].mean(axis=1)  # [batch, queries, keys]
+    return jnp.take_along_axis(between, queries[:, None, None], axis=1)[:, 0]
 
 
 def _log_softmax(tap: Tap, relation: str, heads: int, network: Network, grid: Grid, prefix: int) -> jax.Array:

@@ -92,7 +92,7 @@ def look_at_step(
         records=_records(experiment, number),
         layers=_layers(gradients, params),
         tiles=_tiles(experiment, batch, key, accumulate, [int(row) for row in order]),
-        lr=float(np.asarray(experiment.schedule(number - 1))),
+        lr=float(jax.jit(experiment.schedule)(number - 1)),
     )
 
 

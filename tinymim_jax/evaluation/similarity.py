@@ -1,6 +1,6 @@
 """Measures of layers: CKA, attention distance and entropy, effective rank, k-NN and linear accuracy of features."""
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -81,16 +81,16 @@ def effective_rank(features: np.ndarray) -> float:
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
-@jax.jit
-def _neighbors(bank: jax.Array, labels: jax.Array, queries: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnums=3)
+def _votes(bank: jax.Array, labels: jax.Array, queries: jax.Array, classes: int) -> jax.Array:
     valid = jnp.ones(len(bank), bool)
-    return nearest(unit_length(queries), unit_length(bank), labels, valid, 20)
+    similarities, theirs = nearest(unit_length(queries), unit_length(bank), labels, valid, 20)
+    return vote(similarities, theirs, classes, 0.07)
 
 
 def knn_accuracy(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, wanted: np.ndarray, classes: int) -> float:
     """Top-1 of weighted 20-NN by cosine similarity (DINO's protocol, temperature 0.07)."""
-    similarities, theirs = _neighbors(jnp.asarray(bank), jnp.asarray(labels), jnp.asarray(queries))
-    votes = np.asarray(vote(similarities, theirs, classes, 0.07))
+    votes = np.asarray(_votes(bank, labels, queries, classes))
     return float((votes.argmax(axis=1) == wanted).mean())
 
 
