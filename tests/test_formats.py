@@ -10,7 +10,7 @@ from networks import ARCHITECTURES, CLASSES, SIZE, by_jax, make_network, pixels_
 from torch_files import save_arrays
 
 from tinymim_jax.convert import ConvertError, to_torch
-from tinymim_jax.convert.formats import hub, litert, stablehlo
+from tinymim_jax.convert.formats import hub, litert, onnx_graph, stablehlo
 from tinymim_jax.convert.formats import onnx as onnx_format
 from tinymim_jax.convert.formats.network import Network, size_of
 from tinymim_jax.convert.formats.runners import RUNNERS
@@ -100,7 +100,7 @@ def test_int8_weights_have_a_scale_for_each_channel():
     kernel = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
     kernel[:, 1] *= 1000
     kernel[:, 3] = 0
-    rounded, scale = onnx_format.quantize(kernel, axis=0)
+    rounded, scale = onnx_graph.quantize(kernel, axis=0)
     assert rounded.dtype == np.int8
     assert scale.shape == (4,)
     np.testing.assert_array_equal(np.abs(rounded).max(axis=0), [127, 127, 127, 0])
@@ -232,8 +232,8 @@ def test_what_cannot_be_exported_is_refused():
 
 def test_onnx_refuses_encoders_that_are_no_plain_vit(tmp_path):
     network = make_network("plain")
-    record = network.record | {"encoder": network.record["encoder"] | {"switches": {"relative_bias": True}}}
-    with pytest.raises(ConvertError, match=r"differs from it \(relative_bias\): export it --to stablehlo"):
+    record = network.record | {"encoder": network.record["encoder"] | {"switches": {"registers": 2}}}
+    with pytest.raises(ConvertError, match=r"differs from it \(registers\): export it --to stablehlo"):
         onnx_format.write(tmp_path / "x.onnx", Network(record, network.params, network.preprocessing))
 
 

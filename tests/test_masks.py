@@ -1,7 +1,9 @@
 """Masks of segmentation: which file belongs to which image, what its values mean, and what is refused."""
 
+import io
 import logging
 import pickle
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -236,6 +238,14 @@ def test_values_that_are_no_class():
         ("class_dict.csv", "name,r,g,b\nAnimal,64,128,64\n", [("Animal", (64, 128, 64))]),
         ("objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tName\n1\t.15\t1\t2\twall;brick\n", [("wall", None)]),
         ("c.json", '["a", {"name": "b", "color": [1, 2, 3]}]', [("a", None), ("b", (1, 2, 3))]),
+        ("d.json", '{"1": "b", "0": "a"}', [("a", None), ("b", None)]),
+        ("e.json", '{"a": [1, 2, 3], "b": "#0a0b0c"}', [("a", (1, 2, 3)), ("b", (10, 11, 12))]),
+        ("f.json", '{"classes": ["a", "b"]}', [("a", None), ("b", None)]),
+        ("d.txt", "0: sky\n1: wide road\n", [("sky", None), ("wide road", None)]),
+        ("e.txt", "0 sky 1 2 3\n1 road 4 5 6\n", [("sky", (1, 2, 3)), ("road", (4, 5, 6))]),
+        ("f.txt", "0 1 2 3 sky\n1 4 5 6 road\n", [("sky", (1, 2, 3)), ("road", (4, 5, 6))]),
+        ("g.txt", "sky #010203\n2 wheeler #040506\n", [("sky", (1, 2, 3)), ("2 wheeler", (4, 5, 6))]),
+        ("g.csv", "id,name,color\n0,sky,#010203\n", [("sky", (1, 2, 3))]),
     ],
 )
 def test_files_of_classes(name, text, want, tmp_path):
@@ -244,12 +254,23 @@ def test_files_of_classes(name, text, want, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "names no class"), ("1 2 3\n", "line 1: '1 2 3' has no name"), ("a 1 2 300\n", "colour")]
+    ("name", "text", "message"),
+    [
+        ("c.txt", "", "names no class"),
+        ("c.txt", "1 2 3\n", "line 1: '1 2 3' has no name"),
+        ("c.txt", "a 1 2 300\n", "colour"),
+        ("c.txt", "7 road\n8 pavement\n", "begin with 7, 8, .*data.masks.label_map"),
+        ("c.txt", "a\nb\na\n", "names 'a' twice"),
+        ("c.json", "a\n", "is no JSON"),
+        ("c.json", '{"1": "a", "2": "b"}', "are not 0 to 1; see data.masks.label_map"),
+        ("c.json", '{"a": 3, "b": 4}', "3 is no colour"),
+        ("c.yaml", "names: [a, b]", "write a text file with a class a line"),
+    ],
 )
-def test_files_without_classes(text, message, tmp_path):
-    (tmp_path / "c.txt").write_text(text)
+def test_files_without_classes(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_classes(str(tmp_path / "c.txt"))
+        read_classes(str(tmp_path / name))
 
 
 def test_known_sets():
@@ -343,6 +364,46 @@ def test_parquet_with_two_columns_of_images(tmp_path):
         assert [labels[i]["pixel_labels"][0, 0] for i in range(3)] == [0, 1, 2]
         assert [source[i]["label"] for i in range(3)] == ([0, 1, 0] if name == "binary" else [-1] * 3)
     assert open_masks(source).class_names == ("sky", "road 1 2 3", "car")
+
+
+def write_tar(path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("end", ["mask.png", "seg.png", "labelIds.png"])
+def test_masks_in_tar_files(end, tmp_path):
+    """The member of a sample that is named as a mask, in several shards."""
+    for shard in range(2):
+        members = {}
+        for n in range(3):
+            members[f"s{shard}/{n}.jpg"] = PICTURE
+            members[f"s{shard}/{n}.{end}"] = mask(n % 2, shard)
+        write_tar(tmp_path / f"train-{shard}.tar", members)
+    (tmp_path / "classes.txt").write_text("ground 1 2 3\ntree 4 5 6\n")
+    source = pickle.loads(pickle.dumps(open_masks(open_source(f"tar:{tmp_path}", split="train"))))
+    assert (source.class_names, source.class_colours) == (("ground", "tree"), ((1, 2, 3), (4, 5, 6)))
+    assert len(source) == 6
+    for index in range(6):
+        shard, n = divmod(index, 3)
+        example = source[index]
+        assert example["image"] == PICTURE
+        np.testing.assert_array_equal(example["pixel_labels"], MaskRules(classes=2).labels(mask(n % 2, shard)))
+
+
+def test_masks_in_tar_files_that_are_missing_or_several(tmp_path):
+    write_tar(tmp_path / "some" / "train.tar", {"a.jpg": PICTURE, "a.mask.png": mask(0, 1), "b.jpg": PICTURE})
+    with pytest.raises(LabelError, match=r"b.jpg of .*train.tar has no mask"):
+        open_masks(open_source(f"tar:{tmp_path}/some", split="train"), classes=2)
+    write_tar(tmp_path / "two" / "train.tar", {f"a.{end}": mask(0, 1) for end in ("jpg", "mask.png", "seg.png")})
+    with pytest.raises(ValueError, match=r"sample 'a' of .* has 2 masks: "):
+        open_source(f"tar:{tmp_path}/two", split="train")
+    write_tar(tmp_path / "none" / "train.tar", {"a.jpg": PICTURE, "a.depth.png": mask(0, 1)})
+    assert "mask" not in open_source(f"tar:{tmp_path}/none", split="train")[0]
 
 
 def test_a_missing_mask_in_parquet_is_named(tmp_path):

@@ -35,6 +35,7 @@ from tinymim_jax.plan.roofline import (
 )
 from tinymim_jax.plan.search import largest_batch
 from tinymim_jax.plan.topology import parse_topology
+from tinymim_jax.tasks import TASKS
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,7 @@ def test_remedies_come_in_their_order():
     ("words", "fsdp", "said"),
     [
         (("train.batch_size=60",), 1, "cannot be split over the 8 chips of cpux8: choose a multiple of 8, such as 56"),
+        (("train.batch_size=4",), 1, "such as 8, or at most 4 chips for this batch"),
         (("train.accumulate=3",), 1, "choose a multiple of 24, such as 24 or 48"),
         ((), 3, "--fsdp 3 does not divide the 8 chips of cpux8. Choices: 1, 2, 4, 8"),
     ],
@@ -242,6 +244,13 @@ def test_configs_whose_checkpoint_is_yet_to_be_named(name):
         assert needed > 2 * (12 * block + patches)
     words = [word for remedy in remedies(config, 1, 1, 1, 1) for word in remedy.words]
     assert any("remat" in word for word in words) == (name != "linprobe")
+
+
+def test_micro_batches_of_a_segmentation_are_another_training():
+    config = load_config("configs/segment_b.py", [])
+    costs = {each.words: each.cost for each in remedies(config, chips=2, per_host=2, fsdp=1, fitting=4)}
+    assert "batch norm averages over one of them: another training" in costs["train.accumulate=2",]
+    assert TASKS["segment"].images_per_core < TASKS["classify"].images_per_core / 10  # of crops of 512, benchmarks/
 
 
 def test_segmentation_is_planned_without_its_data():

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from runs import small_config
 
+from configs import base
 from tinymim_jax.config import flat_names
 from tinymim_jax.metrics import read
-from tinymim_jax.resume import MAY_CHANGE
+from tinymim_jax.resume import MAY_CHANGE, as_json, check_same
 from tinymim_jax.train import train
 
 PEAK = 0.01 * 16 / 256
@@ -102,6 +103,21 @@ def test_what_may_change_is_a_key_and_everything_else_is_refused(run, images):
     for override in ("optim.weight_decay=0.123", "seed=7", f"data.source=tar:{images}"):
         with pytest.raises(ValueError, match=rf"another experiment:\n  {override.split('=')[0]}: .* there, .* here\n"):
             train(on_set(images, override), run)
+
+
+def test_micro_batches_may_not_change_under_batch_norm(tmp_path):
+    """It averages over a micro-batch, so a linear probe and a segmentation would be other trainings."""
+    for name, make in (("probe", base.probe), ("segment", base.segment), ("classify", base.classify)):
+        before, after = make(), make()
+        after.train.accumulate = 2
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(as_json(before)))
+        if name == "classify":
+            assert check_same(tmp_path / name, after) == {"train.accumulate": (1, 2)}
+            continue
+        with pytest.raises(ValueError, match=r"train.accumulate: 1 there, 2 here\nBatch norm averages") as error:
+            check_same(tmp_path / name, after)
+        assert "train.accumulate" not in str(error.value).partition("Keys that may change")[2]
 
 
 def test_a_longer_duration_needs_extend_and_follows_its_cosine(trained, images, tmp_path):

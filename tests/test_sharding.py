@@ -1,5 +1,6 @@
 """The mesh, the parameter rule, batches of one and of two processes, and joining a job."""
 
+import pathlib
 import signal
 import time
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counted_scenes import Scenes, counted
 from jax.sharding import AxisType, PartitionSpec
 from processes import free_port, output_of, run_python
 
@@ -97,6 +99,7 @@ def test_batch_that_cannot_be_dealt_out_is_refused():
 
 JOIN = """
 import logging, sys
+sys.path.insert(0, {tests!r})
 logging.basicConfig(level=logging.INFO)
 from tinymim_jax.runtime.distributed import initialize_distributed
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
@@ -109,16 +112,28 @@ mesh = make_mesh(2)
 first = 8 * jax.process_index()
 batch = place_batch(mesh, {{"label": np.arange(first, first + 8)}})
 rows = jax.jit(lambda x: 2 * x, out_shardings=replicated(mesh))(batch["label"])
+{after}
 print("JOINED", jax.distributed.is_initialized(), jax.process_count(), jax.device_count(), np.asarray(rows).tolist())
 """
 
 
-def test_two_processes_make_one_global_batch():
+COUNT = 'from counted_scenes import counted; print("COUNTED", counted(mesh).tolist())'
+
+
+def joining(before: str = "", after: str = "") -> str:
+    return JOIN.format(tests=str(pathlib.Path(__file__).parent), before=before, after=after)
+
+
+def test_two_processes_make_one_global_batch_and_one_confusion_matrix():
+    """11 images over 8 devices of two processes: in the last round the second process has none."""
+    counts = counted(make_mesh(devices=jax.devices()[:1])).tolist()
+    assert sum(map(sum, counts)) == sum(int((Scenes()[i]["pixel_labels"] != 255).sum()) for i in range(11))
     job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    processes = [run_python(JOIN.format(before=""), devices=4, JAX_PROCESS_ID=str(p), **job) for p in range(2)]
+    processes = [run_python(joining(after=COUNT), devices=4, JAX_PROCESS_ID=str(p), **job) for p in range(2)]
     for status, out, err in map(output_of, processes):
         assert status == 0, err
         assert f"JOINED True 2 8 {list(range(0, 32, 2))}" in out
+        assert f"COUNTED {counts}" in out
         assert "Waiting up to 30 minutes for all 2 processes" in err
 
 
@@ -126,9 +141,9 @@ def test_alone_and_what_stands_in_the_way():
     in_a_slurm_step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "absent", "SLURM_NTASKS": "1"}
     dead_proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     cases = {
-        "alone": run_python(JOIN.format(before=""), devices=2, **in_a_slurm_step, **dead_proxy),
-        "late": run_python(JOIN.format(before="import jax; jax.devices()"), devices=2),
-        "half": run_python(JOIN.format(before=""), JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES=""),
+        "alone": run_python(joining(), devices=2, **in_a_slurm_step, **dead_proxy),
+        "late": run_python(joining(before="import jax; jax.devices()"), devices=2),
+        "half": run_python(joining(), JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES=""),
     }
     results = {name: output_of(process) for name, process in cases.items()}
 

@@ -21,6 +21,7 @@ from tinymim_jax.experiment import Experiment, batch_shapes, build_optimizer
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.sharding import batch_sharding, replicated, state_sharding
 from tinymim_jax.state import init_state, make_train_step
+from tinymim_jax.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,8 @@ class Remedy:
 
 
 def remedies(config: ConfigDict, chips: int, per_host: int, fsdp: int, fitting: int) -> Iterator[Remedy]:
-    """Changes that reduce memory, the cheapest first. Only the last one, a smaller batch, changes the training result.
+    """Changes that reduce memory, the cheapest first. Only the last one, a smaller batch, changes the training result,
+    and more micro-batches where batch norm averages over them.
 
     Args:
       per_host: chips that may share one copy of the parameters.
@@ -199,9 +201,10 @@ def remedies(config: ConfigDict, chips: int, per_host: int, fsdp: int, fitting: 
     per_chip = batch // chips
     for more in range(parts + 1, per_chip + 1):
         if per_chip % more == 0 and fitting and per_chip // more <= fitting:
-            yield Remedy(
-                (f"train.accumulate={more}",), {"train.accumulate": more}, "micro-batches run one after another"
-            )
+            cost = "micro-batches run one after another"
+            if TASKS[config.task].batch_norm:
+                cost += ", and batch norm averages over one of them: another training"
+            yield Remedy((f"train.accumulate={more}",), {"train.accumulate": more}, cost)
             break
     if fitting:
         smaller = fitting * chips * parts
@@ -253,7 +256,8 @@ def _advice(
     hosts = max(1, jax.process_count())
     for remedy in remedies(settings, mesh.size, mesh.size // hosts, mesh.shape["fsdp"], max(fitting, 1)):
         words.append(f"  {' '.join(remedy.words)}: {remedy.cost}")
-    words.append("  train.accumulate=0 finds the smallest number of micro-batches that fits")
+    if not TASKS[config.task].batch_norm:
+        words.append("  train.accumulate=0 finds the smallest number of micro-batches that fits")
     return "\n".join(words)
 
 

@@ -16,6 +16,7 @@ from tinymim_jax.runtime.exits import is_first
 from tinymim_jax.runtime.files import with_retries, write_json
 from tinymim_jax.runtime.progress import steps
 from tinymim_jax.runtime.workdir import CONFIG, RESULT
+from tinymim_jax.tasks import TASKS
 
 # Keys that say how a run is carried out and not what is trained. They may differ when it is resumed, and config.json
 # is then updated. Everything else needs another workdir.
@@ -33,6 +34,9 @@ MAY_CHANGE: dict[str, str] = {
     "model.attention": "the same computation by another kernel",
     "distill.relation_form": "the same computation by another kernel",
 }
+
+# Keys of MAY_CHANGE that may not where batch norm averages over a micro-batch (TaskType.batch_norm).
+_FIXED_BY_BATCH_NORM = ("train.accumulate",)
 
 # Places: the content counts, and is compared by what resume.json records. A data set may move, but not change its kind.
 _PLACES = re.compile(r"data\.source|.*\bteacher\.path")
@@ -80,11 +84,17 @@ def check_same(workdir: epath.Path, config: ConfigDict, *, extend: bool = False)
     there, here = flat(as_json(from_json(stored))), flat(as_json(config))
     changes = {key: (there.get(key), here.get(key)) for key in sorted(there | here) if there.get(key) != here.get(key)}
     recorded = (epath.Path(workdir) / _RECORD).exists()
-    refused = [key for key in changes if not _may_change(key, *changes[key], recorded) and key != _DURATION]
+    fixed = _FIXED_BY_BATCH_NORM if config.task in TASKS and TASKS[config.task].batch_norm else ()
+    refused = [
+        key for key in changes if key in fixed or not (_may_change(key, *changes[key], recorded) or key == _DURATION)
+    ]
     if refused:
+        why = "\nBatch norm averages over a micro-batch, so their number changes what is trained" if fixed else ""
         raise ValueError(
-            f"{workdir} holds another experiment:\n{_listed({key: changes[key] for key in refused})}\n"
-            f"Choose another --workdir, or delete it. Keys that may change: {', '.join(MAY_CHANGE)}"
+            f"{workdir} holds another experiment:\n{_listed({key: changes[key] for key in refused})}"
+            f"{why if set(refused) & set(fixed) else ''}\n"
+            "Choose another --workdir, or delete it. Keys that may change: "
+            f"{', '.join(key for key in MAY_CHANGE if key not in fixed)}"
         )
     if _DURATION in changes and not extend:
         old, new = changes[_DURATION]

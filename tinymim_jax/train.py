@@ -244,7 +244,7 @@ def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
     if part % mesh.size:
         raise ValueError(
             f"{part} images at a time (train.batch_size / train.accumulate) cannot be split over {mesh.size} devices: "
-            f"choose a multiple of {mesh.size}"
+            f"choose a multiple of {mesh.size}" + (f", or at most {part} devices" if part < mesh.size else "")
         )
 
 

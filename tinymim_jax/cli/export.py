@@ -25,6 +25,7 @@ and a float32 file that differs by more than 2e-6 of the largest output is not k
   tinymim export runs/b_finetuned --to onnx --output tinymim_b.onnx
   tinymim export runs/b_finetuned --to onnx --int8 --data imagenet2012@validation --output tinymim_b_int8.onnx
   tinymim export runs/b --to stablehlo --features mean --output features.stablehlo
+  tinymim export runs/camvid --to onnx --class_map --output street.onnx
   tinymim export runs/b_finetuned --to hub --suites results.json --output tinymim-b
 """
 
@@ -37,10 +38,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", dest="format", required=True, choices=formats, help="format, see below")
     command.add_argument("--output", required=True, metavar="PATH", help="file to write; for the hub a new folder")
     programs = command.add_argument_group("onnx, litert, stablehlo, hub")
-    programs.add_argument(
+    output = programs.add_mutually_exclusive_group()
+    output.add_argument(
         "--features",
         choices=("mean", "cls", "tokens"),
         help="export the encoder: the mean of its patch tokens, its CLS token, or all tokens (default: class logits)",
+    )
+    output.add_argument(
+        "--class_map",
+        action="store_true",
+        help="onnx, stablehlo: of a segmentation, the class of every pixel of a window (default: logits on its grid)",
     )
     programs.add_argument(
         "--int8", action="store_true", help="onnx, litert: int8 weights, one scale per channel; inputs rounded in use"
@@ -65,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
             options.format,
             options.output,
             features=options.features,
+            class_map=options.class_map,
             int8=options.int8,
             data=options.data,
             images=options.images or (),
@@ -83,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     return _write_weights(options)
 
 
-_ONLY_PROGRAMS = ("features", "int8", "opset", "batch", "licence", "suites", "data", "images", "data_dir")
+_ONLY_PROGRAMS = ("features", "class_map", "int8", "opset", "batch", "licence", "suites", "data", "images", "data_dir")
 
 
 def _write_weights(options: argparse.Namespace) -> int:

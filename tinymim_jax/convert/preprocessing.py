@@ -27,6 +27,7 @@ _ASSUMED = {
     "class_names": [],
 }
 _ASSUMED_RESIZE = 256 / 224
+_OF_SEGMENTERS = ("windows", "class_colours")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,8 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
         value = values[key]
         result[key] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         origin[key] = where(key)
+    # How images of any size are shown to a network that labels pixels, and its colours: an export says so, or nobody.
+    result |= {key: exported[key] for key in _OF_SEGMENTERS if exported.get(key) and "segmenter" in model}
     _check(result, origin, model.get("classifier", model.get("segmenter", {})).get("classes", 0))
     return result | {"origin": origin}
 

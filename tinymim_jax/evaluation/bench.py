@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinymim_jax.errors import unknown
-from tinymim_jax.evaluation.exporting import network_of, write_program
+from tinymim_jax.evaluation.exporting import PIXELS, network_of, write_program
 from tinymim_jax.evaluation.predictor import load
 from tinymim_jax.runtime.parent import PARENT_VARIABLE
 
@@ -46,7 +46,7 @@ def bench(
     """Measures `checkpoint`: one row for each runtime, weights (float32, int8) and number of threads.
 
     Args:
-      runtimes: names in RUNTIMES; None: those that are installed.
+      runtimes: names in RUNTIMES; None: those that are installed and have such networks.
       int8: also with int8 weights, in the runtimes that export offers them for.
       threads: 0 means all cores.
       seconds: of measuring, for each batch size.
@@ -56,14 +56,15 @@ def bench(
       of the process, and for each batch size `batches[size]`: `milliseconds` (median of a call), `cpu_milliseconds`
       (processor time of a call, over all threads) and `images_per_second`.
     """
-    chosen = list(runtimes) if runtimes else installed()
+    model = load(checkpoint)
+    network = network_of(model)
+    usable = [name for name in installed() if not network.labels_pixels or RUNTIMES[name][1] in ("", *PIXELS)]
+    chosen = list(runtimes) if runtimes else usable
     for name in chosen:
         if name not in RUNTIMES:
             raise unknown("runtime", name, RUNTIMES)
         if missing := [module for module in RUNTIMES[name][0] if importlib.util.find_spec(module) is None]:
             raise ImportError(f"--runtime {name}: {missing[0]} is not installed: pip install {missing[0]}")
-    model = load(checkpoint)
-    network = network_of(model)
     rows = []
     with tempfile.TemporaryDirectory(prefix="tinymim-bench-") as folder:
         for name in chosen:

@@ -76,9 +76,8 @@ class PixelLabeller:
         """
         if len(images) != self._local:
             raise ValueError(f"{len(images)} images for the {self._local} devices of this process")
-        sizes = self._all_sizes(images)
+        sizes, variants = self._all_sizes(images)
         cuts = [self._cuts(params, frozen, image) for image in images]
-        variants = max(len(each) for each in cuts)
         counts = self._gathered(np.array([[len(c.windows) for c in each] or [0] * variants for each in cuts]))
         tiles = [_tiles(size, self._tile) for size in sizes]
         most = max(map(len, tiles))
@@ -182,10 +181,11 @@ class PixelLabeller:
             found.append(whole)
         return found
 
-    def _all_sizes(self, images: Sequence[Work | None]) -> list[tuple[int, int]]:
-        """(height, width) of the images of all processes; (0, 0) for none."""
-        own = np.array([(0, 0) if image is None else image.size for image in images])
-        return [(int(height), int(width)) for height, width in self._gathered(own)]
+    def _all_sizes(self, images: Sequence[Work | None]) -> tuple[list[tuple[int, int]], int]:
+        """((height, width) of the images of all processes, (0, 0) for none; how often each image is shown)."""
+        own = [(0, 0, 0) if image is None else (*image.size, len(image.shown)) for image in images]
+        rows = self._gathered(np.array(own))  # a process may have no image, and takes part in all steps
+        return [(int(height), int(width)) for height, width, _ in rows], int(rows[:, 2].max())
 
     def _gathered(self, rows: np.ndarray) -> np.ndarray:
         """The rows of all processes."""
@@ -217,6 +217,21 @@ def score_split(
 
     Raises RuntimeError where more than 0.1 % of the images cannot be decoded; in place of fewer others are counted.
     """
+    total, substituted = count_split(labeller, params, frozen, source, mesh, upright=upright, on_image=on_image)
+    return figures(total, source.class_names) | {"examples": len(source), "substituted": substituted}
+
+
+def count_split(
+    labeller: PixelLabeller,
+    params: Any,
+    frozen: Any,
+    source: Source,
+    mesh: Mesh,
+    *,
+    upright: bool = False,
+    on_image: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, int]:
+    """(confusion matrix int64 [true class, predicted class], images in place of damaged ones); see score_split."""
     examples, devices, local = len(source), mesh.size, len(mesh.local_devices)
     first = jax.process_index() * local
     own = [index for start in range(first, examples, devices) for index in range(start, min(start + local, examples))]
@@ -237,8 +252,7 @@ def score_split(
             counted = int(np.sum(multihost_utils.process_allgather(np.int32(counted))))
         if counted != examples:
             raise RuntimeError(f"evaluation counted {counted} images, but the split has {examples}")
-        substituted = count_substituted(scenes, examples)
-    return figures(total, source.class_names) | {"examples": counted, "substituted": substituted}
+        return total, count_substituted(scenes, examples)
 
 
 def figures(confusion: np.ndarray, names: Sequence[str]) -> dict[str, float]:

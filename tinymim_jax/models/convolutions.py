@@ -15,6 +15,8 @@ from tinymim_jax.ops.products import full_precision
 STATISTICS = "batch_stats"
 """The collection of the running statistics of batch norm."""
 
+BATCH_NORM_EPS = 1e-5
+
 Maps = Float[Array, "batch rows columns channels"]
 
 
@@ -39,7 +41,7 @@ class BatchNorm(nn.Module):
             running = {"mean": mean.value, "variance": variance.value}
             new = update_running_stats(running, *moments, count=math.prod(x.shape[:-1]))
             mean.value, variance.value = new["mean"], new["variance"]
-        return (batch_norm(x, *moments, eps=1e-5) * scale + bias).astype(self.dtype)
+        return (batch_norm(x, *moments, eps=BATCH_NORM_EPS) * scale + bias).astype(self.dtype)
 
 
 class Conv(nn.Module):

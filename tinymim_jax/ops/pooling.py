@@ -14,8 +14,18 @@ Maps = Float[Array, "batch rows columns channels"]
 def adaptive_pool(maps: Maps, size: int) -> Float[Array, "batch size size channels"]:
     """Means over size x size bins, which overlap where `size` is no divisor, as nn.AdaptiveAvgPool2d."""
     precision, (rows, columns) = full_precision(maps.dtype), maps.shape[1:3]
-    maps = jnp.einsum("rh,bhwc->brwc", jnp.asarray(_bin_means(rows, size), maps.dtype), maps, precision=precision)
-    return jnp.einsum("sw,brwc->brsc", jnp.asarray(_bin_means(columns, size), maps.dtype), maps, precision=precision)
+    maps = jnp.einsum("rh,bhwc->brwc", jnp.asarray(bin_means(rows, size), maps.dtype), maps, precision=precision)
+    return jnp.einsum("sw,brwc->brsc", jnp.asarray(bin_means(columns, size), maps.dtype), maps, precision=precision)
+
+
+@functools.cache
+def bin_means(length: int, bins: int) -> np.ndarray:
+    """[bins, length]: bin i averages from floor(i length / bins) to ceil((i + 1) length / bins)."""
+    weights = np.zeros((bins, length), np.float32)
+    for i in range(bins):
+        start, stop = i * length // bins, -(-(i + 1) * length // bins)
+        weights[i, start:stop] = 1 / (stop - start)
+    return weights
 
 
 def max_pool(maps: Maps) -> Float[Array, "batch half_rows half_columns channels"]:
@@ -33,13 +43,3 @@ def max_pool(maps: Maps) -> Float[Array, "batch half_rows half_columns channels"
 
 def _larger(first: Array, second: Array) -> Array:
     return jnp.where(first >= second, first, second)
-
-
-@functools.cache
-def _bin_means(length: int, bins: int) -> np.ndarray:
-    """[bins, length]: bin i averages from floor(i length / bins) to ceil((i + 1) length / bins)."""
-    weights = np.zeros((bins, length), np.float32)
-    for i in range(bins):
-        start, stop = i * length // bins, -(-(i + 1) * length // bins)
-        weights[i, start:stop] = 1 / (stop - start)
-    return weights

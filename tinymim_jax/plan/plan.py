@@ -19,11 +19,9 @@ from tinymim_jax.plan.roofline import Collective, StepTime, collectives, efficie
 from tinymim_jax.plan.search import Fit, largest_batch
 from tinymim_jax.plan.topology import Topology
 from tinymim_jax.sharding import AXES
+from tinymim_jax.tasks import TASKS
 
 log = logging.getLogger(__name__)
-
-# Images per second that one core decodes and augments from ImageNet's files, slightly below benchmarks/README.md.
-IMAGES_PER_CORE = 750
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +68,14 @@ class Plan:
         return self.batch / self.time.seconds if self.time else 0.0
 
     @property
+    def images_per_core(self) -> int:
+        """Images per second that a core of a host decodes and augments."""
+        return TASKS[self.config.task].images_per_core
+
+    @property
     def cores_wanted(self) -> float:
         """Cores that each host needs to decode images as fast as its devices use them."""
-        return self.images_per_second / self.config.data.crops / self.topology.hosts / IMAGES_PER_CORE
+        return self.images_per_second / self.config.data.crops / self.topology.hosts / self.images_per_core
 
     @property
     def cores_there(self) -> float:
@@ -154,7 +157,8 @@ def check_layout(config: ConfigDict, topology: Topology, fsdp: int) -> None:
         below, above = max(1, batch // whole) * whole, (batch // whole + 1) * whole
         raise ValueError(
             f"train.batch_size={batch}{in_parts} cannot be split over the {chips} chips of {topology.name}: "
-            f"choose a multiple of {whole}, such as {below} or {above}"
+            f"choose a multiple of {whole}, such as {below}{f' or {above}' if below < above else ''}"
+            + (f", or at most {batch // parts} chips for this batch" if batch // parts < chips else "")
         )
 
 

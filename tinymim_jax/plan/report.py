@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from tinymim_jax.plan.chips import GIB
-from tinymim_jax.plan.plan import IMAGES_PER_CORE, Plan
+from tinymim_jax.plan.plan import Plan
 from tinymim_jax.plan.roofline import COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, NETWORK_EFFICIENCY
 from tinymim_jax.runtime.progress import format_seconds
 
@@ -85,8 +85,8 @@ def _speed(plan: Plan) -> list[str]:
         f"speed           {plan.batch / plan.seconds:,.0f} images/s; model FLOP utilisation {plan.utilisation:.0%}",
         f"run             {plan.steps} steps, {format_seconds(plan.hours * 3600)} = {plan.hours / 24:.2f} days, "
         f"{plan.chip_hours:,.0f} chip-hours, without evaluation and compiling",
-        f"input           {plan.cores_wanted * IMAGES_PER_CORE:,.0f} images/s for each host: "
-        f"{plan.cores_wanted:.1f} cores at {IMAGES_PER_CORE} each; it has about {plan.cores_there:.0f}"
+        f"input           {plan.cores_wanted * plan.images_per_core:,.0f} images/s for each host: "
+        f"{plan.cores_wanted:.1f} cores at {plan.images_per_core} each; it has about {plan.cores_there:.0f}"
         + ("" if plan.bound != "input" else ", so the devices wait: see data.crops, prepare --short_side"),
     ]
     if time.kernels:

@@ -83,6 +83,9 @@ class TaskType:
     sources: (config, source as opened) -> the source that the task uses, for training and evaluation data alike; such
       as one whose masks are read as labels of pixels, and whose classes are those of the masks.
     stand_ins: (config, number of classes) -> zeros for checkpoints that are missing, so that training can be planned.
+    batch_norm: training normalizes by statistics of a micro-batch, so train.accumulate is part of what is trained.
+    images_per_core: images per second that a core prepares for training, as planning assumes: here of ImageNet's files,
+      slightly below benchmarks/README.md.
     usual_data: (number of images, number of classes) of the data set that planning assumes where the data is missing.
     """
 
@@ -93,6 +96,8 @@ class TaskType:
     for_evaluation: Callable[[ConfigDict], ConfigDict] = unchanged
     sources: Callable[[ConfigDict, Source], Source] = as_opened
     stand_ins: Callable[[ConfigDict, int], list[StandIn]] = lambda config, classes: init_stand_in(config)
+    batch_norm: bool = False
+    images_per_core: int = 750
     usual_data: tuple[int, int] = (1_281_167, 1000)  # ImageNet-1K
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinymim_jax.convert.errors import ConvertError
 from tinymim_jax.convert.formats.network import Network
-from tinymim_jax.convert.formats.onnx import quantize
+from tinymim_jax.convert.formats.onnx_graph import quantize
 from tinymim_jax.convert.formats.runners import INPUT, needs
 from tinymim_jax.ops.platform import compiling_for
 

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.convert.errors import ConvertError
+from tinymim_jax.models.convolutions import STATISTICS
 from tinymim_jax.models.heads import Classifier, check_pool, pool_tokens
+from tinymim_jax.models.segmentation import SegmentationNetwork, variables
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.posembed import sincos_table
+from tinymim_jax.ops.segmentation import labels_dtype, resize_bilinear
 
-# What an exported program returns: class scores, features of an image, or all tokens of the encoder.
-OUTPUTS = ("logits", "mean", "cls", "tokens")
+# What an exported program returns: class scores, features of an image, all tokens of the encoder, or the class of every
+# pixel.
+OUTPUTS = ("logits", "mean", "cls", "tokens", "class_map")
 # Parts of a record that have parameters and are used in training only.
 _TRAINING_ONLY = ("decoder", "adapter", "statistics")
 
@@ -25,10 +29,13 @@ class Network:
     """A trained network and which of its outputs is exported.
 
     record: the architecture, as in model.json.
-    params: nested dicts of float32 numpy arrays: `encoder`, and the parts of a classifier where there is one.
+    params: nested dicts of float32 numpy arrays: `encoder`, and the parts of a classifier, or of a network that labels
+      pixels, where there is one.
     preprocessing: how an image becomes the network's input, and `class_names`; see experiment.preprocessing.
-    output: 'logits'; 'mean' or 'cls' features, as `tinymim_jax.load(...).embed(pool=...)` gives them; or 'tokens',
-      [batch, prefix + patches, embed_dim] with the final norm where the encoder has one.
+    output: 'logits', which of a network that labels pixels are [batch, rows, columns, classes] on the grid of its head;
+      'class_map', the most probable class of every pixel, [batch, height, width]; 'mean' or 'cls' features, as
+      `tinymim_jax.load(...).embed(pool=...)` gives them; or 'tokens', [batch, prefix + patches, embed_dim] with the
+      final norm where the encoder has one.
     """
 
     record: Mapping[str, Any]
@@ -39,10 +46,13 @@ class Network:
     def __post_init__(self):
         if self.output not in OUTPUTS:
             raise ConvertError(f"output={self.output!r} is unknown. Choices: {', '.join(map(repr, OUTPUTS))}")
-        if self.output == "logits" and not ("head" in self.params and self.record.get("classifier")):
+        if self.output == "class_map" and "segmenter" not in self.record:
+            raise ConvertError("the checkpoint labels no pixels, so there is no class map to export")
+        has_logits = "segmenter" in self.record or ("head" in self.params and self.record.get("classifier"))
+        if self.output == "logits" and not has_logits:
             raise ConvertError(
                 "the checkpoint has no classifier, so there are no logits to export: choose --features mean, cls or "
-                "tokens to export the encoder, or fine-tune it first. Segmentation heads cannot be exported yet"
+                "tokens to export the encoder, or fine-tune it first"
             )
         check_pool(self.encoder, self.output)
 
@@ -55,6 +65,15 @@ class Network:
         return Classifier(self.encoder, **self.record["classifier"])
 
     @property
+    def labels_pixels(self) -> bool:
+        """Whether the output is about pixels: their logits or classes."""
+        return "segmenter" in self.record and self.output in ("logits", "class_map")
+
+    @property
+    def segmenter(self) -> SegmentationNetwork:
+        return SegmentationNetwork.from_record(self.encoder, self.record["segmenter"], auxiliary=False)
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         height, width = self.record["encoder"]["image_size"]
@@ -63,7 +82,30 @@ class Network:
     @property
     def class_names(self) -> list[str]:
         """What the outputs are called; empty where they have no names, or are features."""
-        return list(self.preprocessing.get("class_names", [])) if self.output == "logits" else []
+        return list(self.preprocessing.get("class_names", [])) if self.output in ("logits", "class_map") else []
+
+    @property
+    def output_name(self) -> str:
+        """What the output is called in files."""
+        return self.output if self.output in ("logits", "class_map") else "features"
+
+    def output_shape(self) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape, without the batch, and dtype of the output of `forward`."""
+        pixels = jax.ShapeDtypeStruct((1, *self.image_size, 3), jnp.float32)
+        found = jax.eval_shape(self.forward(), self.used_params(), pixels)
+        return found.shape[1:], np.dtype(found.dtype)
+
+    @property
+    def logits_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the logits of a network that labels pixels."""
+        (rows, columns, _), _ = dataclasses.replace(self, output="logits").output_shape()
+        return rows, columns
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, those before the patches included."""
+        encoder = self.encoder
+        return encoder.prefix + encoder.grid[0] * encoder.grid[1]
 
     @property
     def positions(self) -> np.ndarray:
@@ -76,7 +118,7 @@ class Network:
     def used_params(self) -> dict[str, Any]:
         """The parameters that the output depends on."""
         kept = {"encoder": self.params["encoder"]}
-        if self.output == "logits":
+        if self.output in ("logits", "class_map"):
             kept = {name: tree for name, tree in self.params.items() if name not in _TRAINING_ONLY}
         return kept
 
@@ -87,6 +129,12 @@ class Network:
 
     def forward(self) -> Callable[[Any, jax.Array], jax.Array]:
         """The same of (`used_params()`, pixels): large networks compile sooner where parameters are no constants."""
+        if self.output == "class_map":
+            dtype, scores = labels_dtype(self.segmenter.classes), self.scores()
+            return lambda params, pixels: jnp.argmax(scores(params, pixels), axis=-1).astype(dtype)
+        if self.labels_pixels:
+            segmenter: Any = self.segmenter
+            return lambda params, pixels: segmenter.apply(variables(jax.tree.map(jnp.asarray, params)), pixels)
         if self.output == "logits":
             classifier: Any = self.classifier
             return lambda params, pixels: classifier.apply({"params": params}, pixels)
@@ -99,11 +147,20 @@ class Network:
 
         return features
 
+    def scores(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """As `forward`, but of a class map the logits of which it is made: [batch, height, width, classes]."""
+        if self.output != "class_map":
+            return self.forward()
+        logits = dataclasses.replace(self, output="logits").forward()
+        return lambda params, pixels: resize_bilinear(logits(params, pixels), self.image_size)
+
     def description(self) -> dict[str, str]:
         """What travels with an exported file, by key; every value is a text, JSON where it is structured."""
         # `origin` says for a converted file what was assumed; from here on it is simply so.
         prepared = {key: value for key, value in self.preprocessing.items() if key not in ("class_names", "origin")}
-        record = {key: self.record[key] for key in ("encoder", "classifier", "source") if key in self.record}
+        record = {
+            key: self.record[key] for key in ("encoder", "classifier", "segmenter", "source") if key in self.record
+        }
         return {
             "producer": "tinymim-jax",
             "output": self.output,
@@ -113,13 +170,34 @@ class Network:
         }
 
 
+def without_training_parts(
+    record: Mapping[str, Any], params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A network that labels pixels without what its logits do not depend on: auxiliary head, blocks behind the taps."""
+    depth = max(record["segmenter"]["taps"])
+    encoder = dict(record["encoder"]) | {"depth": depth, "heads": list(record["encoder"]["heads"])[:depth]}
+    segmenter = dict(record["segmenter"])
+    if "auxiliary" in segmenter:
+        segmenter["auxiliary"] = 0
+    unused = {f"blocks_{i}" for i in range(depth, record["encoder"]["depth"])}
+    kept = {name: tree for name, tree in params.items() if name != "auxiliary_head"}
+    kept["encoder"] = {name: tree for name, tree in params["encoder"].items() if name not in unused}
+    kept[STATISTICS] = {name: tree for name, tree in params[STATISTICS].items() if name != "auxiliary_head"}
+    return dict(record) | {"encoder": encoder, "segmenter": segmenter}, kept
+
+
 def check_params(record: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Raises ConvertError where `params` are not those of the network that `record` describes."""
     encoder: Any = ViT.from_record(dict(record["encoder"]))
     pixels = jax.ShapeDtypeStruct((1, *encoder.image_size, 3), jnp.float32)
-    network: Any = Classifier(encoder, **record["classifier"]) if "classifier" in record else encoder
-    expected = jax.eval_shape(network.init, jax.random.key(0), pixels)["params"]
-    expected = expected if "classifier" in record else {"encoder": expected}
+    network: Any = encoder
+    if "segmenter" in record:
+        network = SegmentationNetwork.from_record(encoder, record["segmenter"])
+    elif "classifier" in record:
+        network = Classifier(encoder, **record["classifier"])
+    found = dict(jax.eval_shape(network.init, jax.random.key(0), pixels))
+    expected = dict(found.pop("params")) | found
+    expected = {"encoder": expected} if network is encoder else expected
     shapes = [
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape

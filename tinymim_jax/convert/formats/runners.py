@@ -54,7 +54,7 @@ def open_onnx(path: pathlib.Path, threads: int | None = None) -> Runner:
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = f"onnxruntime {runtime.__version__}"
-    return Runner(name, channels_first, lambda pixels: session.run(None, {INPUT: pixels})[0])
+    return Runner(name, channels_first, lambda pixels: channels_last(session.run(None, {INPUT: pixels})[0]))
 
 
 def open_openvino(path: pathlib.Path, threads: int | None = None) -> Runner:
@@ -63,7 +63,7 @@ def open_openvino(path: pathlib.Path, threads: int | None = None) -> Runner:
     settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)
     name = f"OpenVINO {openvino.__version__.split('-')[0]}"
-    return Runner(name, channels_first, lambda pixels: compiled([pixels])[0])
+    return Runner(name, channels_first, lambda pixels: channels_last(compiled([pixels])[0]))
 
 
 def open_litert(path: pathlib.Path, threads: int | None = None) -> Runner:
@@ -126,6 +126,11 @@ RUNNERS: dict[str, Callable[[pathlib.Path, int | None], Runner]] = {
 def channels_first(pixels: np.ndarray) -> np.ndarray:
     """[batch, height, width, 3] as [batch, 3, height, width]."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def channels_last(output: np.ndarray) -> np.ndarray:
+    """Logits of pixels [batch, classes, rows, columns] as [batch, rows, columns, classes]; others as they are."""
+    return output.transpose(0, 2, 3, 1) if output.ndim == 4 else output
 
 
 def needs(module: str, remedy: str) -> Any:

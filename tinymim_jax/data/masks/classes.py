@@ -114,25 +114,41 @@ def read_classes(path: str) -> tuple[MaskClass, ...]:
 
     One of
         text with a class a line: its name, or its name and colour in any order: `road 128 64 128`, `128 64 128 road`,
-            `road: 128, 64, 128` (CVAT's labelmap.txt). Empty lines and lines that start with # are skipped;
-        a table (comma or tab) whose header has a column Name, and perhaps columns r, g, b, as class_dict.csv and
-            objectInfo150.txt;
-        JSON: a list of names, or of {"name": ..., "color": [r, g, b]}.
+            `road: 128, 64, 128` (CVAT's labelmap.txt), `road #804080`. All lines may begin with the number of their
+            class, from 0: `0 road`. Empty lines and lines that start with # are skipped;
+        a table (comma or tab) whose header has a column Name, and perhaps columns r, g, b, or color, as class_dict.csv
+            and objectInfo150.txt;
+        JSON: a list of names, or of {"name": ..., "color": [r, g, b]}; {"0": "road"}; or {"road": [r, g, b]}.
     Two lines of the same name are one class with two colours; pixels of the colour of a line `ignore` are ignored.
 
     Raises ValueError, with the line, for anything else.
     """
     text = files.read(files.absolute(path)).decode("utf-8-sig")
+    if path.lower().endswith((".yaml", ".yml", ".xml", ".toml")):
+        raise ValueError(f"{path}: such files of classes are not read: write a text file with a class a line, or JSON")
     if path.lower().endswith(".json"):
-        found = [_of_json(path, item) for item in json.loads(text)]
+        found = _of_json(path, text)
     elif header := _header(text):
         found = _of_table(path, text, header)
     else:
         lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-        found = [_of_line(path, number, line) for number, line in lines if line and not line.startswith("#")]
+        rows = [(number, _parts(line), line) for number, line in lines if line and not line.startswith("#")]
+        found = [_of_line(path, *row) for row in _without_numbers(path, rows)]
     if not found:
         raise ValueError(f"{path} names no class")
+    plain = [each.name for each in found if each.colour is None]
+    if twice := [name for name in plain if [each.name for each in found].count(name) > 1]:
+        raise ValueError(f"{path} names {twice[0]!r} twice: every class has one line, unless each line has a colour")
     return tuple(found)
+
+
+def classes_beside(folder: str) -> tuple[MaskClass, ...]:
+    """The classes in the first of CLASS_FILES that lies in `folder`; empty where there is none."""
+    if not folder:
+        return ()
+    _, names = files.list_folder(folder)
+    path = next((name for name in CLASS_FILES if name in names), None)
+    return () if path is None else read_classes(files.join(folder, path))
 
 
 def classes_text(classes: tuple[MaskClass, ...]) -> str:
@@ -162,7 +178,25 @@ def class_colours(classes: tuple[MaskClass, ...]) -> tuple[tuple[int, int, int],
     return tuple(own.get(name, other) for name, other in zip(names, distinct_colours(len(names))))
 
 
-def _of_json(path: str, item: Any) -> MaskClass:
+def _of_json(path: str, text: str) -> list[MaskClass]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if isinstance(content, dict) and len(content) == 1 and isinstance(inner := next(iter(content.values())), list):
+        content = inner if not all(isinstance(each, int) for each in inner) else content  # {"classes": [...]}
+    if isinstance(content, dict) and all(key.isdigit() for key in content):
+        if sorted(map(int, content)) != list(range(len(content))):
+            raise ValueError(
+                f"{path}: its numbers of classes are not 0 to {len(content) - 1}; see data.masks.label_map"
+            )
+        content = [content[key] for key in sorted(content, key=int)]
+    elif isinstance(content, dict):
+        content = [{"name": name, "color": colour} for name, colour in content.items()]
+    return [_of_item(path, item) for item in content]
+
+
+def _of_item(path: str, item: Any) -> MaskClass:
     if isinstance(item, str):
         return MaskClass(item, None)
     if isinstance(item, dict) and "name" in item:
@@ -189,26 +223,57 @@ def _of_table(path: str, text: str, header: tuple[str, list[str]]) -> list[MaskC
             continue
         values = dict(zip(columns, (value.strip() for value in row)))
         colour = [values[key] for key in ("r", "g", "b") if key in values]
+        written = values.get("color") or values.get("colour")
         # ADE20K gives several names for each class: "door;double door".
         name = re.split(r"[;,]", values["name"])[0].strip()
-        found.append(MaskClass(name, _colour(path, colour) if len(colour) == 3 else None))
+        colour = colour if len(colour) == 3 else written
+        found.append(MaskClass(name, _colour(path, colour) if colour else None))
     return found
 
 
-def _of_line(path: str, number: int, line: str) -> MaskClass:
-    parts = [part for part in re.split(r"[\s,;:]+", line) if part]
+def _parts(line: str) -> list[str]:
+    return [part for part in re.split(r"[\s,;:]+", line) if part]
+
+
+def _without_numbers(path: str, rows: list[tuple[int, list[str], str]]) -> list[tuple[int, list[str], str]]:
+    """The lines (number, parts, text) without the number of their class, where all begin with it.
+
+    Three numbers are a colour, so such a line begins with one number, or with four.
+    """
+    leading = [next((i for i, part in enumerate(parts) if not part.isdigit()), 0) for _, parts, _ in rows]
+    if not rows or not all(count in (1, 4) for count in leading):
+        return rows
+    numbers = [int(parts[0]) for _, parts, _ in rows]
+    if numbers != list(range(len(rows))):
+        first = ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
+        raise ValueError(
+            f"{path}: its lines begin with {first}, and classes are numbered from 0 in the order of the lines: leave "
+            "these numbers out, and say by data.masks.label_map which stored value is which class"
+        )
+    return [(number, parts[1:], line.split(parts[0], 1)[1].lstrip(" \t,;:")) for number, parts, line in rows]
+
+
+def _of_line(path: str, number: int, parts: list[str], line: str) -> MaskClass:
     for numbers, words in ((parts[:3], parts[3:]), (parts[-3:], parts[:-3])):
         if len(numbers) == 3 and words and all(part.isdigit() for part in numbers):
             return MaskClass(" ".join(words), _colour(f"{path}, line {number}", numbers))
+    if len(parts) > 1 and re.fullmatch("#[0-9a-fA-F]{6}", parts[-1]):
+        return MaskClass(" ".join(parts[:-1]), _colour(f"{path}, line {number}", parts[-1]))
     if all(part.isdigit() for part in parts) and len(parts) > 1:
         raise ValueError(f"{path}, line {number}: {line!r} has no name; write NAME, or NAME R G B")
     return MaskClass(line, None)
 
 
 def _colour(where: str, values: Any) -> tuple[int, int, int]:
-    colour = tuple(int(value) for value in values)
+    """Of three numbers, or "#rrggbb"."""
+    try:
+        if isinstance(values, str):
+            values = bytes.fromhex(values.removeprefix("#"))
+        colour = tuple(int(value) for value in values)
+    except (TypeError, ValueError):
+        colour = ()
     if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
-        raise ValueError(f"{where}: {tuple(values)} is no colour; expected three numbers from 0 to 255")
+        raise ValueError(f"{where}: {values!r} is no colour; expected three numbers from 0 to 255, or #rrggbb")
     return colour  # type: ignore[return-value]
 
 

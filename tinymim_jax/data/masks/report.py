@@ -91,7 +91,8 @@ def _read_one(source: Source, rules: MaskRules, index: int) -> tuple[str, np.nda
         if not (mask := example.get("mask")):
             return (
                 f"{source.describe(index)} has no mask. Segmentation needs images with masks: pairs:LOCATION, a "
-                "Parquet file with a column `mask`, or a TFDS set with `segmentation_mask`"
+                "Parquet file with a column `mask`, tar files with KEY.jpg and KEY.mask.png, or a TFDS set with "
+                "`segmentation_mask`"
             )
         stored, (_, mode) = rules.stored(mask), read_mask(mask)
         height, width = Picture(example["image"]).size

@@ -21,11 +21,14 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 4  # part of every fingerprint, so indexes of older formats are ignored
 
+_MASKS = ("mask_offsets", "mask_sizes")
+
 
 class Records:
     """An index under construction, returned by the `build` argument of `cached`.
 
-    Each record has a name, a label and a position (shard, offset, size); formats leave unused fields at their defaults.
+    Each record has a name, a label, a position (shard, offset, size) and that of its mask in the same shard; formats
+    leave unused fields at their defaults.
     """
 
     def __init__(self):
@@ -35,19 +38,26 @@ class Records:
         self.shards = array("i")
         self.offsets = array("q")
         self.sizes = array("q")
+        self.mask_offsets = array("q")
+        self.mask_sizes = array("q")
         self.row_labels = array("i")  # one label per row, if a record is a row group or a file of many rows
         self.meta: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def add(self, name: str, label: int = -1, shard: int = 0, offset: int = 0, size: int = 0) -> None:
+    def add(
+        self, name: str, label: int = -1, shard: int = 0, offset: int = 0, size: int = 0, mask: tuple[int, int] = (0, 0)
+    ) -> None:
+        """`mask`: its offset and size."""
         self.names += os.fsencode(name)
         self.ends.append(len(self.names))
         self.labels.append(label)
         self.shards.append(shard)
         self.offsets.append(offset)
         self.sizes.append(size)
+        self.mask_offsets.append(mask[0])
+        self.mask_sizes.append(mask[1])
 
     def extend(self, other: "Records") -> None:
         """Appends the records of `other`; its `meta` and `row_labels` are ignored."""
@@ -76,10 +86,15 @@ class Records:
         return mixed
 
     def _numbers(self) -> tuple[array, ...]:
-        return self.labels, self.shards, self.offsets, self.sizes
+        return self.labels, self.shards, self.offsets, self.sizes, self.mask_offsets, self.mask_sizes
 
     def columns(self) -> dict[str, np.ndarray]:
-        return {
+        """What is stored; without the columns of masks where no record has one."""
+        masks = {
+            "mask_offsets": np.frombuffer(self.mask_offsets, np.int64),
+            "mask_sizes": np.frombuffer(self.mask_sizes, np.int64),
+        }
+        return (masks if any(self.mask_sizes) else {}) | {
             "names": np.frombuffer(self.names, np.uint8),
             "ends": np.frombuffer(self.ends, np.int64),
             "labels": np.frombuffer(self.labels, np.int32),
@@ -93,8 +108,9 @@ class Records:
 class Index:
     """The stored, read-only form of `Records`; picklable.
 
-    `labels`, `shards`, `offsets` and `sizes` have one entry per record; `row_labels` has one per row, if records have
-    labelled rows. `meta` holds format-specific data.
+    `labels`, `shards`, `offsets` and `sizes` have one entry per record, and so have `mask_offsets` and `mask_sizes`,
+    which are None where no record has a mask. `row_labels` has one per row, if records have labelled rows. `meta` holds
+    format-specific data.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -104,6 +120,8 @@ class Index:
         self.labels, self.shards = self._column("labels"), self._column("shards")
         self.offsets, self.sizes = self._column("offsets"), self._column("sizes")
         self.row_labels = self._column("row_labels")
+        masks = (self.folder / "mask_sizes.npy").exists()
+        self.mask_offsets, self.mask_sizes = map(self._column, _MASKS) if masks else (None, None)
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -48,6 +48,11 @@ def is_mask(name: str) -> bool:
     return layout.is_image(name) or name.lower().endswith(".gif")
 
 
+def names_mask(word: str) -> bool:
+    """Whether a word in the name of a file says that it is a mask: "seg", "labelIds"."""
+    return role_of(word)[0] == "mask" or f"_{word.lower()}" in _MASK_SUFFIXES
+
+
 def role_of(folder: str) -> tuple[str, str]:
     """("image", "mask" or "", the name of the folder without that word): "trainannot" -> ("mask", "train")."""
     for role, words in (("mask", _MASK_WORDS), ("image", _IMAGE_WORDS)):

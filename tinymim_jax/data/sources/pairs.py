@@ -17,7 +17,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 
-from tinymim_jax.data.masks.classes import CLASS_FILES, read_classes
+from tinymim_jax.data.masks.classes import classes_beside
 from tinymim_jax.data.sources import files, layout, pair_names
 from tinymim_jax.data.sources.examples import Example, MaskClass, Source
 from tinymim_jax.data.sources.index import Index, Records, cached
@@ -64,7 +64,7 @@ def open_split(name: str, location: str, split: str) -> Source:
 
     listing = hashlib.sha256("\n".join(_BETWEEN.join(pair) for pair in found).encode("utf-8", "surrogateescape"))
     index = cached(f"{name}/{split}", ["pairs", root, listing.hexdigest()], build)
-    return PairSource(name, split, root, index, _classes_beside(root))
+    return PairSource(name, split, root, index, classes_beside(root))
 
 
 def split_names(location: str) -> list[str]:
@@ -188,14 +188,6 @@ def _lists(root: str, found: Mapping[str, list[str]]) -> dict[str, frozenset[str
 def _stem(path: str) -> str:
     name = path.rsplit("/", 1)[-1]
     return name.rsplit(".", 1)[0] if layout.is_image(name) else name
-
-
-def _classes_beside(root: str) -> tuple[MaskClass, ...]:
-    if not root:
-        return ()
-    _, names = files.list_folder(root)
-    path = next((name for name in CLASS_FILES if name in names), None)
-    return () if path is None else read_classes(files.join(root, path))
 
 
 def _listed(paths: list[str]) -> str:

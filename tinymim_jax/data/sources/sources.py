@@ -48,7 +48,8 @@ def open_source(
                 there are no folders and no classes. Hidden files are skipped;
             `pairs:LOCATION`, images and masks for semantic segmentation, found by the names of their folders and files
                 (pairs.py); `pairs:IMAGES::MASKS` names both folders, and MASKS may end in a pattern such as `*_L.png`;
-            `tar:LOCATION`, WebDataset shards: `key.jpg`, optionally with `key.cls` or `key.json` (`{"label": 3}`);
+            `tar:LOCATION`, WebDataset shards: `key.jpg`, optionally with `key.cls` or `key.json` (`{"label": 3}`),
+                or with a mask, `key.mask.png` or `key.seg.png`;
             `parquet:LOCATION`, in the layout of Hugging Face image data sets: columns are found by its metadata, or
                 by name (`image`, `img` or `jpg`; `label`, `labels` or `fine_label`; `mask` or `annotation` for an
                 image of masks);

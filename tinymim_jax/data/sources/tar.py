@@ -1,4 +1,7 @@
-"""`tar:LOCATION`: random access to WebDataset shards, `key.jpg` with `key.cls` or `key.json`."""
+"""`tar:LOCATION`: random access to WebDataset shards, `key.jpg` with `key.cls` or `key.json`, or with a mask.
+
+The mask of `key.jpg` is `key.mask.png`, or .seg.png, .labelIds.png, and other words of pair_names.py.
+"""
 
 import contextlib
 import itertools
@@ -11,12 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinymim_jax.data.masks.classes import classes_beside
 from tinymim_jax.data.sources import files, shards
-from tinymim_jax.data.sources.examples import Example, Source
+from tinymim_jax.data.sources.examples import Example, MaskClass, Source
 from tinymim_jax.data.sources.files import File
 from tinymim_jax.data.sources.index import Index, Records, cached
 from tinymim_jax.data.sources.labels import shown
 from tinymim_jax.data.sources.layout import is_image
+from tinymim_jax.data.sources.pair_names import names_mask
 
 FORMAT = shards.Format(
     "tar",
@@ -32,7 +37,10 @@ def open_split(name: str, location: str, split: str) -> Source:
     """Opens a whole split of the shards at `location`; see `sources.open_source` for the file layout and errors."""
     found = shards.find(FORMAT, name, location, split)
     what = f"{name}/{split}"
-    return TarSource(name, split, cached(what, shards.fingerprint(FORMAT, found), lambda: _records(what, found)))
+    fingerprint = [*shards.fingerprint(FORMAT, found), "with masks"]  # indexes before these have no places of masks
+    index = cached(what, fingerprint, lambda: _records(what, found))
+    classes = () if index.mask_sizes is None else classes_beside(found[0].path.rpartition("/")[0])
+    return TarSource(name, split, index, classes)
 
 
 def split_names(location: str) -> list[str]:
@@ -42,9 +50,10 @@ def split_names(location: str) -> list[str]:
 class TarSource(Source):
     """The samples of tar files, in file order, read by byte offset."""
 
-    def __init__(self, name: str, split: str, index: Index):
+    def __init__(self, name: str, split: str, index: Index, mask_classes: tuple[MaskClass, ...] = ()):
         self.name = name
         self.split = split
+        self.mask_classes = mask_classes
         self.class_names = tuple(index.meta["class_names"])
         self.label_problem = index.meta["label_problem"]
         self._index = index
@@ -57,8 +66,13 @@ class TarSource(Source):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}/{self.split} has records 0 to {len(self) - 1}, got {index}")
         place = self._index
-        image = self._shards.read(int(place.shards[index]), int(place.offsets[index]), int(place.sizes[index]))
-        return {"image": image, "label": int(place.labels[index])}
+        shard = int(place.shards[index])
+        image = self._shards.read(shard, int(place.offsets[index]), int(place.sizes[index]))
+        example: Example = {"image": image, "label": int(place.labels[index])}
+        if place.mask_offsets is None or place.mask_sizes is None or not place.mask_sizes[index]:
+            return example
+        mask = self._shards.read(shard, int(place.mask_offsets[index]), int(place.mask_sizes[index]))
+        return {**example, "mask": mask}
 
     def known_labels(self) -> np.ndarray:
         return self._index.labels
@@ -69,7 +83,7 @@ class TarSource(Source):
         return f"{self._index.name(index)} of {self._shards.paths[self._index.shards[index]]}"
 
     def __reduce__(self):
-        return TarSource, (self.name, self.split, self._index)
+        return TarSource, (self.name, self.split, self._index, self.mask_classes)
 
 
 class _Member(NamedTuple):
@@ -122,10 +136,11 @@ def _index_shard(number: int, file: File) -> tuple[Records, _Problems]:
         samples = _samples(_members(file, opened))
     for sample in samples:
         key = sample[0].key
-        image = _image_of(file, key, sample)
+        image, mask = _image_of(file, key, sample)
         label = _label_of(file, sample, problems)
         if image is not None:
-            records.add(image.name, label, number, image.offset, image.size)
+            place = (0, 0) if mask is None else (mask.offset, mask.size)
+            records.add(image.name, label, number, image.offset, image.size, place)
         elif label != -1:
             first = f"sample {key!r} of {file.path}, which has a label but no image"
             problems.add("samples with a label but no image", first)
@@ -226,16 +241,22 @@ def _resolved(
     return resolved
 
 
-def _image_of(file: File, key: str, sample: list[_Member]) -> _Member | None:
-    images = [member for member in sample if is_image(f".{member.extension}")]
+def _image_of(file: File, key: str, sample: list[_Member]) -> tuple[_Member | None, _Member | None]:
+    """The image of a sample and its mask, where it has them."""
+    pictures = [member for member in sample if is_image(f".{member.extension}")]
+    masks = [each for each in pictures if names_mask(each.extension.rpartition(".")[0])]
     # "key.seg.png" accompanies "key.jpg"; without "key.jpg" it is the image.
-    images = [member for member in images if "." not in member.extension] or images
-    if len(images) > 1:
-        raise ValueError(
-            f"sample {key!r} of {file.path} has {len(images)} images: {shown([image.name for image in images])}; "
-            "expected one. The key of a sample is the file name up to its first dot: replace any other dots in it"
-        )
-    return images[0] if images else None
+    images = [member for member in pictures if "." not in member.extension]
+    if not images:
+        images, masks = pictures, []
+    for kind, found in (("images", images), ("masks", masks)):
+        if len(found) > 1:
+            raise ValueError(
+                f"sample {key!r} of {file.path} has {len(found)} {kind}: {shown([each.name for each in found])}; "
+                "expected one. The key of a sample is the file name up to its first dot: replace any other dots in it. "
+                "The mask of KEY.jpg is KEY.mask.png"
+            )
+    return images[0] if images else None, masks[0] if masks else None
 
 
 def _label_of(file: File, sample: list[_Member], problems: _Problems) -> int:

@@ -158,4 +158,4 @@ def _stand_ins(config: ConfigDict, classes: int) -> list[StandIn]:
     return [StandIn("init", encoder_zeros(path, VIT_B), f"init={path} is not here: taken as a ViT-B")]
 
 
-TASK = TaskType(build=build, needs_labels=True, stand_ins=_stand_ins)
+TASK = TaskType(build=build, needs_labels=True, batch_norm=True, stand_ins=_stand_ins)

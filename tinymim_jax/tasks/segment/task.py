@@ -183,4 +183,11 @@ def _check_training(config: ConfigDict, network: SegmentationNetwork) -> None:
         )
 
 
-TASK = TaskType(build=build, sources=with_masks, class_views=segmentation_views, usual_data=(20_210, 150))  # ADE20K
+TASK = TaskType(
+    build=build,
+    sources=with_masks,
+    class_views=segmentation_views,
+    batch_norm=True,
+    images_per_core=70,  # crops of 512
+    usual_data=(20_210, 150),  # ADE20K
+)
