@@ -406,6 +406,34 @@ def test_masks_in_tar_files_that_are_missing_or_several(tmp_path):
     assert "mask" not in open_source(f"tar:{tmp_path}/none", split="train")[0]
 
 
+def test_a_location_of_another_level_is_named(tmp_path):
+    put(
+        tmp_path / "own", *(f"{split}/{kind}" for split in ("train", "val") for kind in ("images/x.jpg", "masks/x.png"))
+    )
+    for place, message in (
+        (".", r"The folders of the splits are in .*own: did you mean pairs:.*own\?"),
+        ("own/train", r"train is itself the folder of a split: did you mean pairs:.*own\?"),
+        ("own/train/images", r"images is the folder of the images: did you mean pairs:.*own/train\?"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(f"pairs:{(tmp_path / place).resolve()}", split="train")
+
+
+def test_masks_of_0_and_255_by_the_remedy_that_is_named(tmp_path):
+    put(tmp_path, "images/a.jpg", "images/b.jpg")
+    put(tmp_path, "masks/a.png", "masks/b.png", content=mask(0, 255))
+    source = open_source(f"pairs:{tmp_path}", split="all")
+    with pytest.raises(LabelError, match=r"hold only 0 and 255, .*label_map='\(\(0, 0\), \(255, 1\)\)'"):
+        open_masks(source, classes=2)
+    labels = open_masks(source, classes=2, label_map=((0, 0), (255, 1)))[0]["pixel_labels"]
+    assert (labels[:, 0] == 0).all()
+    assert (labels[:, 5] == 1).all()
+    with pytest.raises(ValueError, match=r"the stored value 255 a class, and data.masks.ignore=\(255,\) ignores it"):
+        open_masks(source, classes=2, label_map=((0, 0), (255, 1)), ignore=255)
+    with pytest.raises(FileNotFoundError, match=r"data.masks.classes='nothing.txt': there is no such file"):
+        open_masks(source, classes="nothing.txt")
+
+
 def test_a_missing_mask_in_parquet_is_named(tmp_path):
     pq.write_table(pa.table({"image": [PICTURE] * 2, "mask": [mask(0, 1), None]}), tmp_path / "a.parquet")
     with pytest.raises(LabelError, match=r"row 1 of .*a.parquet has no mask"):

@@ -120,7 +120,8 @@ def _check_values(source: Source, rules: MaskRules, sample: _Sample) -> None:
     total = sum(sample.counts.values())
     meanings = {value: rules.meaning(value) for value in values}
     wrong = [value for value in values if meanings[value] is None]
-    suggestion = ", ".join(f"({value}, {number})" for number, value in enumerate(values))
+    kept = [value for value in values if meanings[value] != IGNORED]
+    suggestion = ", ".join(f"({value}, {number})" for number, value in enumerate(kept))
     if set(values) <= {0, 255} and 255 in values and not rules.label_map:
         raise LabelError(
             f"{source.describe(sample.first[255])}: the masks of {source.name!r} hold only 0 and 255, so 255 is "
@@ -131,7 +132,7 @@ def _check_values(source: Source, rules: MaskRules, sample: _Sample) -> None:
         share = sum(sample.counts[value] for value in wrong) / total
         remedy = "If they are to be ignored, name them in data.masks.ignore"
         if len(values) <= rules.classes + len(rules.ignore):
-            more = f" and data.masks.classes={len(values)}" if len(values) > rules.classes else ""
+            more = f" and data.masks.classes={len(kept)}" if len(kept) > rules.classes else ""
             remedy = f"To number the values in their order: data.masks.label_map='({suggestion})'{more}. {remedy}"
         elif len(values) > 2 * rules.classes + 2:
             remedy = f"So many values come from resizing masks with interpolation, or from JPEG. {remedy}"
@@ -146,6 +147,8 @@ def _check_values(source: Source, rules: MaskRules, sample: _Sample) -> None:
     if len(classes) < 2 and sample.read > 1:
         what = f"only class {classes.pop()}" if classes else "no class at all"
         hint = "data.masks.reduce_zero_label is on, which ignores 0" if rules.reduce_zero_label else "check the masks"
+        if {"LA", "PA", "RGBA"} & set(sample.modes):
+            hint += " (their alpha channel is not read)"
         raise LabelError(
             f"the {sample.read} masks of {source.name!r} that were read hold {what} (stored values "
             f"{', '.join(map(str, values[:12]))}), so there is nothing to learn: {hint}, data.masks.ignore="

@@ -39,6 +39,12 @@ class MaskRules:
             raise ValueError(f"{self.classes} classes: a mask can hold 1 to 65,534")
         if self.label_map and self.reduce_zero_label:
             raise ValueError("data.masks.label_map and .reduce_zero_label both say what stored values mean: use one")
+        both = sorted({stored for stored, number in self.label_map if number != IGNORED} & set(self.ignore))
+        if both:
+            raise ValueError(
+                f"data.masks.label_map makes the stored value {both[0]} a class, and data.masks.ignore={self.ignore} "
+                "ignores it: leave it out of one of them"
+            )
         wrong = [pair for pair in self.label_map if not IGNORED <= pair[1] < self.classes]
         if wrong:
             raise ValueError(

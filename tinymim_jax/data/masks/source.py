@@ -2,7 +2,7 @@
 
 import logging
 
-from tinymim_jax.data.masks.classes import KnownSet, class_colours, class_names, known_set, read_classes
+from tinymim_jax.data.masks.classes import KNOWN, KnownSet, class_colours, class_names, known_set, read_classes
 from tinymim_jax.data.masks.report import describe_masks
 from tinymim_jax.data.masks.rules import MaskRules
 from tinymim_jax.data.sources import files
@@ -76,9 +76,10 @@ def open_masks(
         raise ValueError(f"{source.name!r}: {_REFUSED[base]}")
     found, known = _classes(source, classes)
     names = class_names(found)
-    default_ignore = known.ignore if len(names) <= 254 else (65535,)
     if label_map is None:
         label_map = known.label_map if reduce_zero_label is None and ignore is None else ()
+    default_ignore = known.ignore if len(names) <= 254 else (65535,)
+    default_ignore = tuple(value for value in default_ignore if value not in dict(label_map))
     if reduce_zero_label is None:
         reduce_zero_label = known.reduce_zero_label and not label_map
     rules = MaskRules(
@@ -99,7 +100,13 @@ def _classes(source: Source, classes: str | int) -> tuple[tuple[MaskClass, ...],
         numbered = tuple(MaskClass(str(number), None) for number in range(int(text)))
         return numbered, KnownSet(numbered)
     if "/" in text or "." in text or (text and files.matches(files.absolute(text))):
-        named = read_classes(text)
+        try:
+            named = read_classes(text)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"data.masks.classes={text!r}: there is no such file. It takes a file with a class a line, a number of "
+                f"classes, or one of {', '.join(KNOWN)}"
+            ) from None
         return named, KnownSet(named)
     if text:
         known = known_set(text)

@@ -126,16 +126,29 @@ def _find(name: str, location: str, split: str) -> tuple[str, Pairs, str]:
     try:
         pairs = pair_names.find_pairs(found, _lists(root, found))
     except ValueError as error:
-        raise ValueError(f"{root}: {error}") from None
+        above, _, own = root.rstrip("/").rpartition("/")
+        hint = f". {own} is the folder of the images: did you mean pairs:{above}?"
+        raise ValueError(f"{root}: {error}{hint if pair_names.role_of(own)[0] == 'image' else ''}") from None
     names = _names(pairs)
     if split == ALL or "{split}" in location:
         return root, pairs, ""
     if (whole := layout.matching_folder(split, [each for each in names if each != ALL])) is None:
         raise ValueError(
             f"split={split!r} of {name!r} is unknown, or has no masks; choices: {', '.join(names)}, or a part such as "
-            f"'{names[0] if names else ALL}[:90%]'"
+            f"'{names[0] if names else ALL}[:90%]'{_other_level(root)}"
         )
     return root, pairs, whole
+
+
+def _other_level(root: str) -> str:
+    """A hint where the folders of the splits are not in `root`, but that is one of them, or has them farther down."""
+    above, _, own = root.rstrip("/").rpartition("/")
+    if layout.is_split(own):
+        return f". {own} is itself the folder of a split: did you mean pairs:{above}?"
+    below = None if files.is_remote(root) else layout.find_split_root(root)
+    return (
+        f". The folders of the splits are in {below}: did you mean pairs:{below}?" if below not in (None, root) else ""
+    )
 
 
 def _names(pairs: Pairs) -> list[str]:
