@@ -120,8 +120,7 @@ def _check_values(source: Source, rules: MaskRules, sample: _Sample) -> None:
     total = sum(sample.counts.values())
     meanings = {value: rules.meaning(value) for value in values}
     wrong = [value for value in values if meanings[value] is None]
-    kept = [value for value in values if meanings[value] != IGNORED]
-    suggestion = ", ".join(f"({value}, {number})" for number, value in enumerate(kept))
+    suggestion = ", ".join(f"({value}, {number})" for number, value in enumerate(values))
     if set(values) <= {0, 255} and 255 in values and not rules.label_map:
         raise LabelError(
             f"{source.describe(sample.first[255])}: the masks of {source.name!r} hold only 0 and 255, so 255 is "
@@ -132,7 +131,7 @@ def _check_values(source: Source, rules: MaskRules, sample: _Sample) -> None:
         share = sum(sample.counts[value] for value in wrong) / total
         remedy = "If they are to be ignored, name them in data.masks.ignore"
         if len(values) <= rules.classes + len(rules.ignore):
-            more = f" and data.masks.classes={len(kept)}" if len(kept) > rules.classes else ""
+            more = f" and data.masks.classes={len(values)}" if len(values) > rules.classes else ""
             remedy = f"To number the values in their order: data.masks.label_map='({suggestion})'{more}. {remedy}"
         elif len(values) > 2 * rules.classes + 2:
             remedy = f"So many values come from resizing masks with interpolation, or from JPEG. {remedy}"
