@@ -69,10 +69,12 @@ class TarSource(Source):
         shard = int(place.shards[index])
         image = self._shards.read(shard, int(place.offsets[index]), int(place.sizes[index]))
         example: Example = {"image": image, "label": int(place.labels[index])}
-        if place.mask_offsets is None or place.mask_sizes is None or not place.mask_sizes[index]:
+        if place.mask_offsets is None or place.mask_sizes is None:
             return example
-        mask = self._shards.read(shard, int(place.mask_offsets[index]), int(place.mask_sizes[index]))
-        return {**example, "mask": mask}
+        return {
+            **example,
+            "mask": self._shards.read(shard, int(place.mask_offsets[index]), int(place.mask_sizes[index])),
+        }
 
     def known_labels(self) -> np.ndarray:
         return self._index.labels
