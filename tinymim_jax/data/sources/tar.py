@@ -71,10 +71,8 @@ class TarSource(Source):
         example: Example = {"image": image, "label": int(place.labels[index])}
         if place.mask_offsets is None or place.mask_sizes is None:
             return example
-        return {
-            **example,
-            "mask": self._shards.read(shard, int(place.mask_offsets[index]), int(place.mask_sizes[index])),
-        }
+        size = int(place.mask_sizes[index])
+        return {**example, "mask": self._shards.read(shard, int(place.mask_offsets[index]), size) if size else b""}
 
     def known_labels(self) -> np.ndarray:
         return self._index.labels
