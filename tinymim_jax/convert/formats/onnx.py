@@ -1,7 +1,7 @@
 """ONNX: the network as a graph of standard operators, written with the `onnx` package alone.
 
 Opset 17 runs everywhere; opset 23 has an Attention operator. The batch size is free. Weights keep our names and layouts
-(see `model.json`), so that `read_file` finds them again; only kernels of convolutions, which the patch embedding is here,
+(see `model.json`), so that `read_file` finds them again; only kernels of convolutions, the patch embedding's included,
 are stored in the layout of ONNX.
 """
 
