@@ -142,13 +142,11 @@ def _find(name: str, location: str, split: str) -> tuple[str, Pairs, str]:
 
 def _other_level(root: str) -> str:
     """A hint where the folders of the splits are not in `root`, but that is one of them, or has them farther down."""
-    above, _, own = root.rstrip("/").rpartition("/")
-    if layout.is_split(own):
-        return f". {own} is itself the folder of a split: did you mean pairs:{above}?"
     below = None if files.is_remote(root) else layout.find_split_root(root)
-    return (
-        f". The folders of the splits are in {below}: did you mean pairs:{below}?" if below not in (None, root) else ""
-    )
+    if below not in (None, root):
+        return f". The folders of the splits are in {below}: did you mean pairs:{below}?"
+    above, _, own = root.rstrip("/").rpartition("/")
+    return f". {own} is itself the folder of a split: did you mean pairs:{above}?" if layout.is_split(own) else ""
 
 
 def _names(pairs: Pairs) -> list[str]:
