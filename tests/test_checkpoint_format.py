@@ -52,7 +52,10 @@ def test_digest_agrees_with_a_definition_in_plain_python():
     assert digest(tree) == reference_digest(tree)
 
 
-def test_digest_does_not_depend_on_where_or_how_the_arrays_lie():
+@pytest.mark.parametrize("small", [stored._SMALL, -1])
+def test_digest_does_not_depend_on_where_or_how_the_arrays_lie(small, monkeypatch):
+    """Nor on whether numpy or a program of jax adds them up."""
+    monkeypatch.setattr(stored, "_SMALL", small)
     tree = arrays()
     expected = digest(tree)
     assert digest(jax.tree.map(jnp.asarray, tree)) == expected
