@@ -82,6 +82,7 @@ class RunLog:
     def begin(self, experiment: Experiment, state: TrainState, paths: frozenset, mesh: Mesh, workers: int) -> None:
         """Call it before the loop, with the state that it starts from."""
         self._experiment, self._workers, self._input_was_slow = experiment, workers, False
+        self._schedule = jax.jit(experiment.schedule)
         start = self._step = int(state.step)
         ahead = max(0, self._before.get("step", 0) - start)
         self._goodput.charge("redone", ahead * self._before.get("seconds_per_step", 0.0))
@@ -140,7 +141,7 @@ class RunLog:
         """Logs and records the means since the last call."""
         figures = {f"train/{name}": value for name, value in compute(recorded).items()}
         speed, text = self._progress.report(step)
-        lr, skipped = float(np.asarray(self._experiment.schedule(step - 1))), int(state.skipped)
+        lr, skipped = float(self._schedule(step - 1)), int(state.skipped)
         counts = {"skipped": skipped, "substituted": substituted}
         self._writer.write(step, figures | speed | {"lr": lr} | counts | shares(self._goodput.seconds()))
         self._heart.note(
