@@ -1,5 +1,6 @@
 """Encoders of other authors in tasks and evaluation: any number of CLS tokens, registers, rotary positions, biases."""
 
+import functools
 import json
 
 import jax
@@ -43,6 +44,7 @@ STILL = (
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
 BATCH = {"image": jnp.asarray(IMAGES), "label": jnp.zeros(4, jnp.int32)}
 KEY = jax.random.key(5)
+FRESH = {}  # by model.json
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,20 @@ def task_of(config):
 
 
 def started(task):
-    return task.start(jax.device_get(jax.jit(task.init)(jax.random.key(0))))
+    """The parameters that training begins with; the fresh ones are drawn once for each architecture."""
+    model = json.dumps(task.model, sort_keys=True)
+    if model not in FRESH:
+        FRESH[model] = jax.device_get(task.init(jax.random.key(0)))
+    return task.start(FRESH[model])
+
+
+@functools.cache
+def last_tap(path, switches: Switches):
+    """(tokens before the patches, q, k and v of the last block for BATCH) of a checkpoint of `folder`."""
+    vit = PLAIN.clone(switches=switches)
+    pixels = normalize(BATCH["image"], MEAN, STD)
+    tap = vit.apply({"params": load_params(path)[1]["encoder"]}, pixels, tap=2, method="encode")
+    return vit.prefix, {letter: np.asarray(getattr(tap, letter)) for letter in "qkv"}
 
 
 def losses_of(task, params, train=False):
@@ -100,15 +115,11 @@ def test_relations_are_of_the_tokens_that_both_have(folder, teacher, student):
     task = task_of(distill(folder, teacher, f"init={folder / student}"))
     params = started(task)
     got = losses_of(task, params)
-    taps, cls = {}, 1
-    for name, weights in ((student, params["encoder"]), (teacher, task.load_frozen())):
-        vit = PLAIN.clone(switches=(KINDS | {"plain": Switches()})[name])
-        tap = vit.apply({"params": weights}, normalize(BATCH["image"], MEAN, STD), tap=2, method="encode")
-        taps[name, len(taps)] = vit.prefix, {letter: np.asarray(getattr(tap, letter)) for letter in "qkv"}
-        cls = min(cls, vit.switches.cls_tokens)
+    kinds = [(KINDS | {"plain": Switches()})[name] for name in (student, teacher)]
+    cls = min(1, *(kind.cls_tokens for kind in kinds))
     own, other = (
         {letter: np.delete(x, range(cls, prefix), axis=1) for letter, x in arrays.items()}
-        for prefix, arrays in taps.values()
+        for prefix, arrays in (last_tap(folder / name, kind) for name, kind in zip((student, teacher), kinds))
     )
     assert own["q"].shape == other["q"].shape == (4, 16 + cls, 2, 8)
     for name in ("qk", "vv"):

@@ -80,7 +80,7 @@ def init_state(
     def fresh() -> TrainState:
         if task.start is None:
             return jax.jit(make, out_shardings=shardings)(key)
-        params = task.start(jax.device_get(jax.jit(task.init)(key)))
+        params = task.start(jax.device_get(task.init(key)))
         place = jax.jit(lambda p: new_state(p, optimizer, paths, ema=ema), out_shardings=shardings)
         return place(params)
 

@@ -120,5 +120,5 @@ def evaluate_checkpoint(
             )
     assert task.start is not None
     mesh = make_mesh()
-    params = place_frozen(task.start(jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))), mesh)
+    params = place_frozen(task.start(jax.device_get(task.init(jax.random.key(config.seed)))), mesh)
     return make_evaluation(experiment, mesh)(params, place_frozen(task.load_frozen(), mesh), workers=workers)

@@ -90,7 +90,7 @@ def knn(
     locked = from_json(config)
     if untrained and not os.path.exists(checkpoint):
         task = build_experiment(locked, data_dir=data_dir).task
-        params = jax.jit(task.init)(jax.random.key(locked.seed))
+        params = task.init(jax.random.key(locked.seed))
         save_params(checkpoint, {"encoder": params["encoder"]}, {"encoder": task.model["encoder"]})
     return evaluate_knn(locked, checkpoint, neighbors=(neighbors,), data_dir=data_dir, workers=workers)
 

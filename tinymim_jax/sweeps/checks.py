@@ -1,6 +1,5 @@
 """Checks experiments before they start: everything is built and the training step is traced, but nothing computed."""
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -74,14 +73,14 @@ def _check(
         return seen[everything]
     sources = open_sources(config, data_dir=data_dir, need_data=need_data)
     experiment = assemble(config, *sources)
-    task = dataclasses.replace(experiment.task, init=jax.jit(experiment.task.init))  # traced once for all its uses
+    task = experiment.task
     params = jax.eval_shape(task.init, jax.random.key(0))
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
     if step not in seen:
         if task.start is not None:
             task.start(zeros)
         seen[step] = trained_paths(task, task.load_frozen(), batch_shapes(experiment))
-    build_optimizer(dataclasses.replace(experiment, task=task), seen[step])
+    build_optimizer(experiment, seen[step])
     model = task.model | {"preprocessing": preprocessing(config, experiment.train_source.class_names)}
     seen[everything] = Loaded(str(run.workdir), model, zeros), () if task.metric else task.names
     return seen[everything]

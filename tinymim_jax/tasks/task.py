@@ -31,7 +31,7 @@ class Task:
     """A model and how it is trained and evaluated, as pure functions.
 
     model: the architecture as plain JSON, written to model.json beside every checkpoint.
-    init: key -> fresh float32 parameters; may be jitted.
+    init: key -> fresh float32 parameters. It is jitted here, so that all who need it or its shapes trace it once.
     losses: (params, frozen, batch, key, train) -> float32 [batch] by name. Training minimizes the mean of "loss"; the
       other values are recorded only. With train=False there is no augmentation and no drop path. With train=True a
       task with running statistics also returns them under RUNNING: the part of `params` that holds them (parameters
@@ -57,6 +57,9 @@ class Task:
     metric: Metric | None = None
     segmenter: Segmenter | None = None
     seen: Callable[[Batch, jax.Array], dict[str, jax.Array]] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "init", jax.jit(self.init))
 
 
 def unchanged(config: ConfigDict) -> ConfigDict:

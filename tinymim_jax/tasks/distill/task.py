@@ -1,6 +1,7 @@
 """TinyMIM (arXiv 2301.01296): a small student learns the token relations of a frozen, MIM pre-trained teacher."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,7 +154,8 @@ def _distillation(config: ConfigDict, loaded: Loaded, pixels: tuple[Numbers, Num
 
 def _record(distill: ConfigDict, method: Distillation) -> dict[str, Any]:
     record = {"encoder": method.student.record()}
-    parts = jax.eval_shape(method.init, jax.random.key(0))
+    init = functools.partial(init_comparison, pairs=method.pairs, student=method.student, teacher=method.teacher)
+    parts = jax.eval_shape(init, jax.random.key(0))
     for part in ("adapter", "statistics"):
         if part in parts:
             record[part] = comparison_record(distill, method.pairs, method.teacher)
