@@ -1,5 +1,7 @@
 """Small networks of every architecture that can be exported, with random weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,3 +55,9 @@ def pixels_of(batch: int) -> np.ndarray:
 
 def by_jax(network: Network, pixels: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(network.function())(pixels))
+
+
+@functools.cache
+def answers(name: str, batch: int, output: str = "logits") -> np.ndarray:
+    """What jax computes with the network `name` for `pixels_of(batch)`; compiled once for all tests."""
+    return by_jax(make_network(name, output), pixels_of(batch))

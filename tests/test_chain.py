@@ -1,5 +1,6 @@
 """`tinymim chain`: stages run in order, and resume after a kill."""
 
+import functools
 import json
 import os
 import pathlib
@@ -126,17 +127,23 @@ def test_mistaken_chain_files(tmp_path, capsys):
         assert message in err
 
 
+@functools.cache  # to trace 24 blocks takes a second
+def large_teacher():
+    """(record, zeros as weights) of a ViT-L."""
+    vit = ViT(embed_dim=1024, depth=24, heads=16, image_size=(224, 224), pos_embed="learned")
+    shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
+    return vit.record(), jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+
+
 @pytest.mark.parametrize(
     ("sizes", "heads"), [("", "adaptive"), ("", "resplit"), (":s,t", "resplit"), (":b,t", "adaptive")]
 )
 def test_the_published_chains_build_at_full_size(sizes, heads, monkeypatch, tmp_path):
-    vit = ViT(embed_dim=1024, depth=24, heads=16, image_size=(224, 224), pos_embed="learned")
-    shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
-    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    record, zeros = large_teacher()
     loads = []
     monkeypatch.setattr(
         "tinymim_jax.tasks.pretrained.load_params",
-        lambda path, **_: loads.append(path) or ({"encoder": vit.record()}, {"encoder": zeros}),
+        lambda path, **_: loads.append(path) or ({"encoder": record}, {"encoder": zeros}),
     )
     words = {
         "distill.teacher.path": "teachers/mae",

@@ -1,5 +1,6 @@
 """Every shipped config builds at full size, every key is read, and names of experiments are found."""
 
+import functools
 import json
 import os
 import pathlib
@@ -79,11 +80,16 @@ class FakeAde20k(FakeImageNet):
 def fake_teacher(config) -> Loaded:
     """The config's teacher, with zeros that take no memory as weights."""
     row = TEACHERS[(config.distill.teacher.name if config.task == "distill" else "") or "mae_vit_base"]
-    heads = row.embed_dim // 64
-    vit = ViT(embed_dim=row.embed_dim, depth=row.depth, heads=heads, image_size=(224, 224), pos_embed="learned")
-    shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
-    params = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    vit, params = zeros_of_vit(row.embed_dim, row.depth)
     return Loaded("fake", {"encoder": vit.record()}, {"encoder": params})
+
+
+@functools.cache  # to trace 24 blocks takes a second
+def zeros_of_vit(embed_dim: int, depth: int):
+    heads = embed_dim // 64
+    vit = ViT(embed_dim=embed_dim, depth=depth, heads=heads, image_size=(224, 224), pos_embed="learned")
+    shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
+    return vit, jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
 
 
 def fake_classifier(path) -> Loaded:

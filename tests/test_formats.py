@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from networks import ARCHITECTURES, CLASSES, SIZE, by_jax, make_network, pixels_of
+from networks import ARCHITECTURES, CLASSES, SIZE, answers, by_jax, make_network, pixels_of
 from torch_files import save_arrays
 
 from tinymim_jax.convert import ConvertError, to_torch
@@ -41,8 +41,7 @@ def test_onnx_computes_what_jax_does(name, opset, tmp_path):
     onnx_format.write(tmp_path / "model.onnx", network, opset=opset)
     run = RUNNERS["onnx"](tmp_path / "model.onnx", 1)
     for batch in BATCHES:
-        pixels = pixels_of(batch)
-        assert difference(run(pixels), by_jax(network, pixels)) <= LIMIT
+        assert difference(run(pixels_of(batch)), answers(name, batch)) <= LIMIT
     record, params = onnx_format.read_file(tmp_path / "model.onnx")
     assert same_bits(params, dict(network.params))
     assert record["encoder"] == network.record["encoder"]
@@ -56,7 +55,7 @@ def test_onnx_features(output, tmp_path):
     onnx_format.write(tmp_path / "model.onnx", network)
     found = RUNNERS["onnx"](tmp_path / "model.onnx", 1)(pixels_of(3))
     assert found.shape == ((3, 16) if output != "tokens" else (3, 2 + 6, 16))
-    assert difference(found, by_jax(network, pixels_of(3))) <= LIMIT
+    assert difference(found, answers("star_cls", 3, output)) <= LIMIT
     record, params = onnx_format.read_file(tmp_path / "model.onnx")
     assert "classifier" not in record
     assert same_bits(params, {"encoder": network.params["encoder"]})
@@ -82,7 +81,7 @@ def test_onnx_int8(tmp_path):
     network = make_network("star")
     onnx_format.write(tmp_path / "model.onnx", network, int8=True)
     pixels = pixels_of(8)
-    got, want = RUNNERS["onnx"](tmp_path / "model.onnx", 1)(pixels), by_jax(network, pixels)
+    got, want = RUNNERS["onnx"](tmp_path / "model.onnx", 1)(pixels), answers("star", 8)
     cosine = (got * want).sum(-1) / np.linalg.norm(got, axis=-1) / np.linalg.norm(want, axis=-1)
     assert cosine.min() > 0.99
     assert not np.array_equal(got, want)
@@ -125,8 +124,7 @@ def test_stablehlo_computes_what_jax_does(name, tmp_path):
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     run = RUNNERS["stablehlo"](tmp_path / "model", None)
     for batch in BATCHES:
-        pixels = pixels_of(batch)
-        assert difference(run(pixels), by_jax(network, pixels)) <= LIMIT
+        assert difference(run(pixels_of(batch)), answers(name, batch)) <= LIMIT
 
 
 @pytest.mark.parametrize("name", ["adaptive", "star"])
@@ -135,7 +133,7 @@ def test_litert_computes_what_jax_does(name, tmp_path):
     pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
     network = make_network(name)
     pixels = pixels_of(5)
-    want = by_jax(network, pixels)
+    want = answers(name, 5)
     litert.write(tmp_path / "model.tflite", network, batch=3)
     run = RUNNERS["litert"](tmp_path / "model.tflite", 1)
     assert run.batch == 3
@@ -257,7 +255,7 @@ def test_hub_folders_are_read_back(name, tmp_path):
     for key, value in network.preprocessing.items():
         assert record["preprocessing"][key] == value
     back = Network(record, params, record["preprocessing"])
-    np.testing.assert_array_equal(by_jax(back, pixels_of(3)), by_jax(network, pixels_of(3)))
+    np.testing.assert_array_equal(by_jax(back, pixels_of(3)), answers(name, 3))
 
 
 def test_what_timm_saves_after_fine_tuning_is_read(tmp_path):
