@@ -70,8 +70,7 @@ def pixels_of(batch: int) -> np.ndarray:
     return np.random.default_rng(batch).normal(size=(batch, *SIZE, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("opset", onnx_format.OPSETS)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("name", "opset"), [*((name, 17) for name in HEADS), ("light", 23)])
 def test_onnx_computes_what_jax_does(name, opset, tmp_path):
     network = network_of(name)
     onnx_format.write(tmp_path / "model.onnx", network, opset=opset)
@@ -129,18 +128,18 @@ def test_blocks_behind_the_last_tap_are_left_out(tmp_path):
     assert onnx_format.read_file(tmp_path / "model.onnx")[0]["segmenter"]["taps"] == [1, 2, 3]
 
 
-def test_stablehlo_computes_what_jax_does(tmp_path):
+@pytest.mark.parametrize(("name", "output"), [("upernet", "logits"), ("linear", "class_map")])
+def test_stablehlo_computes_what_jax_does(name, output, tmp_path):
     pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
-    for name, output in (("upernet", "logits"), ("linear", "class_map")):
-        network = network_of(name, output)
-        stablehlo.write(tmp_path / name, network)
-        runner = RUNNERS["stablehlo"](tmp_path / name, None)
-        for batch in (1, 3):
-            found, wanted = runner(pixels_of(batch)), by_jax(network, pixels_of(batch))
-            if output == "logits":
-                assert difference(found, wanted) <= LIMIT
-            else:
-                assert (found == wanted).mean() > 0.99  # ties of rounding apart
+    network = network_of(name, output)
+    stablehlo.write(tmp_path / "model", network)
+    runner = RUNNERS["stablehlo"](tmp_path / "model", None)
+    for batch in (1, 2) if name == "linear" else (2,):
+        found, wanted = runner(pixels_of(batch)), by_jax(network, pixels_of(batch))
+        if output == "logits":
+            assert difference(found, wanted) <= LIMIT
+        else:
+            assert (found == wanted).mean() > 0.99  # ties of rounding apart
 
 
 def test_an_int8_file_labels_nearly_all_pixels_alike(tmp_path):
