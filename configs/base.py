@@ -138,24 +138,50 @@ def distill() -> ml_collections.ConfigDict:
     config.distill.jitter.brightness = 0.4  # factor drawn from [1 - 0.4, 1 + 0.4]; the others likewise
     config.distill.jitter.contrast = 0.4
     config.distill.jitter.saturation = 0.4
-    config.distill.teacher = ml_collections.ConfigDict()
-    config.distill.teacher.name = ""  # a published teacher (tasks/distill/teachers.py), which sets tap; empty: any
-    config.distill.teacher.path = ""  # its weights: output of `tinymim convert`, or the workdir of a run
-    config.distill.teacher.tap = config_dict.placeholder(int)  # block, counted from 1; None: as published, or the last
-    config.distill.teacher.image_size = config_dict.placeholder(object)  # (height, width); None: the student's
+    config.distill.teacher = _teacher()
+    # Further teachers in the same step, each named by you: distill.teachers.NAME.path=..., see further_teacher()
+    config.distill.teachers = ml_collections.ConfigDict()
+    return config
+
+
+def further_teacher(**values) -> ml_collections.ConfigDict:
+    """An entry of distill.teachers, with these values: `config.distill.teachers.dino = further_teacher(path=...)`.
+
+    It has the keys of distill.teacher, and these.
+    """
+    teacher = _teacher()
+    teacher.target = ""  # as distill.target, for this teacher; empty: distill.target
+    # As distill.taps, for this teacher; None: its tap with the block of distill.student_tap
+    teacher.taps = config_dict.placeholder(object)
+    teacher.update(values)
+    return teacher
+
+
+# Sections whose entries get names from the user, and what makes an entry.
+OPEN_SECTIONS = {"distill.teachers": further_teacher}
+
+
+def _teacher() -> ml_collections.ConfigDict:
+    teacher = ml_collections.ConfigDict()
+    teacher.name = ""  # a published teacher (tasks/distill/teachers.py), which sets tap; empty: any
+    teacher.path = ""  # its weights: output of `tinymim convert`, or the workdir of a run
+    teacher.weight = 1.0  # of the comparison with it in the loss
+    teacher.tap = config_dict.placeholder(int)  # block, counted from 1; None: as published, or the last
+    teacher.image_size = config_dict.placeholder(object)  # (height, width); None: the student's
     # Normalisation of the teacher's input, as data.mean and data.std; None: those of its model.json, else ImageNet's
-    config.distill.teacher.mean = config_dict.placeholder(object)
-    config.distill.teacher.std = config_dict.placeholder(object)
-    config.distill.teacher.masked = False  # True: the teacher does not see the hidden patches either
+    teacher.mean = config_dict.placeholder(object)
+    teacher.std = config_dict.placeholder(object)
+    teacher.masked = False  # True: the teacher does not see the hidden patches either
     # Share of the patches that the teacher is not shown, to save its compute: those to which the student's CLS token
     # attends least (MaskedKD, arXiv 2302.10494). The loss covers the others
-    config.distill.teacher.drop_patches = 0.0
-    config.distill.teacher.drop_path = 0.0  # as model.drop_path, with the same schedule
-    config.distill.teacher.jitter = ml_collections.ConfigDict()  # of the teacher's view, independent of the student's
-    config.distill.teacher.jitter.brightness = 0.0
-    config.distill.teacher.jitter.contrast = 0.0
-    config.distill.teacher.jitter.saturation = 0.0
-    return config
+    teacher.drop_patches = 0.0
+    teacher.drop_path = 0.0  # as model.drop_path, with the same schedule
+    # Of the teacher's view, independent of the student's; teachers of equal strengths see the same
+    teacher.jitter = ml_collections.ConfigDict()
+    teacher.jitter.brightness = 0.0
+    teacher.jitter.contrast = 0.0
+    teacher.jitter.saturation = 0.0
+    return teacher
 
 
 def mae() -> ml_collections.ConfigDict:

@@ -18,7 +18,7 @@ from runs import probe_config, small_config
 
 import tinymim_jax.experiment as experiment_module
 import tinymim_jax.tasks.classify.teacher as supervised_teacher
-import tinymim_jax.tasks.distill.task as distill_module
+import tinymim_jax.tasks.distill.teacher_networks as distill_module
 import tinymim_jax.tasks.probe.task as probe_module
 import tinymim_jax.tasks.segment.task as segment_module
 from tinymim_jax import optim
@@ -157,6 +157,9 @@ class Recorded:
 
     def keys(self):
         return self._config.keys()
+
+    def __iter__(self):
+        return iter(self._config)
 
 
 def flat_keys(config: ConfigDict, prefix: str = "") -> set[str]:

@@ -19,6 +19,7 @@ STUDIES = [
     for name, sweeps in {
         "targets": ["sweep"],
         "relation_family": ["sweep"],
+        "several_teachers": ["sweep"],
         "losses": ["sweep", "features"],
         "tapped_block": ["sweep"],
         "masked_input": ["sweep"],
@@ -67,7 +68,11 @@ def points(name, argument, sweep, workdir):
     given = "runs/study/teacher" if "small" in argument else "teachers/mae_vit_large"
     chosen = name == "sequential" or argument in ("tinymim", "mae", "scratch", "small_mae", "small_scratch")
     words = {"model.scan": True, "model.dtype": "float32"}  # one block is traced instead of 12; no teacher is cast
-    return read_points(spec, sweep, workdir / name, words if chosen else words | {"distill.teacher.path": given})
+    if not chosen:
+        words |= {"distill.teacher.path": given}
+    if name == "several_teachers":
+        words |= {"distill.teachers.second.path": "runs/study/between" if argument else "teachers/mae_vit_base"}
+    return read_points(spec, sweep, workdir / name, words)
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])

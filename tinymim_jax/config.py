@@ -4,9 +4,10 @@ import ast
 import importlib.machinery
 import importlib.util
 import pathlib
+import re
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -88,7 +89,14 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     The default of every new key is the behaviour before that key existed, so the experiment stays the same.
     """
     default = defaults(str(values.get("task")))
-    return _filled(default, values) if default else values
+    if not default:
+        return values
+    filled = _filled(default, values)
+    for section, make in _open_sections(filled).items():
+        first, second = section.split(".")
+        entries = {name: _filled(make().to_dict(), entry) for name, entry in filled[first][second].items()}
+        filled[first] = filled[first] | {second: entries}
+    return filled
 
 
 def defaults(task: str) -> dict[str, Any]:
@@ -97,15 +105,32 @@ def defaults(task: str) -> dict[str, Any]:
     return make().to_dict() if make else {}
 
 
+def key_names(config: ConfigDict) -> list[str]:
+    """All keys that an override may set; NAME stands for the name of an entry that the override adds (`has_key`)."""
+    return flat_names(config) + [
+        f"{section}.NAME.{key}" for section, make in _open_sections(config).items() for key in flat_names(make())
+    ]
+
+
+def has_key(names: Iterable[str], key: str) -> bool:
+    """Whether `key` is one of `key_names`, also by the name of a new entry."""
+    return key in names or re.sub(r"^(\w+\.\w+\.)[A-Za-z]\w*\.", r"\1NAME.", key) in names
+
+
 def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
-    """Sets dotted keys from "key=value" words. A value is a Python literal if it can be read as one, else a string."""
-    names = flat_names(config)
+    """Sets dotted keys from "key=value" words. A value is a Python literal if it can be read as one, else a string.
+
+    A key of an entry that is not there yet, such as distill.teachers.dino.path, adds it with its default values.
+    """
+    names = key_names(config)
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r} is not an override: write key=value, for example optim.base_lr=1e-3")
-        if key not in names:
+        if not has_key(names, key):
             raise unknown("override", key, names)
+        if key not in names:
+            _add_entry(config, key)
         _set(config, key, text)
 
 
@@ -141,6 +166,19 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
         config[name] = value
     except (TypeError, ValueError) as error:
         raise TypeError(f"{key}={value!r} has the wrong type: it is {old!r} now") from error
+
+
+def _open_sections(config: Mapping[str, Any]) -> dict[str, Callable[[], ConfigDict]]:
+    """Sections (SECTION.SECTION) of `config` whose entries the user names, with what makes an entry."""
+    found = _execute(SHIPPED / "base.py").OPEN_SECTIONS
+    return {section: make for section, make in found.items() if section.split(".")[0] in config}
+
+
+def _add_entry(config: ConfigDict, key: str) -> None:
+    first, second, name, _ = key.split(".", 3)
+    with config.unlocked():
+        if name not in config[first][second]:
+            config[first][second][name] = _open_sections(config)[f"{first}.{second}"]()
 
 
 def _filled(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

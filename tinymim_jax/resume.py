@@ -39,7 +39,7 @@ MAY_CHANGE: dict[str, str] = {
 _FIXED_BY_BATCH_NORM = ("train.accumulate",)
 
 # Places: the content counts, and is compared by what resume.json records. A data set may move, but not change its kind.
-_PLACES = re.compile(r"data\.source|.*\bteacher\.path")
+_PLACES = re.compile(r"data\.source|.*\bteacher\.path|distill\.teachers\.\w+\.path")
 _DURATION = "train.duration"
 _RECORD = "resume.json"
 

@@ -19,8 +19,8 @@ _LONGEST = 8
 def lineage(checkpoint: str) -> list[dict[str, Any]]:
     """Where the weights come from, newest first, as far as it can be followed on this machine.
 
-    Each step has `name`, and some of: `task`, `teacher` and `init` (names of checkpoints), `file` and `sha256` (of a
-    converted file), `licence`, `settings` (of the training), `result` (its figures).
+    Each step has `name`, and some of: `task`, `teacher`, `teacher NAME` and `init` (names of checkpoints), `file` and
+    `sha256` (of a converted file), `licence`, `settings` (of the training), `result` (its figures).
     """
     steps: list[dict[str, Any]] = []
     waiting, seen = [epath.Path(checkpoint).expanduser()], set()
@@ -105,8 +105,10 @@ def _ancestors(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
     found = {"init": config.get("init"), "probed": record.get("probe", {}).get("checkpoint")}
     task = config.get("task")
     teacher = config.get(task or "", {}) if isinstance(task, str) else {}
-    settings = teacher.get("teacher", {}) if isinstance(teacher, Mapping) else {}
-    found["teacher"] = settings.get("path") or settings.get("name")
+    section = teacher if isinstance(teacher, Mapping) else {}
+    more = {f"teacher {name}": settings for name, settings in (section.get("teachers") or {}).items()}
+    for kind, settings in ({"teacher": section.get("teacher") or {}} | more).items():
+        found[kind] = settings.get("path") or settings.get("name")
     return {kind: str(path) for kind, path in found.items() if path}
 
 
@@ -195,7 +197,8 @@ def _origin(steps: Sequence[Mapping[str, Any]], licence: str) -> str:
         words = [f"**{step['name']}**"]
         if step.get("task"):
             words.append(f"trained (task `{step['task']}`)")
-        words += [f"{kind} `{step[kind]}`" for kind in ("teacher", "init", "probed") if kind in step]
+        for role in ("teacher", "init", "probed"):
+            words += [f"{kind} `{name}`" for kind, name in step.items() if kind.split()[0] == role]
         if "file" in step:
             words.append(f"converted from `{step['file']}` ({step.get('family')}), sha256 `{step.get('sha256')}`")
         words.append(f"licence {step['licence']}" if "licence" in step else "licence not recorded")

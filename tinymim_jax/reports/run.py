@@ -159,12 +159,12 @@ def _configuration(run: RunRecord) -> str:
         return ""
     changed = [[key, _value(value), _value(default)] for key, (value, default) in run.changed.items()]
     inputs = [[key, value] for key, value in run.inputs.items() if isinstance(value, int | float | str)]
-    teacher = run.model.get("teacher")
+    teachers = {key: run.model[key] for key in ("teacher", "teachers") if run.model.get(key)}
     return (
         table(["key", "value", "default"], changed, "keys that differ from the defaults of the task")
         + table(["input", "value"], inputs)
-        + (details("Teacher", f"<pre>{_escaped(json.dumps(teacher, indent=1))}</pre>") if teacher else "")
-        + details("Whole config.json", f"<pre>{_escaped(json.dumps(dict(run.config), indent=1))}</pre>")
+        + "".join(details(key.capitalize(), _as_json(value)) for key, value in teachers.items())
+        + details("Whole config.json", _as_json(dict(run.config)))
     )
 
 
@@ -172,6 +172,10 @@ def _network(encoder: Mapping[str, Any]) -> str:
     if not encoder:
         return ""
     return f"{encoder['embed_dim']} x {encoder['depth']}, patch {encoder['patch_size']}"
+
+
+def _as_json(value: Any) -> str:
+    return f"<pre>{_escaped(json.dumps(value, indent=1))}</pre>"
 
 
 def _value(value: Any) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tinymim_jax.config import find_file, flat_names, load_config, load_file, parse
+from tinymim_jax.config import find_file, flat_names, has_key, key_names, load_config, load_file, parse
 from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.workdir import RunState, read_state
 
@@ -83,7 +83,7 @@ def make_runs(stages: Iterable[Stage], workdir: pathlib.Path, *changes: Mapping[
     Raises ValueError for a key that no stage has, naming the nearest one.
     """
     stages = list(stages)
-    keys = {stage.name: flat_names(load_config(stage.config)) for stage in stages}
+    keys = {stage.name: key_names(load_config(stage.config)) for stage in stages}
     values = {stage.name: dict(stage.overrides) for stage in stages}
     links = {(stage.name, key) for stage in stages for key, value in stage.overrides.items() if _link(value)}
     for change in changes:
@@ -159,10 +159,10 @@ def _addressed(key: str, keys: Mapping[str, list[str]]) -> list[tuple[str, str]]
     """The (stage, key of its config) pairs that an override applies to."""
     stage, _, rest = key.partition(".")
     if stage in keys and rest:
-        if rest not in keys[stage]:
+        if not has_key(keys[stage], rest):
             raise unknown(f"override of stage {stage!r}", rest, keys[stage])
         return [(stage, rest)]
-    found = [(name, key) for name, own in keys.items() if key in own]
+    found = [(name, key) for name, own in keys.items() if has_key(own, key)]
     if not found:
         everywhere = dict.fromkeys(k for own in keys.values() for k in own)
         raise unknown("override", key, [*everywhere, *(f"{name}.KEY" for name in keys if name)])

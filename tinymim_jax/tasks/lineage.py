@@ -19,8 +19,8 @@ def lineage_record(config: ConfigDict) -> dict[str, list[dict[str, str]]]:
     from the model.json of the checkpoints.
     """
     found: list[dict[str, str]] = []
-    for role, path in ancestors(config).items():
-        for item in lineage_of(epath.Path(path).expanduser(), role):
+    for role, paths in ancestors(config).items():
+        for item in [item for path in paths for item in lineage_of(epath.Path(path).expanduser(), role)]:
             if item not in found:
                 found.append(item)
     for item in found:
@@ -29,13 +29,13 @@ def lineage_record(config: ConfigDict) -> dict[str, list[dict[str, str]]]:
     return {"lineage": found} if found else {}
 
 
-def ancestors(config: Mapping[str, Any]) -> dict[str, str]:
+def ancestors(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """Paths of the checkpoints that a run starts from, by role."""
     task = config.get("task", "")
     section = config.get(task) or {}
-    teacher = section.get("teacher") or {}
-    paths = {"init": config.get("init"), "teacher": teacher.get("path")}
-    return {role: path for role, path in paths.items() if path}
+    teachers = [section.get("teacher") or {}, *(section.get("teachers") or {}).values()]
+    found = {"init": [config.get("init")], "teacher": [teacher.get("path") for teacher in teachers]}
+    return {role: [path for path in paths if path] for role, paths in found.items()}
 
 
 def lineage_of(checkpoint: epath.Path, role: str) -> list[dict[str, str]]:

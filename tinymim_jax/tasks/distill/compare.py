@@ -37,15 +37,15 @@ def compare(
         results, under RUNNING. 0, in evaluation: they stay as they are.
     """
     weighted, parts, counted = [], {}, {}
-    for i, (pair, seen, wanted) in enumerate(zip(pairs, student, teacher, strict=True)):
+    for pair, seen, wanted in zip(pairs, student, teacher, strict=True):
         if pair.patches_only:
             seen, wanted = (jax.tree.map(lambda tokens: tokens[:, prefix:], tap) for tap in (seen, wanted))
         own, other = pair.target.extract(seen), jax.lax.stop_gradient(pair.target.extract(wanted))
         if pair.target.adapted:
-            adapters = params.get("adapter", {}).get(_name(i), {})
+            adapters = params.get("adapter", {}).get(pair.key, {})
             own = {name: adapt(pair.target.adapter, adapters.get(name), value) for name, value in own.items()}
         if pair.target.standardized:
-            other, counted[_name(i)] = _standardized(other, params["statistics"][_name(i)], images)
+            other, counted[pair.key] = _standardized(other, params["statistics"][pair.key], images)
         losses = pair.target.loss(own, other)
         weighted += [value if pair.weight == 1 else pair.weight * value for value in losses.values()]
         parts |= dict(zip(pair.names, losses.values(), strict=True))
@@ -72,9 +72,9 @@ def init_comparison(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher
             if pair.target.adapted
         }
         if made := {name: adapter for name, adapter in made.items() if adapter is not None}:
-            adapters[_name(i)] = made
+            adapters[pair.key] = made
         if pair.target.standardized:
-            statistics[_name(i)] = {name: no_statistics(teacher.embed_dim) for name in pair.target.names}
+            statistics[pair.key] = {name: no_statistics(teacher.embed_dim) for name in pair.target.names}
     return ({"adapter": adapters} if adapters else {}) | ({"statistics": statistics} if statistics else {})
 
 
@@ -90,7 +90,3 @@ def _sizes(pair: Pair, student: ViT, teacher: ViT | ConvNet) -> tuple[int, int]:
     if pair.target.adapter == "heads":
         return student.block_heads[pair.blocks.student - 1], teacher.block_heads[pair.blocks.teacher - 1]
     return student.embed_dim, teacher.embed_dim
-
-
-def _name(index: int) -> str:
-    return f"taps_{index}"

@@ -26,6 +26,9 @@ class Blocks:
     weight: float = 1.0
 
 
+Comparisons = Sequence[tuple[Part, Blocks]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """Two blocks and the target that compares them.
@@ -33,6 +36,7 @@ class Pair:
     names: of the parts of their loss in the logs.
     weight: of the sum of these parts in the loss.
     patches_only: tokens before the patches are not compared.
+    key: of its adapters and statistics among the parameters.
     """
 
     blocks: Blocks
@@ -40,11 +44,10 @@ class Pair:
     names: tuple[str, ...]
     weight: float = 1.0
     patches_only: bool = False
+    key: str = "taps_0"
 
 
-def find_comparisons(
-    distill: ConfigDict, student_depth: int, teacher_depth: int, teacher_tap: int
-) -> tuple[tuple[Part, Blocks], ...]:
+def find_comparisons(distill: ConfigDict, student_depth: int, teacher_depth: int, teacher_tap: int) -> Comparisons:
     """Each part of `distill.target` with each pair of blocks that it compares: its own, or those of the config."""
     usual = find_blocks(distill, student_depth, teacher_depth, teacher_tap)
     found = []
@@ -107,8 +110,12 @@ def _check_block(key: str, block: int, depth: int, whose: str) -> None:
         raise ValueError(f"{key}: the {whose} has no block {block}; it has blocks 1 to {depth}")
 
 
-def align_heads(distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, pairs: Sequence[Blocks]) -> ViT:
-    """The student with the attention heads that `distill.heads` asks for."""
+def align_heads(distill: ConfigDict, student: ViT, teachers: Sequence[tuple[ViT | ConvNet, Comparisons]]) -> ViT:
+    """The student with the attention heads that `distill.heads` asks for.
+
+    Args:
+      teachers: each with what is compared with it. Of several, only what is compared head by head counts.
+    """
     if distill.heads not in HEADS:
         raise unknown("distill.heads", distill.heads, HEADS)
     if distill.relation_heads is not None and distill.heads != "resplit":
@@ -116,10 +123,14 @@ def align_heads(distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, pairs
             f"distill.relation_heads={distill.relation_heads} needs distill.heads='resplit', but that is "
             f"{distill.heads!r}: set it, or distill.relation_heads=None"
         )
-    if distill.heads != "adaptive" or isinstance(teacher, ConvNet):
-        return student
     heads, given = list(student.block_heads), {}
-    for pair in pairs:
+    adapted = [
+        (teacher, blocks)
+        for teacher, comparisons in teachers
+        for part, blocks in comparisons
+        if isinstance(teacher, ViT) and (len(teachers) == 1 or compares_heads(part.name))
+    ]
+    for teacher, pair in adapted if distill.heads == "adaptive" else ():
         count = teacher.block_heads[pair.teacher - 1]
         gives = f"distill.heads='adaptive' gives the student's block {pair.student} the {count} heads of the teacher's"
         if given.setdefault(pair.student, count) != count:
@@ -133,13 +144,11 @@ def align_heads(distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, pairs
     return student.clone(heads=tuple(heads))
 
 
-def make_pairs(
-    distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, comparisons: Sequence[tuple[Part, Blocks]]
-) -> tuple[Pair, ...]:
+def make_pairs(distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, comparisons: Comparisons) -> tuple[Pair, ...]:
     """The pairs with their targets; there are as many relation heads as the teacher has unless the config says more."""
     several_blocks = len({(blocks.student, blocks.teacher) for _, blocks in comparisons}) > 1
     pairs, taken = [], set()
-    for part, blocks in comparisons:
+    for i, (part, blocks) in enumerate(comparisons):
         target = find_target(part.name, **_options(distill, part, student, teacher, blocks))
         names = target.names
         if several_blocks:
@@ -159,7 +168,7 @@ def make_pairs(
                 f"distill.target={distill.target!r} compares the CLS token, and only patches are to be compared: write "
                 "cls(patches=false), or set distill.patches_only=False"
             )
-        pairs.append(Pair(blocks, target, names, part.weight * blocks.weight, patches_only))
+        pairs.append(Pair(blocks, target, names, part.weight * blocks.weight, patches_only, f"taps_{i}"))
     return tuple(pairs)
 
 

@@ -195,8 +195,11 @@ def how_to_get(name: str, path: str) -> str:
     return f"download {teacher.url}{checksum}\n  tinymim convert --from {teacher.family} --input {file} --output {path}"
 
 
-def teacher_stand_in(teacher: ConfigDict) -> list[StandIn]:
+def teacher_stand_in(teacher: ConfigDict, key: str) -> list[StandIn]:
     """For the `config.distill.teacher` of a missing checkpoint: zeros of the shapes of its row in TEACHERS.
+
+    Args:
+      key: of this section in the config.
 
     Raises ValueError where the config does not name a row.
     """
@@ -210,4 +213,4 @@ def teacher_stand_in(teacher: ConfigDict) -> list[StandIn]:
     row, path = find_teacher(teacher.name), teacher.path or f"the {teacher.name} of TEACHERS"
     loaded = encoder_zeros(path, row.encoder)
     note = f"the teacher is not here: zeros of {teacher.name}'s shapes stand in for it"
-    return [StandIn("distill.teacher.path", loaded, note)]
+    return [StandIn(f"{key}.path", loaded, note)]

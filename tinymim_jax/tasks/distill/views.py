@@ -19,7 +19,7 @@ from tinymim_jax.tasks.pretrained import Numbers
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The two views and the mask. Both views are of the same crop.
+    """The views of student and one teacher, and the mask. Both views are of the same crop.
 
     jitter, teacher_jitter: strengths of each view's own ColorJitter.
     mean, std, teacher_mean, teacher_std: by which the pixels of each view are normalized.
@@ -46,27 +46,31 @@ class Inputs:
     teacher_size: tuple[int, int]
     prefix: int = 1
 
-    def views(self, images: jax.Array, key: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Normalized pixels for student and teacher from uint8 [batch, height, width, 3]."""
-        student, teacher = images, images
-        if train:
-            student = _jittered(fold_in_name(key, "jitter"), images, self.jitter)
-            teacher = _jittered(fold_in_name(key, "teacher_jitter"), images, self.teacher_jitter)
-        if teacher.shape[1:3] != self.teacher_size:
-            teacher = resize_images(teacher.astype(jnp.float32), self.teacher_size)
-        return normalize(student, self.mean, self.std), normalize(teacher, self.teacher_mean, self.teacher_std)
+    def student_view(self, images: jax.Array, key: jax.Array, train: bool) -> jax.Array:
+        """Normalized pixels for the student from uint8 [batch, height, width, 3]."""
+        images = _jittered(fold_in_name(key, "jitter"), images, self.jitter) if train else images
+        return normalize(images, self.mean, self.std)
 
-    def seen(self, images: jax.Array, key: jax.Array, patch_size: int) -> dict[str, jax.Array]:
-        """What student and teacher are shown in a training step, see Task.seen; patches of the student's size."""
-        student, teacher = self.views(images, key, True)
-        student = denormalize(student, self.mean, self.std)
-        teacher = denormalize(teacher, self.teacher_mean, self.teacher_std)
-        if (masking := self.masking(key, len(images))) is not None:
-            student = greyed(student, masking.hidden, patch_size)
-            if self.teacher_masked:
-                size = self.teacher_size[0] // self.teacher_grid[0]
-                teacher = greyed(teacher, masking.hidden, size)
-        return {"student": student, "teacher": teacher}
+    def teacher_view(self, images: jax.Array, key: jax.Array, train: bool) -> jax.Array:
+        """The same for the teacher."""
+        images = _jittered(fold_in_name(key, "teacher_jitter"), images, self.teacher_jitter) if train else images
+        if images.shape[1:3] != self.teacher_size:
+            images = resize_images(images.astype(jnp.float32), self.teacher_size)
+        return normalize(images, self.teacher_mean, self.teacher_std)
+
+    def student_seen(self, images: jax.Array, key: jax.Array, patch_size: int) -> jax.Array:
+        """What the student is shown in a training step, see Task.seen; patches of its size."""
+        shown = denormalize(self.student_view(images, key, True), self.mean, self.std)
+        masking = self.masking(key, len(images))
+        return shown if masking is None else greyed(shown, masking.hidden, patch_size)
+
+    def teacher_seen(self, images: jax.Array, key: jax.Array) -> jax.Array:
+        """The same of the teacher."""
+        shown = denormalize(self.teacher_view(images, key, True), self.teacher_mean, self.teacher_std)
+        masking = self.masking(key, len(images))
+        if masking is None or not self.teacher_masked:
+            return shown
+        return greyed(shown, masking.hidden, self.teacher_size[0] // self.teacher_grid[0])
 
     def masking(self, key: jax.Array, batch: int) -> Masking | None:
         """The patches hidden from the student, drawn for each image; None where all are visible."""

@@ -1,0 +1,71 @@
+"""What a student is compared with one teacher on, and the losses of it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from tinymim_jax.models.blocks import Tap
+from tinymim_jax.models.cnn import ConvNet
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.keys import fold_in_name
+from tinymim_jax.ops.masking import Masking
+from tinymim_jax.ops.token_grid import visible_tokens
+from tinymim_jax.tasks.distill.compare import compare
+from tinymim_jax.tasks.distill.pairs import Pair
+from tinymim_jax.tasks.distill.views import Inputs, compared
+from tinymim_jax.tasks.task import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """A frozen teacher, which blocks of it are compared on what, and what it is shown.
+
+    name: of the teacher; FIRST for that of `config.distill.teacher`.
+    weight: of this comparison in the loss.
+    images: see compare.compare.
+    """
+
+    name: str
+    network: ViT | ConvNet
+    pairs: tuple[Pair, ...]
+    inputs: Inputs
+    weight: float
+    images: int
+
+    def losses(
+        self,
+        params: Params,
+        frozen: Params,
+        images: jax.Array,
+        key: jax.Array,
+        train: bool,
+        student: ViT,
+        taps: Mapping[int, Tap],
+        masking: Masking | None,
+    ) -> dict[str, Any]:
+        """Those of `compare`, with the teacher's taps of this batch.
+
+        Args:
+          params: the "adapter" and "statistics" of this comparison.
+          frozen: the weights of this teacher.
+          taps: of the student, by block.
+          masking: the patches that are hidden from the student.
+        """
+        prefix, keep = self.inputs.prefix, masking.keep if masking else None
+        seen = [compared(taps[pair.blocks.student], student, prefix) for pair in self.pairs]
+        deepest = max(range(len(seen)), key=lambda i: self.pairs[i].blocks.student)
+        chosen: Any = self.inputs.chosen(seen[deepest], prefix)
+        if chosen is not None:
+            seen = [jax.tree.map(lambda tokens: visible_tokens(tokens, chosen, prefix), tap) for tap in seen]
+        seen_by_teacher: Any = self.network.apply(
+            {"params": frozen},
+            self.inputs.teacher_view(images, key, train),
+            tap=tuple(pair.blocks.teacher for pair in self.pairs),
+            keep=keep if self.inputs.teacher_masked else chosen,
+            drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
+            method="encode",
+        )
+        wanted = [self.inputs.aligned(compared(tap, self.network, prefix), masking) for tap in seen_by_teacher]
+        return compare(self.pairs, params, seen, wanted, prefix=prefix, images=self.images if train else 0)
