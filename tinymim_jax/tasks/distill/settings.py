@@ -54,10 +54,10 @@ def errors_of(name: str) -> Iterator[None]:
 def _alone(config: ConfigDict, name: str) -> ConfigDict:
     alone = config.copy_and_resolve_references().unlock()
     entry = alone.distill.teachers[name]
-    del alone.distill.teachers
-    alone.distill.taps = entry.pop("taps")
-    if alone.distill.taps is not None:
+    alone.distill.taps, target = entry.taps, entry.target
+    if entry.taps is not None:
         alone.distill.student_tap = None
-    alone.distill.target = entry.pop("target") or config.distill.target
+    alone.distill.target = target or config.distill.target
+    del alone.distill.teachers, entry.taps, entry.target
     alone.distill.teacher = entry
     return alone
