@@ -161,12 +161,12 @@ def test_a_pixel_decoder_sees_cls_and_patches(folder, kind):
     decoder = build_decoder(config.mae, encoder)
     masking = random_masking(KEY, 4, 16, 0.5)
     pixels = normalize(BATCH["image"], MEAN, STD)
-    whole = MaskedAutoencoder(encoder, decoder).apply({"params": params}, pixels, masking)
-    latent = encoder.apply({"params": params["encoder"]}, pixels, keep=masking.keep)
+    whole = jax.jit(MaskedAutoencoder(encoder, decoder).apply)({"params": params}, pixels, masking)
+    latent = jax.jit(encoder.apply)({"params": params["encoder"]}, pixels, keep=masking.keep)
     cls = min(1, encoder.switches.cls_tokens)
     assert latent.shape[1] == encoder.prefix + 8
     seen = jnp.concatenate([latent[:, :cls], latent[:, encoder.prefix :]], axis=1)
-    by_hand = decoder.apply({"params": params["decoder"]}, seen, masking.restore)
+    by_hand = jax.jit(decoder.apply)({"params": params["decoder"]}, seen, masking.restore)
     np.testing.assert_allclose(whole, by_hand, atol=1e-5)
     both = distill(
         folder, kind, f"init={folder / kind}", "distill.mask_ratio=0.5", "distill.mim_weight=1.0",
@@ -196,9 +196,9 @@ def test_a_second_head_reads_the_dist_token_after_all_cls_tokens():
     encoder = PLAIN.clone(switches=KINDS["three_cls"], dist_token=True, final_norm=False)
     network = Classifier(encoder, 3)
     pixels = normalize(BATCH["image"], MEAN, STD)
-    params = network.init(jax.random.key(0), pixels)["params"]
-    _, second = network.apply({"params": params}, pixels, method="logits")
-    token = np.asarray(encoder.apply({"params": params["encoder"]}, pixels))[:, 3]
+    params = jax.jit(network.init)(jax.random.key(0), pixels)["params"]
+    _, second = jax.jit(functools.partial(network.apply, method="logits"))({"params": params}, pixels)
+    token = np.asarray(jax.jit(encoder.apply)({"params": params["encoder"]}, pixels))[:, 3]
     normed = (token - token.mean(-1, keepdims=True)) / np.sqrt(token.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(second, normed @ params["head_dist"]["kernel"], atol=1e-6)
 
