@@ -233,7 +233,8 @@ def classify() -> ml_collections.ConfigDict:
     config.train.duration = "100 epochs"
     config.train.eval_every = "5 epochs"
     config.classify = ml_collections.ConfigDict()
-    config.classify.pool = "mean"  # what the head reads. mean: mean of the patch tokens | cls: the CLS token
+    # What the head reads. mean: mean of the patch tokens | cls: the CLS token | cls_mean: both, as DINOv2's classifiers
+    config.classify.pool = "mean"
     config.classify.hidden_dim = 0  # width of a Linear and GELU on all tokens before pooling (TinyMIM*-T); 0: none
     config.classify.norm_first = False  # with mean pooling: LayerNorm before that Linear instead of after pooling
     # softmax: cross-entropy | bce: binary cross-entropy for each class, mean over the classes

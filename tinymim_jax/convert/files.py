@@ -94,10 +94,14 @@ def convert_file(
             family, found = _found(family, data, said, bool(exported), use, prefix)
             if family in PUBLISHED:
                 _refuse_options(decoder_heads=decoder_heads)
-                model, params, more = from_foreign(family, found.state, said, hints)
+                model, params, more = from_foreign(family, found.state | found.beside, said, hints)
                 model["source"] = more
+                if "classifier" not in model:
+                    sidecar = _without_classes(sidecar)
             else:
                 _refuse_options(eps=eps, activation=activation, rope_grid=rope_grid)
+                left = sorted({name.partition(".")[0] for name in found.beside})
+                found = dataclasses.replace(found, left_out=[*found.left_out, *left])
                 model, params = _from_family(family, found, exported, sidecar, heads, decoder_heads, image_size)
                 _restore_taps(model, exported)
         sidecar = _with_family(sidecar, family, data, said)
@@ -195,6 +199,14 @@ def _refuse_options(**options: Any) -> None:
     for name, value in options.items():
         if value is not None:
             raise ConvertError(f"--{name} has no meaning for this family")
+
+
+def _without_classes(sidecar: Sidecar) -> Sidecar:
+    """Without the names of the classes of a head that was not read."""
+    if "class_names" not in sidecar.values:
+        return sidecar
+    values = {key: value for key, value in sidecar.values.items() if key != "class_names"}
+    return dataclasses.replace(sidecar, values=values, notes=[*sidecar.notes, "class names without their classifier"])
 
 
 def _with_family(sidecar: Sidecar, family: str, data: Any, said: Mapping[str, Any]) -> Sidecar:

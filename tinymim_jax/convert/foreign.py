@@ -11,6 +11,7 @@ from tinymim_jax.convert.families.entries import to_ours, to_theirs
 from tinymim_jax.convert.families.published import PUBLISHED
 from tinymim_jax.convert.families.spellings import ANCHORS, IGNORED, anchor_of, block_entries, fits, outer_entries
 from tinymim_jax.convert.foreign_architecture import Hints, foreign_architecture
+from tinymim_jax.convert.foreign_head import Head, find_head, head_entries
 
 _MAX_LISTED = 8
 _BUFFERS = re.compile(
@@ -36,6 +37,11 @@ def from_foreign(
     family = PUBLISHED[name]
     rewritten = _rewritten(state)
     flat, used, unread = _read(rewritten)
+    head = find_head(name, rewritten, flat, config) if "encoder/patch_embed/kernel" in flat else None
+    for found in head.entries if head else ():
+        flat |= zip(found.ours, to_ours(found, [rewritten[one] for one in found.torch]))
+        unread = [one for one in unread if one not in found.torch]
+        used.append(list(found.torch))
     ignored = [key for key in unread if IGNORED.fullmatch(key)]
     if strange := [printable(key) for key in unread if key not in ignored]:
         shown = ", ".join(strange[:_MAX_LISTED]) + ", ..." * (len(strange) > _MAX_LISTED)
@@ -51,7 +57,10 @@ def from_foreign(
         for folder in folders:
             node = node.setdefault(folder, {})
         node[leaf] = np.array(array, np.float32, order="C", copy=True)
-    _check_shapes(name, encoder, params)
+    model: dict[str, Any] = {"encoder": encoder}
+    if head and head.entries:
+        model["classifier"] = _classifier(head, encoder)
+    _check_shapes(name, model, params)
     source: dict[str, Any] = {"names": used}
     if any(key.endswith(_MASKED) for key in state):
         source["masked_k_bias"] = True
@@ -61,7 +70,9 @@ def from_foreign(
         source["assumed"] = assumed
     if ignored:
         source["not_read"] = _groups(ignored)
-    return {"encoder": encoder}, params, source
+    if head and head.why_not:
+        source["not_read"].append(f"of these, the head is {head.why_not}")
+    return model, params, source
 
 
 def to_foreign(model: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -80,7 +91,7 @@ def to_foreign(model: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
     if any("patch_generator" in names[0] for names in used) and "encoder/registers" in flat:
         flat["encoder/leading"] = np.concatenate([flat.pop("encoder/cls_token"), flat.pop("encoder/registers")], axis=1)
     state: dict[str, np.ndarray] = {}
-    for found in (*outer_entries(), *(e for stem in stems for e in block_entries(stem))):
+    for found in (*outer_entries(), *head_entries(), *(e for stem in stems for e in block_entries(stem))):
         if found.torch not in used:
             continue
         for i in range(encoder["depth"] if "{i}" in found.torch[0] else 1):
@@ -162,16 +173,27 @@ def _split_leading(flat: dict[str, np.ndarray], config: Mapping[str, Any], state
         flat["encoder/registers"] = leading[:, int(count) :]
 
 
-def _check_shapes(name: str, encoder: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Compares names and shapes with those of the encoder that the architecture describes."""
+def _classifier(head: Head, encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """The classifier's record; a norm behind the pooling has the eps of the encoder's."""
+    record: dict[str, Any] = {"classes": head.classes, "pool": head.pool}
+    eps = encoder.get("switches", {}).get("eps")
+    return record | ({"norm_eps": eps} if head.pool == "mean" and eps else {})
+
+
+def _check_shapes(name: str, model: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Compares names and shapes with those of the network that the architecture describes."""
     import jax  # here because nothing else in this package needs it
     import jax.numpy as jnp
 
+    from tinymim_jax.models.heads import Classifier
     from tinymim_jax.models.vit import ViT
 
-    image = jnp.zeros((1, *encoder["image_size"], 3))
-    expected: Any = jax.eval_shape(ViT.from_record(dict(encoder)).init, jax.random.key(0), image)
-    shapes = {f"encoder/{path}": leaf.shape for path, leaf in _flatten(expected["params"])}
+    encoder = ViT.from_record(dict(model["encoder"]))
+    whole = Classifier(encoder, **model["classifier"]) if "classifier" in model else encoder
+    image = jnp.zeros((1, *model["encoder"]["image_size"], 3))
+    expected: Any = jax.eval_shape(whole.init, jax.random.key(0), image)["params"]
+    expected = expected if "classifier" in model else {"encoder": expected}
+    shapes = {path: leaf.shape for path, leaf in _flatten(expected)}
     got = {path: leaf.shape for path, leaf in _flatten(params)}
     wrong = [path for path in sorted(shapes | got) if got.get(path) != shapes.get(path)]
     if wrong:

@@ -26,6 +26,9 @@ _ROLES = {
     "momentum": {"momentum", "target"},
 }
 
+# Heads of transformers' classifiers and of DINOv2's hub, beside an encoder that has a prefix.
+_HEADS_BESIDE = ("classifier", "linear_head")
+
 # Without a model to be found, these are taken off so that the names in the error are as short as they can be.
 _NESTS = ("model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
@@ -38,11 +41,14 @@ class Found:
     state: values by name, without the prefix.
     place: where it was in the file, such as "'teacher', names without 'backbone.'"; '' for the usual places.
     left_out: one phrase for each thing in the file that was not taken.
+    beside: tensors of a classifier's head that lie outside the prefix, as in files of transformers; they are not in
+      `state`, nor in `left_out`.
     """
 
     state: dict[str, Any]
     place: str
     left_out: list[str]
+    beside: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def find_state_dict(data: Any, anchor: str, *, use: str | None = None, prefix: str | None = None) -> Found:
@@ -150,17 +156,31 @@ def _found(taken: _Network, others: list[_Network], data: Any) -> Found:
         state |= {f"{printable(name)} (not a text)": taken.tensors[name] for name in unnamed}
     projection = set(_projection_head(state))
 
+    beside: dict[str, Any] = {}
     left_out = [f"{other.described()} ({len(other.names())} tensors; {other.option()})" for other in others]
     if taken.prefix:
         known = {name for network in (taken, *same_dict) for name in network.names()}
-        left_out += _grouped([name for name in taken.tensors if name not in known])
+        beside = _heads_beside(taken)
+        heads = {f"{_outside(taken)}{name}" for name in beside}
+        left_out += _grouped([name for name in taken.tensors if name not in known | heads])
     if projection:
         left_out.append(f"the projection head of self-supervised training at head. ({len(projection)} tensors)")
     if rest := _other_entries(taken, others, data):
         left_out.append(f"entries that are no weights of a model: {', '.join(rest)}")
     usual = not taken.prefix and not others and set(taken.keys) <= set(_NESTS)
     state = {name: value for name, value in state.items() if name not in projection}
-    return Found(state, "" if usual else taken.described(), left_out)
+    return Found(state, "" if usual else taken.described(), left_out, beside)
+
+
+def _outside(taken: _Network) -> str:
+    """What stands before the last part of the network's prefix: '' for 'vit.'."""
+    head, dot, _ = taken.prefix.removesuffix(".").rpartition(".")
+    return head + dot
+
+
+def _heads_beside(taken: _Network) -> dict[str, Any]:
+    names = [f"{head}.{leaf}" for head in _HEADS_BESIDE for leaf in ("weight", "bias")]
+    return {name: taken.tensors[_outside(taken) + name] for name in names if _outside(taken) + name in taken.tensors}
 
 
 def _grouped(names: list[Any]) -> list[str]:

@@ -10,10 +10,13 @@ from jaxtyping import Array, Float
 from tinymim_jax.models.layers import Dense, LayerNorm
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.gelu import gelu
+from tinymim_jax.ops.layer_norm import EPS
 from tinymim_jax.ops.placement import split_batch
 from tinymim_jax.ops.products import full_precision
 
 POOLS = ("mean", "cls")
+# Of classifiers: also both side by side, CLS first, each after the final norm (DINOv2's linear classifiers).
+CLASSIFIER_POOLS = (*POOLS, "cls_mean")
 
 Images = Float[Array, "batch height width 3"]
 Tokens = Float[Array, "batch tokens dim"]
@@ -22,19 +25,24 @@ Logits = Float[Array, "batch classes"]
 
 
 def pool_tokens(tokens: Tokens, pool: str, encoder: ViT) -> Features:
-    """float32: the mean of the patch tokens of `encoder`, or its 'cls' token, of several the first.
+    """float32: the mean of the patch tokens of `encoder`, its 'cls' token, of several the first, or both ('cls_mean').
 
     Raises ValueError for 'cls' where the encoder has no CLS token.
     """
     check_pool(encoder, pool)
     tokens = tokens.astype(jnp.float32)
-    return tokens[:, 0] if pool == "cls" else tokens[:, encoder.prefix :].mean(axis=1)
+    if pool == "cls":
+        return tokens[:, 0]
+    mean = tokens[:, encoder.prefix :].mean(axis=1)
+    return mean if pool == "mean" else jnp.concatenate([tokens[:, 0], mean], axis=1)
 
 
 def check_pool(encoder: ViT, pool: str) -> None:
     """Raises ValueError for 'cls' where the encoder has no CLS token."""
-    if pool == "cls" and not encoder.switches.cls_tokens:
-        raise ValueError("pool='cls', but this encoder has no CLS token: choose 'mean', the mean of the patch tokens")
+    if pool != "mean" and not encoder.switches.cls_tokens:
+        raise ValueError(
+            f"pool={pool!r}, but this encoder has no CLS token: choose 'mean', the mean of the patch tokens"
+        )
 
 
 class Widen(nn.Module):
@@ -58,14 +66,16 @@ class Classifier(nn.Module):
     """Logits from images (models_vit.py of the TinyMIM release; with a DIST token as DeiT's distilled models).
 
     Attributes:
-      encoder: its `final_norm` must be True for 'cls' pooling without `hidden_dim`, otherwise False. If it has a DIST
+      encoder: its `final_norm` must be False for 'mean' pooling and with `hidden_dim`, otherwise True. If it has a DIST
         token, a second head `head_dist` reads that token and the logits are the mean of both heads'.
       classes: number of classes.
       pool: input of the first head. 'mean': the average of the patch tokens, followed by a norm (which is also applied
-        to the second head's input); 'cls': the CLS token, normalized by the encoder's final norm or by Widen.
+        to the second head's input); 'cls': the CLS token, normalized by the encoder's final norm or by Widen;
+        'cls_mean': the CLS token and the average of the patch tokens side by side, both after the final norm.
       hidden_dim: width of the Widen layer applied to the tokens before pooling; 0: no such layer.
       norm_first: with 'mean' pooling and `hidden_dim`, pool and normalize first, then apply Widen.
       head_std: standard deviation of the heads' initial weights (truncated normal).
+      norm_eps: of the norm behind 'mean' pooling.
     """
 
     encoder: ViT
@@ -74,15 +84,21 @@ class Classifier(nn.Module):
     hidden_dim: int = 0
     norm_first: bool = False
     head_std: float = 2e-5
+    norm_eps: float = EPS
 
     def record(self) -> dict[str, Any]:
         """The attributes besides the encoder, as plain JSON: `Classifier(encoder, **record)` is this network."""
         optional = {"hidden_dim": self.hidden_dim, "norm_first": self.norm_first}
-        return {"classes": self.classes, "pool": self.pool} | {name: value for name, value in optional.items() if value}
+        record = {"classes": self.classes, "pool": self.pool} | {
+            name: value for name, value in optional.items() if value
+        }
+        return record | ({"norm_eps": self.norm_eps} if self.norm_eps != EPS else {})
 
     def setup(self):
-        if self.pool not in POOLS:
-            raise ValueError(f"pool={self.pool!r} is unknown. Choices: {', '.join(map(repr, POOLS))}")
+        if self.pool not in CLASSIFIER_POOLS:
+            raise ValueError(f"pool={self.pool!r} is unknown. Choices: {', '.join(map(repr, CLASSIFIER_POOLS))}")
+        if self.pool == "cls_mean" and (self.hidden_dim or self.encoder.dist_token):
+            raise ValueError("pool='cls_mean' is for one head without a hidden_dim: set that to 0, and no DIST token")
         check_pool(self.encoder, self.pool)
         if self.norm_first and not (self.hidden_dim and self.pool == "mean"):
             raise ValueError("norm_first=True needs pool='mean' and a hidden_dim: it orders the norm and the widening")
@@ -94,7 +110,7 @@ class Classifier(nn.Module):
         if self.hidden_dim:
             self.widen = Widen(self.hidden_dim, self.encoder.dtype)
         if self.pool == "mean":
-            self.fc_norm = LayerNorm()
+            self.fc_norm = LayerNorm(eps=self.norm_eps)
         self.head = self._linear()
         if self.encoder.dist_token:
             self.head_dist = self._linear()
@@ -137,4 +153,4 @@ class Classifier(nn.Module):
 
 def needs_final_norm(pool: str, hidden_dim: int) -> bool:
     """Whether a Classifier's encoder needs its final norm: only if nothing else normalizes the input of the heads."""
-    return pool == "cls" and not hidden_dim
+    return pool != "mean" and not hidden_dim

@@ -40,7 +40,7 @@ ANCHORS: dict[str, tuple[str, ...]] = {
 IGNORED = re.compile(
     r"(.*\.)?(mask_token|position_ids|relative_position_index|num_batches_tracked|bias_mask)"
     r"|(.*\.)?rope\.freqs_(cos|sin)|rope_embed\.periods|summary_idxs"
-    r"|(lm_head|head|head_dist|fc_norm|classifier|pooler|attn_pool|decoder|local_cls_norm|pre_logits|projection_head)\..*"
+    r"|(lm_head|head|head_dist|linear_head|fc_norm|classifier|pooler|attn_pool|decoder|local_cls_norm|pre_logits|projection_head)\..*"
     r"|proj|logit_scale|logit_bias|attn_mask|text_projection|(text_model|text|token_embedding|ln_final)\..*"
 )
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinymim_jax.convert.errors import ConvertError
-from tinymim_jax.convert.formats.network import Network
+from tinymim_jax.convert.formats.network import Network, refuse_two_pools
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _CODE, _PROCESSOR = "modeling_tinymim.py", "preprocessor_config.json"
@@ -39,6 +39,7 @@ def write(path: pathlib.Path, network: Network, *, card: str = "", licence: str 
             f"a folder for the hub holds a plain ViT, and this encoder differs from it ({', '.join(changed)}): export "
             "it --to stablehlo or litert, or --to original with the names of the file it came from"
         )
+    refuse_two_pools(network)
     record: dict[str, Any] = {"encoder": network.record["encoder"]}
     if network.output == "logits":
         record["classifier"] = network.record["classifier"]

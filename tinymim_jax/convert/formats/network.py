@@ -215,3 +215,11 @@ def check_params(record: Mapping[str, Any], params: Mapping[str, Any]) -> None:
 def size_of(params: Mapping[str, Any]) -> int:
     """Bytes of all arrays in nested dicts."""
     return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(dict(params)))
+
+
+def refuse_two_pools(network: Network) -> None:
+    """Raises ConvertError for logits of CLS and mean side by side, in formats that have one pooling or the other."""
+    if network.output == "logits" and network.record.get("classifier", {}).get("pool") == "cls_mean":
+        raise ConvertError(
+            "its head reads CLS and the mean of the patches (pool cls_mean): export it --to stablehlo or litert"
+        )

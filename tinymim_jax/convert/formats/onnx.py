@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinymim_jax.convert.errors import ConvertError
-from tinymim_jax.convert.formats.network import Network, check_params
+from tinymim_jax.convert.formats.network import Network, check_params, refuse_two_pools
 from tinymim_jax.convert.formats.onnx_graph import Graph
 from tinymim_jax.convert.formats.onnx_pixels import class_map, pixel_logits
 from tinymim_jax.convert.formats.onnx_vit import block_outputs, classifier, finish
@@ -42,6 +42,7 @@ def write(path: pathlib.Path, network: Network, *, int8: bool = False, opset: in
             f"the ONNX graph is that of a plain ViT, and this encoder differs from it ({', '.join(changed)}): "
             "export it --to stablehlo or litert"
         )
+    refuse_two_pools(network)
     graph = Graph(onnx, opset, int8)
     shape, dtype = network.output_shape()
     output = _output(graph, network)

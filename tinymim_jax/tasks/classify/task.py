@@ -54,7 +54,13 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     loaded = load(config.init) if config.init else None
     encoder = _encoder(config, loaded)
     network = Classifier(
-        encoder, classes, classify.pool, classify.hidden_dim, classify.norm_first, head_std=classify.head_std
+        encoder,
+        classes,
+        classify.pool,
+        classify.hidden_dim,
+        classify.norm_first,
+        head_std=classify.head_std,
+        **_pooled_norm(loaded, classify.pool),
     )
     teacher = supervised_teacher(config, class_names)
     method = Classification(
@@ -215,6 +221,12 @@ def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     heads = tuple(with_last_block(loaded, last_block).model["encoder"]["heads"])
     _check_model_heads(config, heads, loaded.path)
     return encoder.clone(heads=heads[0] if choice == "uniform" else heads)
+
+
+def _pooled_norm(loaded: Loaded | None, pool: str) -> dict[str, float]:
+    """The eps of the norm behind the pooling of a classifier of another author that is trained further."""
+    record = (loaded.model.get("classifier") if loaded else None) or {}
+    return {"norm_eps": record["norm_eps"]} if pool == "mean" and "norm_eps" in record else {}
 
 
 def _check_model_heads(config: ConfigDict, heads: tuple[int, ...], path: str) -> None:
