@@ -24,7 +24,7 @@ Features = Float[Array, "batch dim"]
 Logits = Float[Array, "batch classes"]
 
 
-def pool_tokens(tokens: Tokens, pool: str, encoder: ViT) -> Features:
+def pool_tokens(tokens: Tokens, pool: str, encoder: ViT) -> Float[Array, "batch features"]:
     """float32: the mean of the patch tokens of `encoder`, its 'cls' token, of several the first, or both ('cls_mean').
 
     Raises ValueError for 'cls' where the encoder has no CLS token.
