@@ -50,16 +50,16 @@ def find_head(family: str, state: Mapping[str, Any], flat: Mapping[str, Any], co
       flat: our parameters of the encoder, by path.
       config: config.json.
     """
-    stem = next((name for name in HEADS if _ndim(state.get(f"{name}.weight")) == 2), None)
+    stem = next((name for name in HEADS if len(_shape(state.get(f"{name}.weight"))) == 2), None)
     if stem is None:
         return None
     weight, width = state[f"{stem}.weight"], flat["encoder/patch_embed/kernel"].shape[1]
-    if np.shape(state.get(f"{stem}.bias")) != (len(weight),) or _is_projection(family, config):
+    if _shape(state.get(f"{stem}.bias")) != (len(weight),) or _is_projection(family, config):
         return Head(why_not="a projection, not a classifier")
     if any(name.startswith("attn_pool.") for name in state):
         return Head(why_not="its input is pooled by attention")
     final, cls = "encoder/norm/scale" in flat, flat.get("encoder/cls_token")
-    pooled = next((name for name in _POOLED_NORMS if np.shape(state.get(f"{name}.weight")) == (width,)), None)
+    pooled = next((name for name in _POOLED_NORMS if _shape(state.get(f"{name}.weight")) == (width,)), None)
     entries = linear(stem, "head")
     if pooled and not final and weight.shape[1] == width:
         return Head((*entries, *norm(pooled, "fc_norm")), "mean", len(weight))
@@ -77,5 +77,5 @@ def _is_projection(family: str, config: Mapping[str, Any]) -> bool:
     return family == "clip" and "_ft_" not in f"_{tag}_"
 
 
-def _ndim(value: Any) -> int:
-    return value.ndim if isinstance(value, np.ndarray) else 0
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.shape if isinstance(value, np.ndarray) else ()

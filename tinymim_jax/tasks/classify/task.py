@@ -18,6 +18,7 @@ from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import denormalize, normalize
 from tinymim_jax.ops.erasing import random_erasing
 from tinymim_jax.ops.keys import fold_in_name
+from tinymim_jax.ops.layer_norm import EPS
 from tinymim_jax.ops.losses import binary_cross_entropy, soft_cross_entropy, soft_targets
 from tinymim_jax.ops.mixup import draw_mix, mix_images, mix_targets
 from tinymim_jax.ops.top_k import in_top
@@ -60,7 +61,7 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         classify.hidden_dim,
         classify.norm_first,
         head_std=classify.head_std,
-        **_pooled_norm(loaded, classify.pool),
+        norm_eps=_norm_eps(loaded, classify.pool),
     )
     teacher = supervised_teacher(config, class_names)
     method = Classification(
@@ -223,10 +224,10 @@ def _encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     return encoder.clone(heads=heads[0] if choice == "uniform" else heads)
 
 
-def _pooled_norm(loaded: Loaded | None, pool: str) -> dict[str, float]:
-    """The eps of the norm behind the pooling of a classifier of another author that is trained further."""
+def _norm_eps(loaded: Loaded | None, pool: str) -> float:
+    """The eps of the norm behind the pooling: that of a classifier of another author that is trained further."""
     record = (loaded.model.get("classifier") if loaded else None) or {}
-    return {"norm_eps": record["norm_eps"]} if pool == "mean" and "norm_eps" in record else {}
+    return record.get("norm_eps", EPS) if pool == "mean" else EPS
 
 
 def _check_model_heads(config: ConfigDict, heads: tuple[int, ...], path: str) -> None:
