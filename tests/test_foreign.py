@@ -78,7 +78,8 @@ def test_what_was_read_is_written_as_it_was(name):
         pytest.skip("a family of FAMILIES: test_convert.py")
     data, _ = locate(path_of(name)).read()
     config = json.loads(options_of(name)["config"].read_text()) if options_of(name)["config"] else {}
-    state = find_weights(data, config)[1].state
+    found = find_weights(data, config)[1]
+    state = found.state | found.beside
     back = to_foreign(model, params)
     left = [key for key in state if key not in back and "input_conditioner" not in key]
     assert all(IGNORED.fullmatch(key) for key in left), left
