@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -15,6 +16,7 @@ from tinymim_jax.cli import export as export_command
 from tinymim_jax.cli import main as cli
 from tinymim_jax.convert import FAMILIES, FORMATS, INTERPOLATIONS, ConvertError, Given, convert_file, read_class_names
 from tinymim_jax.evaluation.predictor import Model
+from tinymim_jax.models.vit import ViT
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -124,6 +126,18 @@ def test_an_oblong_grid_is_read_from_the_config(tmp_path):
     beside(tmp_path / "w.safetensors", config=timm_config(input_size=[3, 8, 16]))
     model, _ = convert_file("vit", tmp_path / "w.safetensors", heads=3)
     assert model["encoder"]["image_size"] == [8, 16]
+
+
+def test_classes_of_a_run_without_a_classifier_name_no_output(tmp_path):
+    """Its export, such as that of a teacher, is converted back: the names are those of its images."""
+    vit = ViT(embed_dim=12, depth=1, heads=3, patch_size=8, image_size=(16, 16))
+    params = jax.jit(vit.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    record = {"encoder": vit.record(), "preprocessing": IMAGENET | {"resize": 20, "class_names": NAMES}}
+    FORMATS["vit"](tmp_path / "teacher.safetensors", record, {"encoder": params})
+    model, _ = convert_file("vit", tmp_path / "teacher.safetensors")
+    assert (model["preprocessing"]["class_names"], model["preprocessing"]["resize"]) == ([], 20)
+    with pytest.raises(ConvertError, match=r"5 class names \(given\), and the model has no classes"):
+        convert_file("vit", tmp_path / "teacher.safetensors", given=Given(class_names=NAMES))
 
 
 @pytest.mark.parametrize(

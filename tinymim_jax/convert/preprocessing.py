@@ -60,6 +60,9 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
       ConvertError: a value is impossible, or the number of class names is not that of the classes.
     """
     size = list(model["encoder"]["image_size"])
+    classes = model.get("classifier", model.get("segmenter", {})).get("classes", 0)
+    if not classes:  # a run without a classifier records the classes of its images; they name no output
+        exported = {key: value for key, value in exported.items() if key != "class_names"}
     read = {**sidecar.values, "resize": sidecar.resize(max(size))}
     # An export does not make more certain what was assumed before it.
     guessed = exported.get("origin")
@@ -79,7 +82,7 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
         origin[key] = where(key)
     # How images of any size are shown to a network that labels pixels, and its colours: an export says so, or nobody.
     result |= {key: exported[key] for key in _OF_SEGMENTERS if exported.get(key) and "segmenter" in model}
-    _check(result, origin, model.get("classifier", model.get("segmenter", {})).get("classes", 0))
+    _check(result, origin, classes)
     return result | {"origin": origin}
 
 
