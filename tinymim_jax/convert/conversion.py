@@ -107,6 +107,11 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
     Raises:
       ConvertError: the parameters are not those of this model in this family; all differences are listed.
     """
+    if model["encoder"].get("switches", {}).get("stem"):
+        raise ConvertError(
+            f"a convolutional stem has no names in the family {family!r}, nor in timm: export the model --to onnx, "
+            "stablehlo or litert"
+        )
     if pyramid := family_of(family).pyramid:
         check_segmenter(family, pyramid, model)
         parts, sizes = segmenter_parts(model), segmenter_sizes(model)

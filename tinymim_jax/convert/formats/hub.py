@@ -35,9 +35,12 @@ def write(path: pathlib.Path, network: Network, *, card: str = "", licence: str 
     from tinymim_jax.convert import FORMATS
 
     if changed := network.record["encoder"].get("switches"):
+        remedy = "--to stablehlo or litert, or --to original with the names of the file it came from"
+        if set(changed) == {"stem"}:
+            remedy = "--to onnx, stablehlo or litert"
         raise ConvertError(
             f"a folder for the hub holds a plain ViT, and this encoder differs from it ({', '.join(changed)}): export "
-            "it --to stablehlo or litert, or --to original with the names of the file it came from"
+            f"it {remedy}"
         )
     refuse_two_pools(network)
     record: dict[str, Any] = {"encoder": network.record["encoder"]}

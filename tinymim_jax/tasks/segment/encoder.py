@@ -21,6 +21,8 @@ def segmentation_encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     settings = config.segment
     encoder = build_encoder(config.model, final_norm=settings.head == "linear")
     switches = Switches.from_record(loaded.model["encoder"].get("switches", {})) if loaded else PLAIN
+    if config.model.stem != PLAIN.stem:
+        switches = dataclasses.replace(switches, stem=config.model.stem)
     if settings.layer_scale and not switches.layer_scale:
         switches = dataclasses.replace(switches, layer_scale=True, layer_scale_start=1.0)
     if settings.relative_bias:
