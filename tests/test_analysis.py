@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pathlib
 import xml.etree.ElementTree as ET
 
 import jax
@@ -18,6 +19,7 @@ from tinymim_jax.analysis.networks import find_networks
 from tinymim_jax.analysis.relations import common_heads, relation_kl_of_blocks
 from tinymim_jax.analysis.tap import suggest_tap
 from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.convert import convert_file
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.evaluation.similarity import (
     attention_distance,
@@ -30,10 +32,16 @@ from tinymim_jax.evaluation.similarity import (
     knn_accuracy,
     linear_accuracy,
 )
+from tinymim_jax.models.cnn import ConvNet
+from tinymim_jax.models.switches import Switches
 from tinymim_jax.models.vit import ViT
+from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.rope import Rope
+from tinymim_jax.ops.token_grid import resize_images
 from tinymim_jax.tasks import TASKS
 
 RNG = np.random.default_rng(0)
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "teachers"
 TEACHER = ViT(embed_dim=32, depth=3, heads=4, patch_size=4, image_size=(16, 16))
 STUDENT = ViT(embed_dim=16, depth=2, heads=(2, 4), patch_size=8, image_size=(16, 16), dist_token=True)
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -262,6 +270,75 @@ def test_analyze_the_command(folder, data_dir, capsys, tmp_path):
     assert "relation_kl" not in alone
     assert alone["tap"]["by"] == "effective_rank"
     assert "linear" not in alone["networks"]["encoder"]["blocks"][0]
+
+
+KINDS = {
+    "registers": Switches(registers=2),
+    "rotary": Switches(registers=1, positions="none", rope=Rope(centred=True, layout="halves", theta=100.0)),
+    "biases": Switches(positions="none", relative_bias=True, qkv_bias="qv"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_of_encoders_of_other_authors(kind, tmp_path, data_dir):
+    """The weights, applied to the values, give what the block itself adds: with rotations and biases."""
+    vit = TEACHER.clone(depth=2, switches=KINDS[kind])
+    shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    params = jax.tree.map(lambda leaf: RNG.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    save_params(tmp_path / kind, {"encoder": params}, {"encoder": vit.record()})
+    network = find_networks(str(tmp_path / kind), image_size=(16, 16)).student
+    images = jnp.asarray(RNG.integers(0, 256, (2, 16, 16, 3), np.uint8))
+    taps = network.taps(network.params, images)
+    for i, (tap, weights) in enumerate(zip(taps, network.attention(network.params, taps), strict=True)):
+        np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+        attended = np.einsum("bhqk,bkhd->bqhd", weights, tap.v).reshape(2, -1, 32)
+        proj = params[f"blocks_{i}"]["attn"]["proj"]
+        np.testing.assert_allclose(attended @ proj["kernel"] + proj["bias"], tap.attention, atol=1e-4)
+    # A plain student beside it, which sees another grid: rotated q and k are not compared.
+    student = STUDENT.clone(dist_token=False)
+    init = jax.jit(student.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    save_params(tmp_path / "student", {"encoder": init}, {"encoder": student.record()})
+    config = small_config("distill", "distill.teacher.path=unused")
+    found = analyze(
+        str(tmp_path / "student"), config, images=8, labelled=0, teacher=str(tmp_path / kind), data_dir=data_dir
+    )
+    assert set(found["relation_kl"]) == ({"vv"} if kind == "rotary" else {"qk", "vv"})
+    assert np.isfinite(found["relation_kl"]["vv"]).all()
+    assert len(found["networks"]["teacher"]["blocks"][1]["attention_entropy"]) == 4
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet"])
+def test_a_convolutional_teacher(kind, folder, data_dir, tmp_path, capsys):
+    """Its stages are compared by CKA and accuracies; there is no attention, and the last stage is the tap."""
+    model, params = convert_file("auto", GOLDEN / f"timm_{kind}.safetensors")
+    save_params(tmp_path / kind, params, model)
+    words = ["data.eval_split=test[:40]", "model.image_size=(16,16)", "data.eval_resize=16"]
+    code, out, err = run(
+        capsys, "analyze", folder / "orphan", "--teacher", tmp_path / kind, "--data_dir", data_dir, "--config",
+        "configs/digits.py:distill", "--images", "8", "--labelled", "40", "--compile_cache", "", "--output",
+        tmp_path / "a", *words,
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    depth = len(model["backbone"]["widths"])
+    assert np.shape(found["cka"]["student|teacher"]) == (2, depth)
+    np.testing.assert_allclose(np.diag(found["cka"]["teacher|teacher"]), 1.0, atol=1e-4)
+    blocks = found["networks"]["teacher"]["blocks"]
+    assert all("attention_distance" not in block and 0 <= block["linear"] <= 1 for block in blocks)
+    assert "relation_kl" not in found
+    assert (found["tap"]["block"], found["tap"]["equal"]) == (depth, [depth])
+    assert "the teacher is convolutional: its blocks are stages" in out
+    assert f"| teacher | {depth} | - | - | - |" in out
+    assert {"attention_distance.svg", "linear.svg"} <= {path.name for path in (tmp_path / "a").glob("*.svg")}
+    # Ranks are those of the means of the stages' own maps.
+    network = find_networks(str(tmp_path / kind), image_size=(16, 16)).student
+    assert isinstance(network.vit, ConvNet)
+    assert network.vit.image_size == (32, 32)  # the next multiple of 32
+    images = jnp.asarray(RNG.integers(0, 256, (3, 16, 16, 3), np.uint8))
+    shown = normalize(resize_images(images.astype(jnp.float32), (32, 32)), network.mean, network.std)
+    maps = network.vit.stages(network.params, shown)[-depth:]
+    for tap, each in zip(network.taps(network.params, images), maps, strict=True):
+        np.testing.assert_allclose(tap.output.mean(1), each.mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_analyzed(folder, data_dir, capsys):

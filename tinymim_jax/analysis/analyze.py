@@ -13,21 +13,19 @@ from tinymim_jax.analysis.charts import analysis_charts
 from tinymim_jax.analysis.images import batches_of, rows_of, some_of
 from tinymim_jax.analysis.networks import Network, Networks, find_networks
 from tinymim_jax.analysis.relations import common_heads, relation_kl_of_blocks
-from tinymim_jax.analysis.tap import suggest_tap
+from tinymim_jax.analysis.tap import last_stage, suggest_tap
 from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.evaluation.features import labelled_splits
 from tinymim_jax.evaluation.similarity import (
     attention_distance,
     attention_entropy,
-    attention_weights,
     cka,
     effective_rank,
     gram,
     knn_accuracy,
     linear_accuracy,
 )
-from tinymim_jax.models.heads import pool_tokens
 from tinymim_jax.pages.charts import standalone
 from tinymim_jax.runtime.files import write_json, write_text
 from tinymim_jax.runtime.runs import newest_checkpoint
@@ -51,11 +49,11 @@ def analyze(
 ) -> dict[str, Any]:
     """Everything about one checkpoint and its teacher, as plain JSON.
 
-    networks: by name ("student" and "teacher", or "encoder"): embed_dim, depth, and for each of its blocks
-      attention_distance (pixels) and attention_entropy (nats) of each head, effective_rank, and the top-1 of k-NN and
-      of a linear classifier where the data have labels.
+    networks: by name ("student" and "teacher", or "encoder"): embed_dim, depth, and for each of its blocks (of a
+      convolutional network: stages) attention_distance (pixels) and attention_entropy (nats) of each head where it has
+      attention, effective_rank, and the top-1 of k-NN and of a linear classifier where the data have labels.
     cka: by "first|second" the matrix [blocks, blocks].
-    relation_kl: by relation [student blocks][teacher blocks][heads], with a teacher.
+    relation_kl: by relation [student blocks][teacher blocks][heads], with a teacher that has attention.
     compared: the pairs of blocks that the checkpoint was trained on.
     tap: the block of the teacher (or encoder) to distil from, see tap.suggest_tap.
     step: of the checkpoint; None for a converted one.
@@ -89,14 +87,15 @@ def analyze(
         "networks": {one.name: _described(one, measured[one.name]) for one in networks.members},
         "cka": _similarities(networks, measured),
     }
-    if networks.teacher is not None:
+    if networks.teacher is not None and networks.teacher.attends:
         some = some_of(source, max(4, used // 8), seed=1)
         found |= _relations(networks, some, config, workers)
         found["relation_images"] = len(some)
     found |= _accuracies(networks, found["networks"], config, labelled, data_dir, workers)
-    name = networks.members[-1].name
-    found["tap"] = suggest_tap(found["networks"][name]["blocks"], name, found["labelled"]["queries"])
-    found["note"] = _note(found, config)
+    last = networks.members[-1]
+    suggest = suggest_tap if last.attends else last_stage
+    found["tap"] = suggest(found["networks"][last.name]["blocks"], last.name, found["labelled"]["queries"])
+    found["note"] = _note(found, config, networks)
     return found
 
 
@@ -123,7 +122,7 @@ def _measured(networks: Networks, source: Any, config: ConfigDict, size: int, wo
         grams = np.stack([values["gram"] for values in each])
         heads = {
             key: [np.mean([values[key][b] for values in each], axis=0) for b in range(grams.shape[1])]
-            for key in ("attention_distance", "attention_entropy")
+            for key in each[0].keys() - {"gram"}
         }
         result[name] = {"gram": grams} | heads
     return result
@@ -131,23 +130,20 @@ def _measured(networks: Networks, source: Any, config: ConfigDict, size: int, wo
 
 def _measures(network: Network) -> Any:
     def step(params: Any, images: jax.Array) -> dict[str, Any]:
-        taps = network.taps(params, images)
-        weights = [attention_weights(tap.q, tap.k) for tap in taps]
-        vit, patches = network.vit, network.vit.grid[0] * network.vit.grid[1]
-        return {
-            "gram": jnp.stack([gram(tap.output[:, -patches:]) for tap in taps]),
-            "attention_distance": [attention_distance(w, vit.grid, vit.patch_size).mean(0) for w in weights],
-            "attention_entropy": [attention_entropy(w).mean(0) for w in weights],
-        }
+        taps, vit = network.taps(params, images), network.vit
+        found: dict[str, Any] = {"gram": jnp.stack([gram(tap.output[:, vit.prefix :]) for tap in taps])}
+        if network.attends:
+            weights = network.attention(params, taps)
+            found["attention_distance"] = [attention_distance(w, vit.grid, vit.patch_size).mean(0) for w in weights]
+            found["attention_entropy"] = [attention_entropy(w).mean(0) for w in weights]
+        return found
 
     return step
 
 
 def _described(network: Network, measured: dict[str, Any]) -> dict[str, Any]:
-    blocks = [
-        {"block": b + 1} | {key: _rounded(measured[key][b]) for key in ("attention_distance", "attention_entropy")}
-        for b in range(network.vit.depth)
-    ]
+    figures = sorted(measured.keys() - {"gram"})
+    blocks = [{"block": b + 1} | {key: _rounded(measured[key][b]) for key in figures} for b in range(network.vit.depth)]
     return {"embed_dim": network.vit.embed_dim, "depth": network.vit.depth, "blocks": blocks}
 
 
@@ -199,28 +195,32 @@ def _accuracies(
             )
         (features, labels), *others = rows
         for block, values in enumerate(described[one.name]["blocks"]):
-            values["effective_rank"] = round(effective_rank(features[:, block]), 3)
+            values["effective_rank"] = round(effective_rank(features[block]), 3)
             if splits is not None and others:
-                asked, own = others[0][0][:, block], splits.class_order[others[0][1]]
-                data = (features[:, block], labels, asked, own, splits.train.classes)
+                asked, own = others[0][0][block], splits.class_order[others[0][1]]
+                data = (features[block], labels, asked, own, splits.train.classes)
                 values |= {"knn": knn_accuracy(*data), "linear": linear_accuracy(*data)}
     return {"labelled": {"bank": len(bank) if queries else 0, "queries": len(queries) if queries else 0}}
 
 
 def _pooled(network: Network) -> Any:
-    def step(params: Any, images: jax.Array) -> jax.Array:
-        pooled = [pool_tokens(tap.output, "mean", network.vit) for tap in network.taps(params, images)]
-        return jnp.stack(pooled, axis=1)  # [batch, blocks, dim]
+    def step(params: Any, images: jax.Array) -> list[jax.Array]:
+        prefix = network.vit.prefix
+        # One of each block: stages of a convolutional network differ in width.
+        return [tap.output.astype(jnp.float32)[:, prefix:].mean(axis=1) for tap in network.taps(params, images)]
 
     return step
 
 
-def _note(found: dict[str, Any], config: ConfigDict) -> str:
+def _note(found: dict[str, Any], config: ConfigDict, networks: Networks) -> str:
     parts = [f"{found['images']} images of {config.data.source}, split {config.data.eval_split}"]
     if "relation_images" in found:
         parts.append(f"relations of {found['relation_images']} of them, in {found['relation_heads']} heads")
     if found["labelled"]["queries"]:
         parts.append(f"accuracies of {found['labelled']['queries']} images among {found['labelled']['bank']} labelled")
+    for one in networks.members:
+        if not one.attends:
+            parts.append(f"the {one.name} is convolutional: its blocks are stages, without attention and its relations")
     step = "" if found["step"] is None else f" Checkpoint of step {found['step']}."
     return "; ".join(parts) + "." + step
 

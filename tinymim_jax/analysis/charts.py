@@ -45,6 +45,7 @@ def analysis_charts(analysis: Mapping[str, Any], *, inside: bool = False) -> lis
                 [value for block in found["blocks"] for value in block[key]],
             )
             for name, found in networks.items()
+            if key in found["blocks"][0]  # not of convolutional networks
         ]
         svg = line_chart(title, series, x_label="block", y_label=label, dots=True, inside=inside)
         charts.append(Chart(key, title, svg, note))
@@ -69,10 +70,10 @@ def block_rows(analysis: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]
     rows = []
     for name, network in analysis["networks"].items():
         for block in network["blocks"]:
-            distances, entropies = block["attention_distance"], block["attention_entropy"]
-            figures = [float(np.mean(distances)), float(np.mean(entropies))]
+            heads = [block.get(key) for key in ("attention_distance", "attention_entropy")]
+            figures = [None if values is None else float(np.mean(values)) for values in heads]
             figures += [block.get(key) for key in ("effective_rank", "knn", "linear")]
-            rows.append([name, block["block"], len(distances), *figures])
+            rows.append([name, block["block"], len(heads[0]) if heads[0] else None, *figures])
     return head, rows
 
 

@@ -121,22 +121,25 @@ def as_tiles(seen: dict[str, np.ndarray], batch: dict[str, np.ndarray], experime
 def _relation_maps(
     config: ConfigDict, networks: Networks, data_dir: str | None, workers: int
 ) -> tuple[list[dict[str, Any]], str]:
-    """Of four evaluation images the relations of their most varied patch to all, in each network's compared block."""
+    """Of four evaluation images the relations of their most varied patch to all, in each network's compared block.
+
+    Convolutional networks have none.
+    """
     source = open_source(config.data.source, split=config.data.eval_split, data_dir=data_dir)
     with batches_of(some_of(source, _MAPS, seed=config.seed), config, _MAPS, workers=workers) as batches:
         batch = next(batches)
     images = batch["image"][batch["valid"]]
     student, teacher = networks.student, networks.teacher
     blocks = {student.name: student.vit.depth}
-    if teacher is not None:
+    if teacher is not None and teacher.attends:
         blocks[teacher.name] = teacher.vit.depth
     if networks.compared:
-        blocks = dict(zip((student.name, "teacher"), networks.compared[0]))
+        blocks = {name: block for name, block in zip((student.name, "teacher"), networks.compared[0]) if name in blocks}
     maps = [{"image": "", "maps": {}} for _ in images]
     places = [_varied_patch(image, student.vit.grid) for image in images]
     for i, (image, place) in enumerate(zip(images, places)):
         maps[i]["image"] = data_uri(_framed(image, place, student.vit.grid))
-    for one in reversed(networks.members):
+    for one in reversed([one for one in networks.members if one.name in blocks]):
         grid = one.vit.grid
         queries = np.asarray([int(row * grid[0]) * grid[1] + int(column * grid[1]) for row, column in places])
         found = jax.device_get(jax.jit(_maps_of(one, blocks[one.name]))(one.params, images, queries))

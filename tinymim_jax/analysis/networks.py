@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.checkpoints.format import CheckpointError
-from tinymim_jax.models.blocks import Tap
+from tinymim_jax.evaluation.similarity import attention_weights
+from tinymim_jax.models.blocks import OutputTap, Tap
+from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.relative_bias import relative_bias
 from tinymim_jax.ops.token_grid import resize_images
 from tinymim_jax.tasks.pretrained import Loaded, fit_positions, load
 
@@ -24,17 +27,25 @@ class Network:
     """An encoder with its weights and the pixels that it is shown.
 
     name: "student", "teacher", or "encoder" of a checkpoint that has no teacher.
+    vit: a Vision Transformer, or a convolutional network, whose stages are its blocks.
     mean, std: by which its pixels are normalized.
     """
 
     name: str
-    vit: ViT
+    vit: ViT | ConvNet
     params: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def attends(self) -> bool:
+        """Whether its blocks have attention, and so relations of q, k and v."""
+        return isinstance(self.vit, ViT)
+
     def taps(self, params: Any, images: jax.Array, blocks: Sequence[int] | None = None) -> tuple[Tap, ...]:
         """The taps of all blocks, or of `blocks`; for use under jit, with `params` as an argument.
+
+        Of a convolutional network each stage has a map of its own size, as the output [batch, positions, channels].
 
         Args:
           images: uint8 [batch, height, width, 3]; resized where the network sees another size.
@@ -44,8 +55,23 @@ class Network:
             images = resize_images(images.astype(jnp.float32), size)
         wanted = tuple(blocks or range(1, self.vit.depth + 1))
         pixels = normalize(images, self.mean, self.std)
+        if isinstance(self.vit, ConvNet):
+            maps = self.vit.stages(params, pixels)[-self.vit.depth :]  # of a ResNet, that of the stem is left out
+            flat = [OutputTap(output=each.reshape(each.shape[0], -1, each.shape[-1])) for each in maps]
+            return tuple(flat[block - 1] for block in wanted)
         taps: Any = self.vit.apply({"params": params}, pixels, tap=wanted, method="encode")
         return taps
+
+    def attention(self, params: Any, taps: Sequence[Tap]) -> list[jax.Array]:
+        """Attention weights [batch, heads, queries, keys] of the taps of all blocks, with relative position biases."""
+        vit, weights = self.vit, []
+        for i, tap in enumerate(taps):
+            bias = None
+            if vit.switches.relative_bias:
+                table = params[f"blocks_{i}"]["attn"]["relative_bias"]
+                bias = relative_bias(table, vit.grid, vit.prefix)
+            weights.append(attention_weights(tap.q, tap.k, bias))
+        return weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +103,7 @@ def find_networks(checkpoint: str, *, image_size: tuple[int, int], teacher: str 
 
     Raises CheckpointError where the checkpoint, or a `teacher` that is named, cannot be read.
     """
-    loaded = load(checkpoint)
+    loaded = load(checkpoint, cnn=True)
     record = loaded.model.get("teacher", {})
     path = teacher or record.get("checkpoint")
     pixels = loaded.model.get("preprocessing", {})
@@ -85,7 +111,7 @@ def find_networks(checkpoint: str, *, image_size: tuple[int, int], teacher: str 
         return Networks((_network("encoder", loaded, image_size, pixels),))
     student = _network("student", loaded, image_size, pixels)
     try:
-        theirs = load(path)
+        theirs = load(path, cnn=True)
     except CheckpointError as error:
         if teacher:
             raise
@@ -99,8 +125,14 @@ def find_networks(checkpoint: str, *, image_size: tuple[int, int], teacher: str 
 
 
 def _network(name: str, loaded: Loaded, image_size: tuple[int, ...], pixels: dict[str, Any]) -> Network:
-    encoder = ViT.from_record(loaded.model["encoder"], image_size=image_size)
     published = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     mean, std = (tuple(pixels.get(key) or published[key]) for key in ("mean", "std"))
+    if "backbone" in loaded.model:
+        network = ConvNet.from_record(loaded.model["backbone"])
+        step = network.patch_size
+        size = (-(-image_size[0] // step) * step, -(-image_size[1] // step) * step)
+        network = dataclasses.replace(network, image_size=size)
+        return Network(name, network, jax.device_put(loaded.params["backbone"]), mean, std)
+    encoder = ViT.from_record(loaded.model["encoder"], image_size=image_size)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), fit_positions(loaded, encoder))
     return Network(name, encoder, jax.device_put(params), mean, std)

@@ -23,8 +23,7 @@ def suggest_tap(blocks: Sequence[Mapping[str, Any]], network: str, examples: int
       blocks: of analyze.analyze.
       examples: how many images the accuracies are of.
     """
-    by = next(key for key in _MEASURES if all(block.get(key) is not None for block in blocks))
-    values = [float(block[by]) for block in blocks]
+    by, values = _measure(blocks)
     best = max(values)
     error = math.sqrt(max(best * (1 - best), 0.0) / examples) if by != "effective_rank" else 0.0
     equal = [i + 1 for i, value in enumerate(values) if best - value <= error]
@@ -37,3 +36,23 @@ def suggest_tap(blocks: Sequence[Mapping[str, Any]], network: str, examples: int
         )
     text += ". No student was distilled for this suggestion; distill.teacher.tap takes it"
     return {"network": network, "block": block, "by": by, "value": values[block - 1], "equal": equal, "text": text}
+
+
+def last_stage(blocks: Sequence[Mapping[str, Any]], network: str, _: int) -> dict[str, Any]:
+    """The same for a convolutional network: its last stage, whatever the figures say, as no other can be distilled."""
+    by, values = _measure(blocks)
+    text = (
+        f"stage {len(values)} of {len(values)} of the {network}, as no other one of a convolutional network can be "
+        f"distilled: its {_MEASURES[by]} is {values[-1]:.4g}"
+    )
+    best = max(range(len(values)), key=values.__getitem__) + 1
+    if best < len(values):
+        text += f", and stage {best} has {values[best - 1]:.4g}"
+    block = len(values)
+    return {"network": network, "block": block, "by": by, "value": values[-1], "equal": [block], "text": text}
+
+
+def _measure(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
+    """The figure to go by, and its values: the first of _MEASURES that all blocks have."""
+    by = next(key for key in _MEASURES if all(block.get(key) is not None for block in blocks))
+    return by, [float(block[by]) for block in blocks]

@@ -48,9 +48,14 @@ def cka(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return cross / scale
 
 
-def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)), float32 [batch, heads, queries, keys]: without relative position biases."""
-    return jax.nn.softmax(scaled_products(q.astype(jnp.float32), k.astype(jnp.float32)), axis=-1)
+def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(head_dim) + bias), float32 [batch, heads, queries, keys].
+
+    Args:
+      bias: of relative positions, [heads, queries, keys]; None for none.
+    """
+    logits = scaled_products(q.astype(jnp.float32), k.astype(jnp.float32))
+    return jax.nn.softmax(logits if bias is None else logits + bias.astype(jnp.float32), axis=-1)
 
 
 def attention_distance(weights: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
