@@ -17,6 +17,7 @@ from tinymim_jax.pages.colours import viridis
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 36
+_BAR = 80  # of a heat map: its colour bar with two figures
 _MOST_POINTS = 400  # of a line; more than pixels would show nothing more
 _numbers = itertools.count()
 
@@ -105,8 +106,9 @@ def heat_map(
         return ""
     low, high = limits or (float(finite.min()), float(finite.max()))
     rows, columns = values.shape
-    side = min((_WIDTH - _LEFT - 64) / columns, 22.0 if rows > 12 else 26.0)
-    width, height = _LEFT + side * columns + 64, _TOP + side * rows + _BOTTOM
+    side = min((_WIDTH - _LEFT - _BAR) / columns, 22.0 if rows > 12 else 26.0)
+    # As wide as line charts, so that text has the same size in both.
+    width, height = _WIDTH, _TOP + side * rows + _BOTTOM
     parts = []
     for r, c in np.ndindex(rows, columns):
         value = float(values[r, c])
@@ -129,13 +131,13 @@ def heat_map(
         parts.append(_label(_LEFT + (c + 0.5) * side, _TOP + rows * side + 14, str(c + 1), "middle"))
     parts.append(_label(_LEFT + columns * side / 2, _TOP + rows * side + 30, column_label, "middle"))
     parts.append(_turned(row_label, _TOP + rows * side / 2))
-    parts.append(_colour_bar(width - 50, low, high, min(side * rows, 160.0)))
+    parts.append(_colour_bar(_LEFT + side * columns + 14, low, high, min(side * rows, 160.0)))
     place = np.unravel_index(np.nanargmax(values), values.shape)
     description = (
         f"{rows} rows ({row_label}) and {columns} columns ({column_label}); values from {_text(finite.min())} to "
         f"{_text(finite.max())}, the largest in row {place[0] + 1}, column {place[1] + 1}."
     )
-    return _svg(title, description, "".join(parts), width, height, "map", f' style="max-width:{width * 1.3:.0f}px"')
+    return _svg(title, description, "".join(parts), width, height, "map", "")
 
 
 def stacked_bar(title: str, shares: Mapping[str, float]) -> str:

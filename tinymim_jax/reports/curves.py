@@ -23,8 +23,12 @@ _LOG = ("Training loss", "Evaluation loss", "Gradient norm")  # where values dif
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A figure for each group of figures that belong together, side by side; "" without any."""
-    return grid(figure(title, line_chart(title, series, log=title in _LOG)) for title, series in panels(rows))
+    """A figure for each group of figures that belong together, side by side; "" without any.
+
+    What was recorded at one step only is no curve.
+    """
+    drawn = [(title, series) for title, series in panels(rows) if any(len(set(one.x)) > 1 for one in series)]
+    return grid(figure(title, line_chart(title, series, log=title in _LOG)) for title, series in drawn)
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Series]]]:

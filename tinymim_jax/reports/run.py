@@ -171,7 +171,8 @@ def _configuration(run: RunRecord) -> str:
 def _network(encoder: Mapping[str, Any]) -> str:
     if not encoder:
         return ""
-    return f"{encoder['embed_dim']} x {encoder['depth']}, patch {encoder['patch_size']}"
+    stem = ", convolutional stem" if encoder.get("switches", {}).get("stem") == "conv" else ""
+    return f"{encoder['embed_dim']} x {encoder['depth']}, patch {encoder['patch_size']}{stem}"
 
 
 def _as_json(value: Any) -> str:
