@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,11 +11,15 @@ from runs import same_bits, small_config
 
 import tinymim_jax
 from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.config import load_config
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.data.views.decoding import decode
 from tinymim_jax.evaluation.live_probe import LiveProbe
 from tinymim_jax.experiment import build_experiment
+from tinymim_jax.flops import matmul_flops
 from tinymim_jax.metrics import read
+from tinymim_jax.models.vit import ViT
+from tinymim_jax.plan.build import plan_experiment
 from tinymim_jax.runtime.runs import read_run
 from tinymim_jax.sharding import make_mesh
 from tinymim_jax.train import train
@@ -102,6 +107,27 @@ def test_training_ends_when_nothing_rises_and_does_so_again_after_a_kill(data_di
 def test_patience(history, patience, ends, data_dir):
     experiment = build_experiment(small_config("mae_student", f"train.probe_patience={patience}"), data_dir=data_dir)
     assert LiveProbe(experiment, make_mesh(), history=history).enough() == ends
+
+
+# Shares of the FLOPs between two probes that docs/distill.md names.
+SHARES = {"distill_t": 2e-5, "distill_s": 5e-5, "distill_b": 5e-5, "mae_b": 2e-4}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_probes_of_the_shipped_configs_take_next_to_nothing(name):
+    """A forward pass of each image, and the similarities, against the training steps from one probe to the next."""
+    planned = plan_experiment(load_config(name, ["train.batch_size=4"]))
+    experiment = planned.experiment
+    epoch = len(experiment.train_source)
+    assert epoch > 1_281_000  # ImageNet, or its stand-in
+    assert experiment.probe_every * 4 == pytest.approx(5 * epoch, rel=1e-3)
+    images = experiment.config.train.probe_images
+    vit = ViT.from_record(experiment.task.model["encoder"])
+    pixels = jax.ShapeDtypeStruct((1, *vit.image_size, 3), np.float32)
+    forward = matmul_flops(lambda params, x: vit.apply({"params": params}, x), planned.params()["encoder"], pixels)
+    probe = 1.5 * images * forward + 2 * vit.embed_dim * images * (images // 2)
+    share = probe / (experiment.probe_every * planned.flops[0])
+    assert 0 < share < SHARES[name] < 0.02
 
 
 def test_mistakes(data_dir, tmp_path, photo):
