@@ -36,7 +36,7 @@ def test_the_smallest_number_of_micro_batches_that_fits(pieces, monkeypatch):
     by_count = {count: needed(pieces, count) for count in (1, 2, 4)}
     assert by_count[1] > by_count[2] > by_count[4]
     for count in (1, 2, 4):
-        monkeypatch.setattr(memory, "device_memory", lambda mesh, count=count: int(by_count[count] / memory._SHARE) + 1)
+        monkeypatch.setattr(memory, "device_memory", lambda mesh, count=count: int(by_count[count] / memory.USABLE) + 1)
         assert memory.smallest_accumulate(*pieces) == count
 
 

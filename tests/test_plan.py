@@ -34,7 +34,7 @@ from tinymim_jax.plan.roofline import (
     step_time,
 )
 from tinymim_jax.plan.search import largest_batch
-from tinymim_jax.plan.topology import parse_topology
+from tinymim_jax.plan.topology import parse_topology, topology_of
 from tinymim_jax.tasks import TASKS
 
 
@@ -98,6 +98,34 @@ def test_the_peak_of_a_device():
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_of("TPU7x") == 1153.5e12  # of one of the two devices that jax shows
     assert peak_of("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "memory", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 8, 0.75 * 85e9, "h100x8"),
+        ("NVIDIA H100 80GB HBM3", 1, None, "h100x1"),
+        ("NVIDIA A100-SXM4-80GB", 2, 0.75 * 85e9, "a100x2"),
+        ("NVIDIA A100-SXM4-40GB", 2, 0.9 * 42e9, "a100-40x2"),
+        ("NVIDIA H200", 4, 0.9 * 151e9, "h200x4"),
+        ("TPU v4", 4, 30.7 * 2**30, "v4:2x2x1"),
+        ("TPU v5", 4, 95 * 2**30, "v5p:2x2x1"),
+        ("TPU v5 lite", 8, 15.7 * 2**30, "v5e:2x4"),
+        ("TPU v6 lite", 2, None, "v6e:1x2"),
+        ("TPU7x", 8, 94 * 2**30, "tpu7x:2x2x1"),
+        ("NVIDIA H100 PCIe", 1, 0.75 * 85e9, None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 1, 0.75 * 42e9, None),
+        ("NVIDIA H100 80GB HBM3", 1, 20e9, None),  # most of the card is not for jax
+        ("NVIDIA GeForce RTX 4090", 1, 20e9, None),
+        ("cpu", 1, None, None),
+    ],
+)
+def test_the_topology_of_devices(kind, count, memory, name):
+    found = topology_of(kind, count, memory and int(memory))
+    assert (found and found.name) == name
+    if found:
+        assert found == parse_topology(name)
+        assert found.chips == count
 
 
 def test_a_chip_of_two_devices():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import run
 from PIL import Image
+from runs import small_config
 
 import tinymim_jax
 from tinymim_jax.checkpoints.params import save_params
@@ -18,10 +19,15 @@ from tinymim_jax.cli import distill as command
 from tinymim_jax.cli import main as cli
 from tinymim_jax.config import load_config
 from tinymim_jax.models.vit import ViT
+from tinymim_jax.plan import compiled
+from tinymim_jax.plan.hlo import work_of
+from tinymim_jax.plan.roofline import step_time
+from tinymim_jax.plan.topology import parse_topology
+from tinymim_jax.resume import as_json
 from tinymim_jax.runtime.exits import Interrupted
 from tinymim_jax.runtime.host_memory import available_memory
 from tinymim_jax.runtime.workdir import RunState, read_state
-from tinymim_jax.starter import api, child, choices, helpers, space
+from tinymim_jax.starter import api, child, choices, helpers, space, timing
 from tinymim_jax.starter.choices import CLASSIFIER, STUDENT, Hardware, Measured
 from tinymim_jax.starter.data import find_data, source_name
 from tinymim_jax.starter.distill import check_same, runs_of
@@ -159,6 +165,9 @@ def test_wrong_teachers(tmp_path):
         find_teacher(str(tmp_path / "resnet.safetensors"), tmp_path / "converted")
     assert "of another kind of network, choose a ViT" in str(error.value)
     assert not (tmp_path / "converted").exists()
+    golden = pathlib.Path(__file__).parent / "golden" / "teachers" / "timm_convnext.safetensors"
+    with pytest.raises(ValueError, match=r"is a convnext: .* which convolutional networks do not have.*target=output"):
+        find_teacher(str(golden), tmp_path / "cnn")
 
 
 def test_a_pytorch_file_is_converted_once(teacher, tmp_path, capsys):
@@ -237,6 +246,83 @@ def test_hours():
     assert takes == pytest.approx(10_000 * 2 / 3600)
     with pytest.raises(ValueError, match=r"time for 11 of them: give at least 0\.017 hours"):
         choices.fit_hours(STUDENT, config, measured, 0.01, alone=False)
+
+
+class Answers:
+    """Helpers whose child processes answer at once; `asked` lists what was asked of them."""
+
+    def __init__(self, *, planned=None, reading=0.1):
+        self.planned, self.seconds, self.asked = planned, reading, []
+
+    def plan(self, topology, config, data_dir, *, name, memory):
+        self.asked.append((name, topology, memory))
+        if self.planned is None:
+            raise helpers.Failed("to plan for h100x1 without having one, xla_cuda13 is needed\npip install it")
+        return {"seconds": self.planned, "micro_batches": 2, "steps": 70, "parameters": 5, "trained": 4}
+
+    def reading(self, *_):
+        return self.seconds
+
+    def measure(self, *_):
+        return {"seconds": 9.0, "micro_batches": 1, "steps": 70, "parameters": 5, "trained": 4}
+
+
+def test_steps_are_planned_on_accelerators_and_measured_elsewhere(caplog):
+    config, gpu = load_config("distill_images:s,5k"), Hardware("gpu", 1, "NVIDIA H100 80GB HBM3", int(6.4e10))
+    answers = Answers(planned=0.2)
+    found = timing.step_time(answers, "student", config, gpu, None, 4)
+    assert answers.asked == [("plan_student", "h100x1", gpu.memory)]
+    assert (found.seconds, found.micro_batches) == (pytest.approx(0.2 * timing.RESERVE), 2)
+    assert found.by == "planned for h100x1: 0.2 s of the roofline, times 1.5"
+    waiting = timing.step_time(Answers(planned=0.2, reading=0.7), "student", config, gpu, None, 4)
+    assert waiting.seconds == 0.7
+    assert "the devices wait" in waiting.by
+    caplog.set_level("INFO")
+    for answers, hardware, why in (
+        (Answers(planned=0.2), CPU, ""),
+        (Answers(planned=0.2), Hardware("gpu", 1, "NVIDIA L4", 2 * 10**10), "does not know NVIDIA L4"),
+        (Answers(), gpu, "xla_cuda13 is needed"),
+    ):
+        found = timing.step_time(answers, "student", config, hardware, None, 4)
+        assert (found.seconds, found.by) == (9.0, "measured")
+        assert why in caplog.text
+    assert not Answers(planned=0.2).asked
+
+
+HLO = "ENTRY %main (a: f32[8192,8192]) -> f32[8192,8192] {\n  ROOT %a = f32[8192,8192]{1,0} copy(%a)\n}\n"
+
+
+def compile_step(config, topology, **_):
+    """In place of plan's compiler: a step of 1 MB and 1 GB for each image."""
+    needed = 10**9 * (config.train.batch_size // config.train.accumulate // topology.chips)
+    return compiled.Compiled(10**6, needed - 10**6, 0, needed, False, HLO, "a stand-in")
+
+
+@pytest.mark.usefixtures("_in_process")
+def test_hours_are_planned_on_an_accelerator(pictures, teacher, data_dir, tmp_path, capsys, monkeypatch):
+    """A machine of one device of the kind "cpu", which plan knows, with memory for three images."""
+    monkeypatch.setattr("tinymim_jax.plan.plan.compile_step", compile_step)
+    monkeypatch.setattr(timing, "topology_of", lambda *_: parse_topology("cpux1"))
+    here = {"platform": "gpu", "devices": 1, "kind": "cpu", "memory": int(3.3e9)}
+    monkeypatch.setitem(child.FUNCTIONS, "hardware", lambda: here)
+    monkeypatch.setitem(child.FUNCTIONS, "read", lambda **_: {"seconds": 0.0})
+    line = words(pictures, teacher, tmp_path / "out", "--dry_run", "--hours", "0.002")
+    line = [word for word in line if "duration" not in str(word)]
+    status, out, err = run(capsys, *line)
+    assert status == 0, out + err
+    step = timing.RESERVE * step_time(work_of(HLO), parse_topology("cpux1")).seconds
+    assert step > 0.005
+    assert f"| student | train.duration | {int(7.2 * 0.65 / step)} steps |" in out
+    assert "planned for cpux1" in out
+    assert "| student | train.accumulate | 4 | compiled: 4 parts fit into memory |" in out  # 8 images
+    with pytest.raises(ValueError, match="not even one image on each device"):
+        child.plan(as_json(small_config("mae_teacher")), "cpux1", data_dir, memory=10**8)
+
+
+def test_a_batch_of_the_input_pipeline_is_timed(pictures, monkeypatch):
+    monkeypatch.setattr(child, "_MEASURED_SECONDS", 0.0)
+    config = load_config("own_images:pico,48", [f"data.source=folder:{pictures}", "train.batch_size=4"])
+    assert 0 < child.read(as_json(config), None, 0)["seconds"] < 60
 
 
 def test_the_user_has_the_last_word(pictures, teacher, tmp_path):
@@ -352,6 +438,10 @@ def test_one_line_does_it_all_and_the_same_line_goes_on(pictures, teacher, tmp_p
             assert section is None or config[section][field] == value
     assert (output / "model" / "model.safetensors").exists()
     assert "student after distillation" in (output / "report.html").read_text()
+    assert summary["step"]["by"] == "measured"
+    assert summary["step"]["took"] == timing.real_step(output / "student") > 0
+    assert "s were expected (measured)" in (output / "report.html").read_text()
+    assert "a step of the distillation" in out
     # Everything is done: nothing is run again, and other arguments are refused.
     assert run(capsys, *line)[0] == 0
     status, _, err = run(capsys, *line, "seed=1")

@@ -26,7 +26,8 @@ from tinymim_jax.tasks import TASKS
 log = logging.getLogger(__name__)
 
 _GIB = 2**30
-_SHARE = 0.95  # of the memory that is used: allocators fragment, and evaluation has programs of its own
+USABLE = 0.95
+"""Share of a device's memory that a step may need: allocators fragment, and evaluation has programs of its own."""
 _UNITS = {"": 2.0**-30, "K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 
 
@@ -128,7 +129,7 @@ def smallest_accumulate(
     if limit is None:
         log.info("train.accumulate=0: %s does not report its memory; 1 micro-batch", mesh.devices.flat[0].device_kind)
         return 1
-    budget, count = _SHARE * limit, counts[0]
+    budget, count = USABLE * limit, counts[0]
     while True:
         needed = _compiled_bytes(experiment, frozen, paths, mesh, count)
         total = sum(needed.values())
@@ -243,7 +244,7 @@ def _advice(
     held, images = _held(arguments), batch // accumulate // mesh.size
     fitting = images // 2
     if needed > held and limit > held:
-        fitting = min(fitting, int(images * (_SHARE * limit - held) / (needed - held)))
+        fitting = min(fitting, int(images * (USABLE * limit - held) / (needed - held)))
     words = [
         f"out of memory: train.batch_size={batch} with train.accumulate={accumulate} on {mesh.size} "
         f"device{'s' * (mesh.size > 1)} of {f'{limit / _GIB:.2f} GiB' if limit else 'unknown memory'} puts {images} "

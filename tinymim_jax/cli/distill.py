@@ -22,7 +22,7 @@ wrote, a PyTorch file or a folder of the Hugging Face hub.
   tinymim distill /data/pets --teacher teachers/mae_vit_base --student pico --output runs/pets --dry_run
 
 What is done, each skipped where it is done already:
-  1. images, teacher, disk and memory are checked, and a step of each training is measured
+  1. images, teacher, disk and memory are checked, and a step of each training is measured, or planned on accelerators
   2. the images are converted to smaller files, where that saves more time than it takes (OUTPUT/data)
   3. k-NN accuracy of the teacher and of the untrained student, where there are labels
   4. the student is distilled (OUTPUT/student), and its k-NN accuracy measured again
@@ -46,8 +46,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--hours",
         type=float,
-        help="time for everything; trainings are shortened to fit, by measured steps (default: as long as the preset "
-        "takes; on a CPU 0.1)",
+        help="time for everything; trainings are shortened to fit, by steps that are planned on accelerators and "
+        "measured on CPUs (default: as long as the preset takes; on a CPU 0.1)",
     )
     command.add_argument("--preset", choices=PRESETS, help="recipe by number of images (default: the nearest)")
     command.add_argument("--no_labels", action="store_true", help="ignore labels: no k-NN, no fine-tuning")

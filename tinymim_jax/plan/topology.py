@@ -1,4 +1,4 @@
-"""Parses names of hardware topologies: v5e-64, v5e:8x8, v4-32, h100x8, h100x8x4."""
+"""Names of hardware topologies: v5e-64, v5e:8x8, v4-32, h100x8, h100x8x4; and the topology of devices that are here."""
 
 import dataclasses
 import math
@@ -12,6 +12,8 @@ _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 _SHAPES = {"v4": _CUBES, "v5p": _CUBES, "tpu7x": _CUBES, "v5e": _FLAT, "v6e": _FLAT}
 _BY_CORES = ("v4", "v5p", "tpu7x")  # their names count TensorCores, two per chip
+# jax takes 0.75 of a GPU's memory unless told otherwise, and CHIPS counts 0.9.
+_LEAST_SHARE = 0.7
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "a100-80": "a100", "v7x": "tpu7x"}
 
 
@@ -92,6 +94,33 @@ def parse_topology(text: str, *, slices: int = 1) -> Topology:
                 f"--topology {text!r}: a node has 1 to {most} of these; write {kind}x{most}xN for N whole nodes"
             )
     raise unknown("--topology", text, _examples())
+
+
+def topology_of(device_kind: str, count: int, memory: int | None = None) -> Topology | None:
+    """The topology of this many devices of one machine; None where CHIPS has none of their kind, or only other forms.
+
+    Args:
+      device_kind: as jax names them, such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
+      memory: bytes that a program may use on each, None if unknown; a part of a card (MIG), or a card with another
+        memory than the one in CHIPS, is none of them.
+    """
+    fitting = {name: chip for name, chip in CHIPS.items() if chip.platform != "cpu" and _is_of(device_kind, chip)}
+    longest = max((len(chip.kind) for chip in fitting.values()), default=0)
+    near = {name: chip for name, chip in fitting.items() if len(chip.kind) == longest}
+    if memory:
+        near = {name: chip for name, chip in near.items() if _LEAST_SHARE < memory / chip.memory < 1 / _LEAST_SHARE}
+    if not near:
+        return None
+    kind = min(near, key=lambda name: abs(near[name].memory - (memory or near[name].memory)))
+    if near[kind].platform == "gpu":
+        return Topology(f"{kind}x{count}", kind, (1, count))
+    chips = count // near[kind].devices
+    shape = _SHAPES[kind].get(chips, "x".join(["1"] * (2 if kind in _BY_CORES else 1) + [str(chips)]))
+    return Topology(f"{kind}:{shape}", kind, tuple(map(int, shape.split("x"))))
+
+
+def _is_of(device_kind: str, chip: Chip) -> bool:
+    return device_kind.startswith(chip.kind) and not re.search(r"PCIe|NVL|MIG", device_kind, re.IGNORECASE)
 
 
 def _kind(name: str, text: str) -> str:

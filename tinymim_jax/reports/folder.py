@@ -40,6 +40,9 @@ def _result(summary: Any, chosen: Any) -> str:
     rows = [[f"k-NN accuracy, {names.get(name, name)}", value] for name, value in summary["knn"].items()]
     if "top1" in (summary.get("classifier") or {}):
         rows.append(["accuracy after fine-tuning", summary["classifier"]["top1"]])
+    if (step := summary.get("step") or {}).get("took"):
+        text = f"{step['took']:.3g} s; {step['expected']:.3g} s were expected ({step['by']})"
+        rows.append(["a step of the distillation", text])
     rows.append(["exported model", summary.get("export") or "-"])
     text = table(["", ""], rows)
     if isinstance(chosen, Mapping):

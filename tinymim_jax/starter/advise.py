@@ -60,7 +60,7 @@ def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
                 )
             found = _look(output, request, decided, helpers)
             whole = _whole(decided)
-            found["plans"] = [helpers.plan(name, whole, request.data_dir) for name in topologies]
+            found["plans"] = [_plan(helpers, name, whole, request.data_dir) for name in topologies]
             write_json(output / ADVICE, found)
             print_line(f"\n{as_text(found)}")
             return DONE
@@ -118,7 +118,7 @@ def as_text(found: Mapping[str, Any]) -> str:
             f"{expected['value']:.1%} ({expected['low']:.1%} to {expected['high']:.1%}, 90 %)",
         ],
     ]
-    costs = [["these devices, measured", format_seconds(found["seconds"]), "-"]]
+    costs = [[f"these devices, {found['timed']}", format_seconds(found["seconds"]), "-"]]
     for plan in found["plans"]:
         hours = plan.get("hours")
         time = format_seconds(3600 * hours) if hours is not None else plan["error"]
@@ -157,10 +157,19 @@ def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
         "curve": [list(point) for point in curve],
         "steps": steps,
         "seconds": steps * decided.step_seconds,
+        "timed": "planned" if decided.timed_by.startswith("planned") else "measured",
         "expected": dataclasses.asdict(expected),
         "examples": decided.eval_images,
         **dataclasses.asdict(advice),
     }
+
+
+def _plan(helpers: Helpers, topology: str, config: ConfigDict, data_dir: str | None) -> dict[str, Any]:
+    """See child.plan; {"topology", "error"} where there is no plan, such as without the compiler for it."""
+    try:
+        return helpers.plan(topology, config, data_dir)
+    except Failed as error:
+        return {"topology": topology, "error": str(error).splitlines()[0]}
 
 
 def _whole(decided: Decided) -> ConfigDict:

@@ -17,10 +17,11 @@ from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.config import from_json
 from tinymim_jax.evaluation.knn import evaluate_knn
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer, training_batches
-from tinymim_jax.memory import device_memory, explained, smallest_accumulate
+from tinymim_jax.memory import USABLE, device_memory, explained, micro_batch_counts, smallest_accumulate
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.optim import split
 from tinymim_jax.plan.build import changed
+from tinymim_jax.plan.compiled import CACHE
 from tinymim_jax.plan.plan import make_plan
 from tinymim_jax.plan.topology import parse_topology
 from tinymim_jax.runtime.exits import DONE, ERROR, exit_at_once
@@ -38,7 +39,13 @@ _MEASURED_STEPS = (3, 30)  # at least, at most
 def hardware() -> dict[str, Any]:
     """The devices that are here, as fields of choices.Hardware."""
     devices = jax.devices()
-    return {"platform": devices[0].platform, "devices": len(devices), "kind": devices[0].device_kind}
+    memory = device_memory(make_mesh()) or 0
+    return {
+        "platform": devices[0].platform,
+        "devices": len(devices),
+        "kind": devices[0].device_kind,
+        "memory": memory,
+    }
 
 
 def measure(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[str, Any]:
@@ -95,27 +102,65 @@ def knn(
     return evaluate_knn(locked, checkpoint, neighbors=(neighbors,), data_dir=data_dir, workers=workers)
 
 
-def plan(config: dict[str, Any], topology: str, data_dir: str | None) -> dict[str, Any]:
-    """Hours of the training on other hardware, from compiling its step for that; its batch is what fits.
+def read(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[str, Any]:
+    """{"seconds"}: in which the input pipeline makes a batch of the training, without any device."""
+    jax.config.update("jax_platforms", "cpu")
+    experiment = build_experiment(from_json(config), data_dir=data_dir)
+    with training_batches(experiment, start_step=0, workers=workers) as batches:
+        next(batches)
+        done, began = 0, time.perf_counter()
+        while done < _MEASURED_STEPS[0] or time.perf_counter() - began < _MEASURED_SECONDS:
+            next(batches)
+            done += 1
+        return {"seconds": (time.perf_counter() - began) / done}
+
+
+def plan(
+    config: dict[str, Any], topology: str, data_dir: str | None, memory: int | None = None, cache: str = CACHE
+) -> dict[str, Any]:
+    """What the training needs on hardware of that name, from compiling its step for it; see plan.plan.make_plan.
+
+    "hours" and "chip_hours" of all steps, with waiting for images on a host of Google's; "seconds" of a step on the
+    devices alone; "micro_batches", the fewest that fit; "steps", "parameters" and "trained" as in choices.Measured.
+
+    Args:
+      memory: bytes that a program may use on each device; None: as the chip's row in CHIPS has it.
 
     Raises ValueError for an unknown topology, or where not even one image a device fits.
     """
     jax.config.update("jax_platforms", "cpu")
-    wanted = parse_topology(topology)
-    parts = 1
+    wanted, locked = parse_topology(topology), from_json(config)
+    limit = USABLE * memory if memory else wanted.chip.memory
+    counts, parts = micro_batch_counts(locked.train.batch_size, wanted.chips), 1
     while True:
-        tried = changed(from_json(config), {"train.accumulate": parts})
-        found = make_plan(tried, wanted, data_dir=data_dir, search=False)
-        if found.fits:
-            return {"topology": topology, "hours": found.hours, "chip_hours": found.hours * wanted.chips}
-        parts *= 2
-        if tried.train.batch_size % (parts * wanted.chips):
-            raise ValueError(f"{topology}: no part of a batch of {tried.train.batch_size} fits")
+        tried = changed(locked, {"train.accumulate": parts})
+        found = make_plan(tried, wanted, data_dir=data_dir, search=False, cache=cache)
+        if found.fits and found.time and found.needed <= limit:
+            return {
+                "topology": topology,
+                "hours": found.hours,
+                "chip_hours": found.hours * wanted.chips,
+                "seconds": found.time.seconds,
+                "micro_batches": parts,
+                "steps": found.steps,
+                "parameters": found.parameters["all"],
+                "trained": found.parameters["trained"],
+            }
+        more = [n for n in counts if n > parts]
+        if not more:
+            raise ValueError(
+                f"{topology}: no part of a batch of {locked.train.batch_size} fits, not even one image on each device"
+            )
+        # What stays between steps keeps its size, and the rest shrinks at best with the micro-batch.
+        rest = sum(size for name, size in found.parts.items() if name.startswith("temporaries"))
+        least = max(2 * parts, parts * rest / max(limit - (found.needed - rest), 1))
+        parts = next((n for n in more if n >= least), more[-1])
 
 
 FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "hardware": hardware,
     "measure": measure,
+    "read": read,
     "knn": knn,
     "plan": plan,
 }

@@ -32,11 +32,15 @@ _MOST_PROBED = 4000
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What trains: platform (cpu, gpu, tpu), number and kind of devices."""
+    """What trains: platform (cpu, gpu, tpu), number and kind of devices, and the bytes that a program may use on each.
+
+    memory: 0 if unknown.
+    """
 
     platform: str
     devices: int
     kind: str
+    memory: int = 0
 
     def describe(self) -> str:
         """Such as "2 x NVIDIA A100"."""
@@ -55,13 +59,14 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A training measured on the devices that are here.
+    """A training on the devices that are here, see timing.step_time.
 
     seconds: of a step, with reading its images.
     micro_batches: into which a step must be split to fit into memory.
     steps: of the whole training as configured.
     parameters: of the checkpoint, their number.
     trained: how many of them are trained.
+    by: how `seconds` was found: "measured", or "planned for ..." with the plan's figure.
     """
 
     seconds: float
@@ -69,6 +74,7 @@ class Measured:
     steps: int
     parameters: int
     trained: int
+    by: str = "measured"
 
 
 def find_student(name: str) -> str:
@@ -124,7 +130,7 @@ def fit_hours(
     chosen, steps = [], measured.steps
     if measured.micro_batches != config.train.accumulate:
         parts = measured.micro_batches
-        why = "measured: the whole batch fits into memory" if parts == 1 else f"measured: {parts} parts fit into memory"
+        why = "the whole batch fits into memory" if parts == 1 else f"compiled: {parts} parts fit into memory"
         chosen.append(Choice(stage, "train.accumulate", parts, why))
     if hours is not None:
         share = sum(SHARES.values()) if alone else SHARES[stage]
@@ -132,13 +138,16 @@ def fit_hours(
         if affordable < min(_FEWEST_STEPS, measured.steps):
             least = _FEWEST_STEPS * measured.seconds / share / 3600
             raise ValueError(
-                f"--hours {hours:g}: a step of the {stage} takes {measured.seconds:.2f} s here, so there is time for "
-                f"{affordable} of them: give at least {least:.2g} hours, a smaller --student, or a smaller "
-                f"{stage}.train.batch_size than {config.train.batch_size}"
+                f"--hours {hours:g}: a step of the {stage} takes {measured.seconds:.2f} s here ({measured.by}), so "
+                f"there is time for {affordable} of them: give at least {least:.2g} hours, a smaller --student, or a "
+                f"smaller {stage}.train.batch_size than {config.train.batch_size}"
             )
         if affordable < measured.steps:
             steps = affordable
-            why = f"{share:.0%} of {hours:g} hours at {measured.seconds:.3g} s a step; the preset has {measured.steps}"
+            why = (
+                f"{share:.0%} of {hours:g} hours at {measured.seconds:.3g} s a step ({measured.by}); the preset has "
+                f"{measured.steps}"
+            )
             chosen += [
                 Choice(stage, "train.duration", f"{steps} steps", why),
                 Choice(stage, "optim.warmup", f"{max(1, steps // 10)} steps", "a tenth of the steps"),
@@ -177,12 +186,14 @@ def probes(data: Data, config: Any, measured: Measured, steps: int, wanted: int 
             Choice(STUDENT, "train.probe_images", images, "all images up to some thousands"),
             Choice(STUDENT, "train.probe_every", f"{max(1, steps // wanted)} steps", f"{wanted} points of a curve"),
         ]
-    images = min(config.train.probe_images, data.train_images) * 1.5
+    # Neighbors, and half as many images that are classified or, without labels, measured by their rank alone.
+    images = min(config.train.probe_images, data.train_images) * (1.5 if data.class_names else 0.5)
     affordable = _PROBED_SHARE * steps * config.train.batch_size / (0.5 * images)
     count = min(10, int(affordable))
     if count < 1:
         return []
-    why = f"k-NN accuracy {count} times during the distillation, in below {_PROBED_SHARE:.0%} of its time"
+    what = "k-NN accuracy and effective rank" if data.class_names else "effective rank of the features"
+    why = f"{what} {count} times during the distillation, in below {_PROBED_SHARE:.0%} of its time"
     return [Choice(STUDENT, "train.probe_every", f"{max(1, steps // count)} steps", why)]
 
 

@@ -23,6 +23,7 @@ from tinymim_jax.starter.helpers import WORK, Failed, Helpers, Stopped, check_ex
 from tinymim_jax.starter.preparing import Verdict, judge
 from tinymim_jax.starter.space import check_space
 from tinymim_jax.starter.teacher import Teacher, find_teacher
+from tinymim_jax.starter.timing import real_step, step_time
 from tinymim_jax.sweeps.checks import check_points
 from tinymim_jax.sweeps.points import LOG, Point, Run, Stage, make_runs
 from tinymim_jax.sweeps.running import ONE_BY_ONE, require_one_process
@@ -80,7 +81,8 @@ class Decided:
     hours: that the trainings take.
     knn: overrides of the config for k-NN, of "both" and of the "teacher".
     eval_images, probe_images: how many there are, and train.probe_images.
-    step_seconds, preset_steps: of the student: of a step, measured; and how many the preset has.
+    step_seconds, timed_by, preset_steps: of the student: of a step, and how that was found, see choices.Measured; and
+      how many the preset has.
     """
 
     stages: list[list[Any]]
@@ -97,6 +99,7 @@ class Decided:
     probe_images: int
     step_seconds: float
     preset_steps: int
+    timed_by: str = "measured"
 
 
 def run_distill(request: Request, *, dry_run: bool = False) -> int:
@@ -177,14 +180,14 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
     measured, spent = {}, 0.0
     for run in runs:
         config = load_config(run.config, [*run.overrides, *(["init="] if run.name == CLASSIFIER else [])])
-        measured[run.name] = Measured(**helpers.measure(run.name, config, request.data_dir, workers))
+        measured[run.name] = step_time(helpers, run.name, config, hardware, request.data_dir, workers)
         config = load_config(run.config, run.overrides)
         more, takes = choosing.fit_hours(run.name, config, measured[run.name], hours, alone=len(runs) == 1)
         spent += takes
         steps = round(3600 * takes / measured[run.name].seconds)
         if run.name == CLASSIFIER:
             more += choosing.short_finetuning(data, config, steps)
-        elif data.class_names:
+        else:
             more += choosing.probes(data, config, measured[run.name], steps, request.probes)
         chosen += more
     runs = runs_of(output, specs, chosen, request.overrides)
@@ -213,6 +216,7 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
         eval_images=data.eval_images,
         probe_images=configs[STUDENT].train.probe_images,
         step_seconds=measured[STUDENT].seconds,
+        timed_by=measured[STUDENT].by,
         preset_steps=measured[STUDENT].steps,
     )
 
@@ -282,6 +286,7 @@ def _work(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
         if run.name == STUDENT and decided.neighbors:
             summary["knn"]["after"] = measured_knn(output, run, decided, helpers, "after", str(run.workdir), data_dir)
     summary["export"] = helpers.export(runs[-1].workdir, output, request.export, logits=runs[-1].name == CLASSIFIER)
+    summary["step"] = {"expected": decided.step_seconds, "by": decided.timed_by, "took": real_step(runs[0].workdir)}
     write_json(output / SUMMARY, summary)
     summary["report"] = helpers.report(output, data_dir)
     write_json(output / SUMMARY, summary)
@@ -323,6 +328,9 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         rows.append(["fine-tuned, top-1", f"{summary[CLASSIFIER]['top1']:.1%}"])
     if "loss" in summary.get(STUDENT, {}):
         rows.append(["loss of the distillation", f"{summary[STUDENT]['loss']:.4g}"])
+    if (step := summary.get("step", {})).get("took"):
+        expected = f"{step['expected']:.3g} s expected, {step['by']}"
+        rows.append(["a step of the distillation", f"{step['took']:.3g} s ({expected})"])
     rows += [[name, summary[name]] for name in ("export", "report") if summary.get(name)]
     return markdown_table(["", "result"], rows)
 

@@ -127,13 +127,19 @@ class Helpers:
             return ""
         return str(output / "report.html")
 
-    def plan(self, topology: str, config: ConfigDict, data_dir: str | None) -> dict[str, Any]:
-        """See child.plan; {"topology", "error"} where there is no plan, such as without the compiler for it."""
-        name = f"plan_{re.sub(r'[^a-z0-9]+', '-', topology)}"
-        try:
-            return self.compute("plan", name, config=as_json(config), topology=topology, data_dir=data_dir)
-        except Failed as error:
-            return {"topology": topology, "error": str(error).splitlines()[0]}
+    def plan(
+        self, topology: str, config: ConfigDict, data_dir: str | None, *, name: str = "", memory: int | None = None
+    ) -> dict[str, Any]:
+        """See child.plan."""
+        log.info("planning%s for %s: compiling takes minutes", name.replace("plan_", " the "), topology)
+        name = name or f"plan_{re.sub(r'[^a-z0-9]+', '-', topology)}"
+        arguments = {"config": as_json(config), "topology": topology, "data_dir": data_dir, "memory": memory}
+        return self.compute("plan", name, **arguments)
+
+    def reading(self, name: str, config: ConfigDict, data_dir: str | None, workers: int) -> float:
+        """Seconds in which a batch is read and augmented, see child.read."""
+        arguments = {"config": as_json(config), "data_dir": data_dir, "workers": workers}
+        return self.compute("read", f"read_{name}", **arguments)["seconds"]
 
     def training_words(self, data_dir: str | None, workers: int) -> list[str]:
         """Options of every `tinymim train`."""

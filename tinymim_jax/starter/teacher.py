@@ -66,9 +66,15 @@ def find_teacher(given: str, converted: pathlib.Path) -> Teacher:
             save_params(converted, params, model)
             log.info("%s: converted to %s", given, converted)
     try:
-        record, _ = load_params(where)
+        record, _ = load_params(where, cnn=True)
     except CheckpointError as error:
         raise CheckpointError(f"--teacher {given}: {error}") from error
+    if "backbone" in record:
+        raise ValueError(
+            f"--teacher {given} is a {record['backbone']['kind']}: this command distils relations of attention, which "
+            "convolutional networks do not have. Give a Vision Transformer; or train by hand on its features: `tinymim "
+            f"train --config configs/distill_images.py:s,5k distill.target=output distill.teacher.path={where} ...`"
+        )
     tap, why = choose_tap(record)
     return Teacher(str(where.resolve()), record, tap, why)
 
