@@ -41,6 +41,16 @@ def test_points_lie_where_their_values_are():
     assert ticks[-1] >= 4.0
 
 
+@pytest.mark.parametrize(
+    ("last", "ticks"), [(12, ["3", "6", "9", "12"]), (3, ["1", "2", "3"]), (2500, ["500", "1000"])]
+)
+def test_steps_and_blocks_are_counted_in_whole_numbers(last, ticks):
+    svg = line_chart("CKA", [Series("teacher", [1, last], [0.0, 1.0])], x_label="block")
+    below = re.findall(r'<text x="[\d.]+" y="229.0" text-anchor="middle">([^<]*)', svg)
+    assert below[: len(ticks)] == ticks
+    assert all(float(text).is_integer() for text in below)
+
+
 def test_a_logarithmic_axis():
     values = [1.0, 0.1, 0.01, 0.001]
     svg = line_chart("loss", [Series("loss", [1, 2, 3, 4], values)], log=True)

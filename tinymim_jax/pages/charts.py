@@ -231,6 +231,8 @@ def _scale(values: Sequence[float], *, log: bool, tight: bool) -> Scale:
         room = abs(low) * 0.1 or 1.0
         low, high = (low, low + 1.0) if tight else (low - room, high + room)
     step = _nice((high - low) / 5)
+    if tight and all(float(value).is_integer() for value in values):
+        step = max(1.0, math.ceil(step))  # no half steps of a training, no half blocks
     if not tight:
         low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     first = math.ceil(low / step - 1e-9)
