@@ -119,7 +119,8 @@ def distill() -> ml_collections.ConfigDict:
     config.distill.statistics_images = 50_000  # fixed: they are those of the first so many images of the training
     config.distill.adapter = "linear"  # from the student's features to the teacher's width: linear | mlp, with 2 layers
     config.distill.beta = 2.0  # smooth_l1: the difference at which it changes from quadratic to linear
-    config.distill.student_tap = config_dict.placeholder(int)  # which block, counted from 1; None: the last
+    # Which block, counted from 1; None: the last. Or ((when, block), ...), each from then on, as for teacher.tap
+    config.distill.student_tap = config_dict.placeholder(object)
     # Several pairs of blocks instead of student_tap and teacher.tap: ((student block, teacher block, weight), ...)
     config.distill.taps = config_dict.placeholder(object)
     # Relations need equal numbers of heads. adaptive: the student's tapped blocks get the teacher's number (published)
@@ -166,7 +167,8 @@ def _teacher() -> ml_collections.ConfigDict:
     teacher.name = ""  # a published teacher (tasks/distill/teachers.py), which sets tap; empty: any
     teacher.path = ""  # its weights: output of `tinymim convert`, or the workdir of a run
     teacher.weight = 1.0  # of the comparison with it in the loss
-    teacher.tap = config_dict.placeholder(int)  # block, counted from 1; None: as published, or the last
+    # Block, counted from 1; None: as published, or the last. (("0 epochs", 9), ("150 epochs", 12)): 9, and 12 after 150
+    teacher.tap = config_dict.placeholder(object)
     teacher.image_size = config_dict.placeholder(object)  # (height, width); None: the student's
     # Normalisation of the teacher's input, as data.mean and data.std; None: those of its model.json, else ImageNet's
     teacher.mean = config_dict.placeholder(object)

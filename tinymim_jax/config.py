@@ -128,8 +128,8 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
         if not equals:
             raise ValueError(f"{word!r} is not an override: write key=value, for example optim.base_lr=1e-3")
         if not has_key(names, key):
-            entry = [".NAME.", f".{key.split('.')[2]}."] if key.count(".") > 2 else ["", ""]
-            raise unknown("override", key, [name.replace(*entry) for name in names])
+            entry = f".{key.split('.')[2]}." if key.count(".") > 2 else ".NAME."
+            raise unknown("override", key, [name.replace(".NAME.", entry) for name in names])
         if key not in names:
             _add_entry(config, key)
         _set(config, key, text)

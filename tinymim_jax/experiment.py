@@ -18,7 +18,7 @@ from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.progress import steps
 from tinymim_jax.tasks import TASKS
-from tinymim_jax.tasks.task import Task, TaskType
+from tinymim_jax.tasks.task import Task, TaskType, with_spans
 from tinymim_jax.tasks.views import Views
 
 _EVALUATED_PER_DEVICE = 256  # images at a time
@@ -133,7 +133,9 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         config=config,
         train_source=train_source,
         eval_source=eval_source,
-        task=kind.build(config, train_source.class_names),
+        task=with_spans(
+            kind.build(config, train_source.class_names), lambda begins: in_steps(begins, "a tap"), total_steps
+        ),
         views=kind.class_views(config, train_source.classes) if kind.class_views else kind.views(config),
         batch_size=batch_size,
         total_steps=total_steps,

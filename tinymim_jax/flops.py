@@ -8,7 +8,7 @@ import jax
 from jax.interpreters import partial_eval
 
 from tinymim_jax.ops.platform import COUNTING, compiling_for
-from tinymim_jax.tasks.task import Batch, Params, Task
+from tinymim_jax.tasks.task import Batch, Losses, Params, Task, losses_of_phases
 
 
 def matmul_flops(function: Callable, *arguments: Any) -> int:
@@ -28,15 +28,27 @@ def matmul_flops(function: Callable, *arguments: Any) -> int:
 def step_flops(task: Task, frozen: Params, batch: Batch) -> int:
     """FLOPs of one training step on `batch`: the loss and its gradient with respect to all parameters.
 
-    All arguments may be shapes. What `model.remat` recomputes counts twice; for the FLOPs that the method needs, build
-    the task without it.
+    Where the task has phases, the mean over the steps of the training. All arguments may be shapes. What
+    `model.remat` recomputes counts twice; for the FLOPs that the method needs, build the task without it.
     """
+    flops = phase_flops(task, frozen, batch)
+    if not task.phases:
+        return flops[0]
+    steps = [len(phase.span or ()) for phase in task.phases]
+    return round(sum(count * each for count, each in zip(steps, flops, strict=True)) / sum(steps))
+
+
+def phase_flops(task: Task, frozen: Params, batch: Batch) -> list[int]:
+    """FLOPs of a step of each phase, as `step_flops`; one number where the task has no phases."""
     params = jax.eval_shape(task.init, jax.random.key(0))
 
-    def gradient(params: Params, frozen: Params, batch: Batch) -> Params:
-        return jax.grad(lambda p: task.losses(p, frozen, batch, jax.random.key(0), True)["loss"].mean())(params)
+    def count(losses: Losses) -> int:
+        def gradient(params: Params, frozen: Params, batch: Batch) -> Params:
+            return jax.grad(lambda p: losses(p, frozen, batch, jax.random.key(0), True)["loss"].mean())(params)
 
-    return matmul_flops(gradient, params, frozen, batch)
+        return matmul_flops(gradient, params, frozen, batch)
+
+    return [count(losses) for losses in losses_of_phases(task)]
 
 
 def _count(jaxpr: Any) -> int:

@@ -251,6 +251,8 @@ def _announce(experiment: Experiment, state: TrainState, paths: frozenset, mesh:
     if (crops := experiment.config.data.crops) > 1:
         images = experiment.batch_size // crops
         log.info("a batch of %d examples holds %d images, %d views of each", images * crops, images, crops)
+    for phase in experiment.task.phases:
+        log.info("from step %d on: %s", phase.span.start + 1 if phase.span else 0, phase.label)
     step = int(state.step)
     log.info("%s at step %d of %d", "resuming" if step else "starting", step, experiment.total_steps)
 

@@ -13,7 +13,7 @@ from tinymim_jax import optim
 from tinymim_jax.metrics import Averages, Metric, averages, merge, reduce_batch
 from tinymim_jax.ops.placement import splitting_batches
 from tinymim_jax.sharding import replicated, state_sharding
-from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task
+from tinymim_jax.tasks.task import RUNNING, Batch, Losses, Params, Task, losses_of_phases, phase_at
 
 
 @flax.struct.dataclass
@@ -37,13 +37,16 @@ class TrainState:
 
 
 def trained_paths(task: Task, frozen: Params, batch: Batch) -> frozenset[optim.Path]:
-    """Paths of the parameters that get a gradient from the task's loss; found by tracing, nothing is computed."""
+    """Paths of the parameters that get a gradient from the task's loss, in any of its phases; found by tracing."""
     params = jax.eval_shape(task.init, jax.random.key(0))
 
-    def loss(params: Params, frozen: Params, batch: Batch) -> jax.Array:
-        return task.losses(params, frozen, batch, jax.random.key(0), True)["loss"]
+    def paths(losses: Losses) -> frozenset[optim.Path]:
+        def loss(params: Params, frozen: Params, batch: Batch) -> jax.Array:
+            return losses(params, frozen, batch, jax.random.key(0), True)["loss"]
 
-    return optim.params_with_gradient(loss, params, frozen, batch)
+        return optim.params_with_gradient(loss, params, frozen, batch)
+
+    return frozenset().union(*map(paths, losses_of_phases(task)))
 
 
 def new_state(
@@ -118,7 +121,7 @@ def make_train_step(
     def step(state: TrainState, recorded: Averages, frozen: Params, batch: Batch, root: jax.Array):
         key = jax.random.fold_in(root, state.step)
         trained, fixed = optim.split(state.params, paths)
-        values, new_fixed, grads = gradients(trained, fixed, frozen, batch, key)
+        values, new_fixed, grads = gradients(state.step, trained, fixed, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained, step=state.step)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(jnp.mean(values["loss"])) & jnp.isfinite(norm)
@@ -148,20 +151,21 @@ def make_train_step(
 
 def make_gradients(
     task: Task, paths: frozenset, mesh: Mesh, *, accumulate: int = 1
-) -> Callable[[Params, Params, Batch, jax.Array], tuple[dict[str, jax.Array], Params]]:
+) -> Callable[[Params, Params, Batch, jax.Array, int], tuple[dict[str, jax.Array], Params]]:
     """What a training step computes before its update, to be looked at.
 
-    The jitted `(params, frozen, batch, key) -> (losses float32 [batch] by name, in the order of the batch, gradients of
-    the trained parameters)`; `key` is `fold_in(root key, number of steps done before)`.
+    The jitted `(params, frozen, batch, root key, step) -> (losses float32 [batch] by name, in the order of the batch,
+    gradients of the trained parameters)`; `step` steps were done before it.
     """
     gradients = _gradients(task, mesh, accumulate)
 
-    def step(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[dict[str, jax.Array], Params]:
+    def look(params: Params, frozen: Params, batch: Batch, root: jax.Array, step: jax.Array):
         trained, fixed = optim.split(params, paths)
-        values, _, grads = gradients(trained, fixed, frozen, batch, key)
+        key = jax.random.fold_in(root, step)
+        values, _, grads = gradients(step, trained, fixed, frozen, batch, key)
         return {name: value.reshape(accumulate, -1).T.reshape(-1) for name, value in values.items()}, grads
 
-    return jax.jit(step, out_shardings=replicated(mesh))
+    return jax.jit(look, out_shardings=replicated(mesh))
 
 
 def micro_batch(batch: Batch, parts: int, index: int) -> Batch:
@@ -202,11 +206,20 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _gradients(task: Task, mesh: Mesh, accumulate: int) -> Callable[..., tuple[dict, Params, Params]]:
-    """(trained, fixed, frozen, batch, key) -> (losses of every example, the new `fixed`, mean gradient)."""
+    """(step, trained, fixed, frozen, batch, key) -> (losses of every example, the new `fixed`, mean gradient).
 
+    The losses are those of the step's phase. All phases are in one program, of which one runs.
+    """
+    phases = [_gradients_of(losses, mesh, accumulate) for losses in losses_of_phases(task)]
+    if len(phases) == 1:
+        return lambda step, *arguments: phases[0](*arguments)
+    return lambda step, *arguments: jax.lax.switch(phase_at(task, step), phases, *arguments)
+
+
+def _gradients_of(losses: Losses, mesh: Mesh, accumulate: int) -> Callable[..., tuple[dict, Params, Params]]:
     def gradients(trained: Params, fixed: Params, frozen: Params, batch: Batch, key: jax.Array):
         def mean_loss(trained: Params) -> tuple[jax.Array, dict]:
-            values = task.losses(optim.join(trained, fixed), frozen, batch, key, True)
+            values = losses(optim.join(trained, fixed), frozen, batch, key, True)
             return jnp.mean(values["loss"]), values
 
         with splitting_batches(mesh):

@@ -81,9 +81,10 @@ def look_at_step(
     """
     with training_batches(experiment, start_step=number - 1, workers=workers) as batches:
         batch = next(batches)
-    key = jax.random.fold_in(jax.random.key(experiment.config.seed), number - 1)
+    root = jax.random.key(experiment.config.seed)
+    key = jax.random.fold_in(root, number - 1)
     compute = make_gradients(experiment.task, paths, mesh, accumulate=accumulate)
-    losses, gradients = compute(params, frozen, place_batch(mesh, batch), key)
+    losses, gradients = compute(params, frozen, place_batch(mesh, batch), root, number - 1)
     losses = {name: np.asarray(values, np.float64) for name, values in losses.items()}
     order = np.argsort(-np.nan_to_num(losses["loss"], nan=np.inf), kind="stable")[:_PICTURES]
     return Step(

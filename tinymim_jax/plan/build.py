@@ -17,7 +17,7 @@ from tinymim_jax.experiment import (
     open_sources,
     task_type,
 )
-from tinymim_jax.flops import step_flops
+from tinymim_jax.flops import phase_flops, step_flops
 from tinymim_jax.memory import abstract_step
 from tinymim_jax.state import trained_paths
 from tinymim_jax.tasks.pretrained import keeping_checkpoints
@@ -53,6 +53,15 @@ class Planned:
         if config.model.get("remat", "none") == "none":
             return executed, executed
         return plan_experiment(changed(config, {"model.remat": "none"}), data_dir=self.data_dir)._flops(), executed
+
+    @functools.cached_property
+    def phases(self) -> tuple[tuple[int, str, float], ...]:
+        """(number of steps, what differs, FLOPs of a step) of each phase; () where the task has none."""
+        phases = self.experiment.task.phases
+        if not phases:
+            return ()
+        flops = phase_flops(self.experiment.task, self.frozen, batch_shapes(self.experiment))
+        return tuple((len(phase.span or ()), phase.label, each) for phase, each in zip(phases, flops, strict=True))
 
     def _flops(self) -> float:
         return step_flops(self.experiment.task, self.frozen, batch_shapes(self.experiment))

@@ -33,6 +33,8 @@ class Plan:
     flops: of a step on all chips, without recomputation; recomputed: the fraction that `model.remat` adds.
     time: None if the step does not fit, since there is no program to analyze.
     steps: of the whole run.
+    phases: (number of steps, what differs, FLOPs of a step) of each, where the losses change with the step. `flops` are
+      then their mean, and `time` is that of the longest.
     largest: the largest number of images per chip and micro-batch that fits; None if not searched or nothing fits.
     remedy: the first change that makes the step fit, and the plan with that change.
     """
@@ -50,6 +52,7 @@ class Plan:
     collectives: tuple[Collective, ...]
     steps: int
     compiler: str
+    phases: tuple[tuple[int, str, float], ...] = ()
     largest: Fit | None = None
     remedy: tuple[Remedy, "Plan"] | None = None
     searched: bool = False
@@ -182,6 +185,7 @@ def read_plan(planned: Planned, topology: Topology, fsdp: int, compiled: Compile
         collectives=tuple(collectives(work, topology)),
         steps=experiment.total_steps,
         compiler=compiled.compiler,
+        phases=planned.phases,
     )
 
 

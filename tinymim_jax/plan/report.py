@@ -22,6 +22,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bytes": plan.parts | {"all": plan.needed, "limit": int(plan.topology.chip.memory)},
         "parameters": plan.parameters,
         "flops_per_step": plan.flops,
+        "phases": [{"steps": steps, "label": label, "flops": flops} for steps, label, flops in plan.phases],
         "recomputed": plan.recomputed,
         "step": time and dataclasses.asdict(time) | {"seconds": plan.seconds, "bound": plan.bound},
         "images_per_second": time and plan.batch / plan.seconds,
@@ -73,6 +74,7 @@ def _method(plan: Plan) -> list[str]:
     return [
         f"parameters      {counts['all'] / 1e6:.2f} M, {counts['trained'] / 1e6:.2f} M of them trained{frozen}",
         f"FLOPs           {plan.flops:.3e} a step, {plan.flops / plan.batch:.3e} an image{again}",
+        *(f"  {steps:>7} steps {flops:.3e} a step with {label}" for steps, label, flops in plan.phases),
     ]
 
 
@@ -121,8 +123,9 @@ def _largest(plan: Plan) -> str:
 
 
 def _assumptions(plan: Plan) -> str:
+    longest = "; a step takes as long as in its longest phase" if plan.phases else ""
     return (
         f"memory, traffic and collectives: {plan.compiler}'s compiled step, read; time: a roofline of its instructions "
         f"at {COMPUTE_EFFICIENCY:.0%} of the peak FLOP/s, {MEMORY_EFFICIENCY:.0%} of the memory's and "
-        f"{NETWORK_EFFICIENCY:.0%} of the network's bandwidth, assumed and not measured"
+        f"{NETWORK_EFFICIENCY:.0%} of the network's bandwidth, assumed and not measured{longest}"
     )

@@ -13,11 +13,16 @@ def steps(duration: str, *, examples: int, batch_size: int, name: str = "duratio
 
     `name` is the config key, for the error message.
     """
+    amount, unit = read_duration(duration, name=name)
+    return int(amount * examples / batch_size) if unit == "epochs" else int(amount)
+
+
+def read_duration(duration: str, *, name: str = "duration") -> tuple[float, str]:
+    """(300.0, "epochs") of "300 epochs"; `name` is the config key, for the error message."""
     match = _DURATION.fullmatch(duration)
     if match is None:
         raise ValueError(f"{name}={duration!r} is not a duration: write it like '300 epochs' or '700 steps'")
-    amount, unit = float(match[1]), match[2]
-    return int(amount * examples / batch_size) if unit.startswith("epoch") else int(amount)
+    return float(match[1]), match[2].rstrip("s") + "s"
 
 
 def format_seconds(seconds: float) -> str:

@@ -20,10 +20,28 @@ PerExample = dict[str, jax.Array]
 
 RUNNING = "running"
 
+Losses = Callable[[Params, Params, Batch, jax.Array, bool], dict[str, Any]]
+
 
 def nothing_frozen() -> Params:
     """The `load_frozen` of a task without frozen weights."""
     return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of the training in which a task has other losses.
+
+    begins: when, as a duration of the config: "100 epochs".
+    losses: as Task.losses, with the same names and running statistics.
+    label: what differs, for the log.
+    span: the numbers of steps that are done before its steps; None until `with_spans` has counted them.
+    """
+
+    begins: str
+    losses: Losses
+    label: str
+    span: range | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +61,63 @@ class Task:
     metric: what evaluation computes; None averages the values of `losses` over the examples.
     segmenter: for a task that labels pixels. Evaluation then shows it whole images, of any size, and computes mean IoU
       (evaluation/segmentation.py) in place of `metric`.
+    phases: of a training whose losses change with the step, in order; () where they do not. `losses` are then those of
+      the last phase, by which every evaluation is done.
     seen: (batch, key) -> what each network is shown in the training step with this key, to be looked at: float32
       [batch, height, width, 3] of 0..1 by the network's name, hidden patches in grey. None: the batch's images.
     """
 
     model: dict[str, Any]
     init: Callable[[jax.Array], Params]
-    losses: Callable[[Params, Params, Batch, jax.Array, bool], dict[str, Any]]
+    losses: Losses
     names: tuple[str, ...]
     load_frozen: Callable[[], Params] = nothing_frozen
     start: Callable[[Params], Params] | None = None
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     metric: Metric | None = None
     segmenter: Segmenter | None = None
+    phases: tuple[Phase, ...] = ()
     seen: Callable[[Batch, jax.Array], dict[str, jax.Array]] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "init", jax.jit(self.init))
+
+
+def losses_of_phases(task: Task) -> tuple[Losses, ...]:
+    """Of each phase; those of the task where it has no phases."""
+    return tuple(phase.losses for phase in task.phases) or (task.losses,)
+
+
+def phase_at(task: Task, step: jax.Array | int) -> jax.Array:
+    """int32, the number of the phase of the training step before which `step` steps are done."""
+    spans = [phase.span for phase in task.phases]
+    if None in spans:
+        raise ValueError("the phases of this task are not counted in steps yet: see with_spans")
+    return sum((jnp.int32(step >= span.start) for span in spans[1:] if span), jnp.int32(0))
+
+
+def with_spans(task: Task, in_steps: Callable[[str], int], total: int) -> Task:
+    """`task` with the spans of its phases, in a training of `total` steps.
+
+    Args:
+      in_steps: converts a duration of the config.
+
+    Raises ValueError for a phase without a step.
+    """
+    if not task.phases:
+        return task
+    starts = [in_steps(phase.begins) for phase in task.phases]
+    spans = [range(start, end) for start, end in zip(starts, [*starts[1:], total], strict=False)]
+    for phase, span in zip(task.phases, spans, strict=True):
+        if not span:
+            raise ValueError(
+                f"the phase that begins after {phase.begins!r} ({phase.label}) has no step: it would be steps "
+                f"{span.start + 1} to {span.stop} of {total}; move its begin, or set a longer train.duration"
+            )
+    return dataclasses.replace(
+        task,
+        phases=tuple(dataclasses.replace(phase, span=span) for phase, span in zip(task.phases, spans, strict=True)),
+    )
 
 
 def unchanged(config: ConfigDict) -> ConfigDict:

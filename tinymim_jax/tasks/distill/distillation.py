@@ -1,7 +1,8 @@
 """Distillation: a student and its teachers as one loss."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from tinymim_jax.tasks.decoder import PixelPrediction, pixel_prediction
 from tinymim_jax.tasks.distill.checks import check_targets
 from tinymim_jax.tasks.distill.compare import init_comparison
 from tinymim_jax.tasks.distill.one_teacher import Teaching
-from tinymim_jax.tasks.distill.pairs import Comparisons, align_heads, find_comparisons, make_pairs
+from tinymim_jax.tasks.distill.pairs import Blocks, Comparisons, align_heads, find_blocks, find_comparisons, make_pairs
+from tinymim_jax.tasks.distill.parts import Part
 from tinymim_jax.tasks.distill.settings import FIRST, errors_of, key_of
 from tinymim_jax.tasks.distill.teacher_networks import teacher_network
 from tinymim_jax.tasks.distill.views import build_inputs
@@ -30,11 +32,13 @@ class Distillation:
     Of several teachers, adapters, statistics, frozen weights and names of losses are kept apart by the teachers' names.
 
     mim: MAE's loss beside the distillation; None without.
+    taps: blocks by name that differ in other parts of the training; they are recorded beside the losses.
     """
 
     student: ViT
     teachings: tuple[Teaching, ...]
     mim: PixelPrediction | None
+    taps: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def several(self) -> bool:
@@ -48,7 +52,7 @@ class Distillation:
         for teaching in self.teachings:
             own = [name for pair in teaching.pairs for name in pair.names]
             names += [teaching.name, *(f"{teaching.name}_{name}" for name in own)] if self.several else own
-        return (*names, *(("mae",) if self.mim else ()))
+        return (*names, *(("mae",) if self.mim else ()), *self.taps)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters: "encoder", and "adapter", "statistics" and "decoder" where the losses need them."""
@@ -61,7 +65,7 @@ class Distillation:
         params: dict[str, Any] = {}
         for teaching in self.teachings:
             own = key if teaching.name == FIRST else fold_in_name(key, f"teacher {teaching.name}")
-            for part, values in init_comparison(own, teaching.pairs, self.student, teaching.network).items():
+            for part, values in init_comparison(own, teaching.every, self.student, teaching.network).items():
                 params[part] = params.get(part, {}) | ({teaching.name: values} if self.several else values)
         return params
 
@@ -98,7 +102,7 @@ class Distillation:
             assert masking is not None
             reconstruction = self.mim.losses(params, taps[self.student.depth].output, view, masking)
             values |= {"loss": values["loss"] + self.mim.weight * reconstruction, "mae": reconstruction}
-        return values
+        return values | {name: jnp.full(len(images), float(block)) for name, block in self.taps.items()}
 
     def _sum(self, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The losses of all teachers; "loss" is their weighted sum."""
@@ -121,50 +125,88 @@ class Distillation:
         return {"student": student} | {each.name: each.inputs.teacher_seen(images, key) for each in self.teachings}
 
 
-def build_distillation(settings: Mapping[str, ConfigDict], loaded: Mapping[str, Loaded]) -> Distillation:
-    """The distillation of a config. Raises ValueError where student, teachers and targets do not fit each other.
+def build_distillations(
+    parts: Sequence[Mapping[str, ConfigDict]], loaded: Mapping[str, Loaded]
+) -> tuple[Distillation, ...]:
+    """The distillation in each part of a training; their parameters and the names of their losses are the same.
 
     Args:
-      settings: for each teacher, by its name, see `teacher_settings`.
-      loaded: its checkpoint.
+      parts: for each teacher, by its name, the settings in that part of the training, see `teacher_settings`.
+      loaded: for each teacher its checkpoint.
+
+    Raises ValueError where student, teachers and targets do not fit each other.
     """
-    config = settings[FIRST]
-    student = started_encoder(config)
-    networks: dict[str, ViT | ConvNet] = {}
-    comparisons: dict[str, Comparisons] = {}
-    for name, own in settings.items():
-        with errors_of(name):
-            network, tap = teacher_network(loaded[name], own)
-            networks[name] = network
-            comparisons[name] = find_comparisons(own.distill, student.depth, network.depth, tap)
-    student = align_heads(config.distill, student, [(networks[name], comparisons[name]) for name in settings])
-    if config.distill.statistics_images < 1:
-        raise ValueError(f"distill.statistics_images={config.distill.statistics_images} must be positive")
+    config = parts[-1][FIRST]
+    distill, student = config.distill, started_encoder(config)
+    compared = {name: _compared_blocks([part[name] for part in parts], name, student, loaded[name]) for name in loaded}
+    student = align_heads(distill, student, [(each.network, each.every) for each in compared.values()])
+    if distill.statistics_images < 1:
+        raise ValueError(f"distill.statistics_images={distill.statistics_images} must be positive")
     teachings = []
-    for name, own in settings.items():
+    for name, each in compared.items():
         with errors_of(name):
-            teachings.append(_teaching(name, own, student, networks[name], comparisons[name], loaded[name]))
-    method = Distillation(student, tuple(teachings), pixel_prediction(config.distill, student))
-    if len(set(method.names)) < len(method.names):
-        twice = sorted({name for name in method.names if method.names.count(name) > 1})
+            teachings.append(_teachings(name, parts[-1][name], student, each, loaded[name]))
+    mim, shown = pixel_prediction(distill, student), _moving_blocks(compared)
+    methods = tuple(Distillation(student, now, mim, taps) for now, taps in zip(zip(*teachings), shown, strict=True))
+    names = methods[-1].names
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"distill.teachers: the losses {', '.join(twice)} are those of two teachers: rename one")
-    return method
+    return methods
 
 
-def _teaching(
-    name: str, config: ConfigDict, student: ViT, teacher: ViT | ConvNet, comparisons: Comparisons, loaded: Loaded
-) -> Teaching:
-    distill = config.distill
-    pairs = make_pairs(distill, student, teacher, comparisons)
+@dataclasses.dataclass(frozen=True)
+class _Compared:
+    """A teacher's network, and in each part of the training the comparisons and the pair of blocks of the config."""
+
+    network: ViT | ConvNet
+    parts: list[Comparisons]
+    usual: list[Blocks]
+
+    @property
+    def every(self) -> Comparisons:
+        found: list[tuple[Part, Blocks]] = []
+        for comparison in itertools.chain.from_iterable(self.parts):
+            if comparison not in found:
+                found.append(comparison)
+        return found
+
+
+def _compared_blocks(settings: Sequence[ConfigDict], name: str, student: ViT, loaded: Loaded) -> _Compared:
+    with errors_of(name):
+        networks = [teacher_network(loaded, own) for own in settings]
+        network = networks[-1][0]
+        sizes = [(own.distill, student.depth, network.depth, tap) for own, (_, tap) in zip(settings, networks)]
+        parts = [find_comparisons(*each) for each in sizes]
+        return _Compared(network, parts, [find_blocks(*each)[0] for each in sizes])
+
+
+def _teachings(
+    name: str, config: ConfigDict, student: ViT, compared: _Compared, loaded: Loaded
+) -> tuple[Teaching, ...]:
+    """One for each part of the training."""
+    distill, teacher = config.distill, compared.network
+    moving = compared.every if len(compared.parts) > 1 else None
+    parts = [make_pairs(distill, student, teacher, now, every=moving) for now in compared.parts]
+    every = tuple({pair.key: pair for pairs in parts for pair in pairs}.values())
     pixels = teacher_pixels(loaded, distill.teacher.mean, distill.teacher.std, key_of(name))
     inputs = build_inputs(config, student, teacher, pixels)
-    check_targets(pairs, student, teacher, inputs.prefix)
+    check_targets(every, student, teacher, inputs.prefix)
     if inputs.dropped and (inputs.prefix == 0 or isinstance(teacher, ConvNet)):
         raise ValueError(
             f"distill.teacher.drop_patches={inputs.dropped}: the student's CLS token chooses what the teacher is not "
             "shown, which needs a student and a ViT teacher with CLS tokens: set it to 0"
         )
-    return Teaching(name, teacher, pairs, inputs, distill.teacher.weight, distill.statistics_images)
+    weight, images = distill.teacher.weight, distill.statistics_images
+    return tuple(Teaching(name, teacher, pairs, inputs, weight, images, every) for pairs in parts)
+
+
+def _moving_blocks(compared: Mapping[str, _Compared]) -> list[dict[str, int]]:
+    """For each part of the training the tapped blocks that differ in another part, by the names of their figures."""
+    blocks = {f"{name}_tap": [usual.teacher for usual in each.usual] for name, each in compared.items()}
+    blocks["student_tap"] = [usual.student for usual in compared[FIRST].usual]
+    moving = {name: each for name, each in blocks.items() if len(set(each)) > 1}
+    return [{name: each[i] for name, each in moving.items()} for i in range(len(compared[FIRST].parts))]
 
 
 def _own(params: Params, name: str) -> Params:

@@ -25,6 +25,7 @@ class Teaching:
     name: of the teacher; FIRST for that of `config.distill.teacher`.
     weight: of this comparison in the loss.
     images: see compare.compare.
+    every: the pairs of the whole training, which has other `pairs` in other parts where a tap moves.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Teaching:
     inputs: Inputs
     weight: float
     images: int
+    every: tuple[Pair, ...]
 
     def losses(
         self,

@@ -144,14 +144,27 @@ def align_heads(distill: ConfigDict, student: ViT, teachers: Sequence[tuple[ViT 
     return student.clone(heads=tuple(heads))
 
 
-def make_pairs(distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, comparisons: Comparisons) -> tuple[Pair, ...]:
-    """The pairs with their targets; there are as many relation heads as the teacher has unless the config says more."""
-    several_blocks = len({(blocks.student, blocks.teacher) for _, blocks in comparisons}) > 1
+def make_pairs(
+    distill: ConfigDict,
+    student: ViT,
+    teacher: ViT | ConvNet,
+    comparisons: Comparisons,
+    *,
+    every: Comparisons | None = None,
+) -> tuple[Pair, ...]:
+    """The pairs with their targets; there are as many relation heads as the teacher has unless the config says more.
+
+    Args:
+      every: those of the whole training, where `comparisons` are those of a part of it. The names of the losses are
+        then without blocks that change, and the same in all parts.
+    """
+    moving, every = every is not None, comparisons if every is None else every
+    several_blocks = len({(blocks.student, blocks.teacher) for _, blocks in every}) > 1
     pairs, taken = [], set()
-    for i, (part, blocks) in enumerate(comparisons):
+    for part, blocks in comparisons:
         target = find_target(part.name, **_options(distill, part, student, teacher, blocks))
         names = target.names
-        if several_blocks:
+        if several_blocks and not (moving and None in (part.student, part.teacher)):
             names = tuple(f"{name}_{blocks.student}_{blocks.teacher}" for name in names)
         loss = part.options.get("relation_loss") or part.options.get("feature_loss")
         if loss and taken & set(names):
@@ -168,7 +181,8 @@ def make_pairs(distill: ConfigDict, student: ViT, teacher: ViT | ConvNet, compar
                 f"distill.target={distill.target!r} compares the CLS token, and only patches are to be compared: write "
                 "cls(patches=false), or set distill.patches_only=False"
             )
-        pairs.append(Pair(blocks, target, names, part.weight * blocks.weight, patches_only, f"taps_{i}"))
+        key = f"taps_{every.index((part, blocks))}"
+        pairs.append(Pair(blocks, target, names, part.weight * blocks.weight, patches_only, key))
     return tuple(pairs)
 
 

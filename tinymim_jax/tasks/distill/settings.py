@@ -54,10 +54,11 @@ def errors_of(name: str) -> Iterator[None]:
 def _alone(config: ConfigDict, name: str) -> ConfigDict:
     alone = config.copy_and_resolve_references().unlock()
     entry = alone.distill.teachers[name]
-    alone.distill.taps, target = entry.taps, entry.target
+    own = {"teacher": entry, "taps": entry.taps, "target": entry.target or config.distill.target}
     if entry.taps is not None:
-        alone.distill.student_tap = None
-    alone.distill.target = target or config.distill.target
-    del alone.distill.teachers, entry.taps, entry.target
-    alone.distill.teacher = entry
+        own["student_tap"] = None
+    del entry.taps, entry.target, alone.distill.teachers
+    for key, value in own.items():
+        del alone.distill[key]  # values of other types cannot replace each other
+        alone.distill[key] = value
     return alone

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from tinymim_jax.checkpoints.params import merge
 from tinymim_jax.tasks.decoder import decoder_record, fill_decoder
 from tinymim_jax.tasks.distill.compare import comparison_record
-from tinymim_jax.tasks.distill.distillation import Distillation, build_distillation
+from tinymim_jax.tasks.distill.distillation import Distillation, build_distillations
+from tinymim_jax.tasks.distill.moving import PartOfTraining, parts_of_training
 from tinymim_jax.tasks.distill.one_teacher import Teaching
 from tinymim_jax.tasks.distill.parts import read_parts
 from tinymim_jax.tasks.distill.settings import FIRST, errors_of, key_of, teacher_settings
@@ -17,20 +18,22 @@ from tinymim_jax.tasks.distill.teacher_networks import frozen_weights, load_teac
 from tinymim_jax.tasks.distill.teachers import teacher_stand_in
 from tinymim_jax.tasks.pretrained import Loaded, fill_encoder, load, log_unused, same_part, teacher_record
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
-from tinymim_jax.tasks.task import Params, Task, TaskType
+from tinymim_jax.tasks.task import Params, Phase, Task, TaskType
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     """The task of `config`; labels are not used. Raises ValueError where student, teachers and targets do not fit."""
     del class_names
-    settings, loaded = teacher_settings(config), {}
+    parts = parts_of_training(config)
+    settings, loaded = teacher_settings(parts[-1].config), {}
     for name, own in settings.items():
         with errors_of(name):
             read_parts(own.distill.target)  # a misspelled target is reported before a missing teacher
     for name, own in settings.items():
         with errors_of(name):
             loaded[name] = load_teacher(own.distill.teacher)
-    method = build_distillation(settings, loaded)
+    methods = build_distillations([teacher_settings(part.config) for part in parts], loaded)
+    method = methods[-1]
     model = _record(settings, method)
     return Task(
         model=model,
@@ -40,7 +43,17 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         seen=method.seen,
         load_frozen=lambda: _frozen(method, loaded),
         start=(lambda params: _filled(params, load(config.init), method, model)) if config.init else None,
+        phases=_phases(parts, methods),
         origin=_origin(method, loaded),
+    )
+
+
+def _phases(parts: Sequence[PartOfTraining], methods: Sequence[Distillation]) -> tuple[Phase, ...]:
+    if len(parts) == 1:
+        return ()
+    labels = [", ".join(f"{name} {block}" for name, block in method.taps.items()) for method in methods]
+    return tuple(
+        Phase(part.begins, method.losses, label) for part, method, label in zip(parts, methods, labels, strict=True)
     )
 
 
@@ -49,7 +62,7 @@ def _record(settings: Mapping[str, ConfigDict], method: Distillation) -> dict[st
     parts = jax.eval_shape(method.init_comparisons, jax.random.key(0))
     for part in {"adapter", "statistics"} & set(parts):
         found = {
-            teaching.name: comparison_record(settings[teaching.name].distill, teaching.pairs, teaching.network)
+            teaching.name: comparison_record(settings[teaching.name].distill, teaching.every, teaching.network)
             for teaching in method.teachings
             if not method.several or teaching.name in parts[part]
         }
@@ -60,13 +73,13 @@ def _record(settings: Mapping[str, ConfigDict], method: Distillation) -> dict[st
 
 
 def _origin(method: Distillation, loaded: Mapping[str, Loaded]) -> dict[str, Any]:
-    """See Task.origin: of each teacher its checkpoint, pixels and image size, and the pairs of blocks."""
+    """See Task.origin: of each teacher its checkpoint, pixels, image size, and pairs of blocks, the last ones first."""
     found = {each.name: _taught(each, loaded[each.name]) for each in method.teachings}
     return {"teacher": found.pop(FIRST)} | ({"teachers": found} if found else {})
 
 
 def _taught(teaching: Teaching, loaded: Loaded) -> dict[str, Any]:
-    pairs = dict.fromkeys((pair.blocks.student, pair.blocks.teacher) for pair in teaching.pairs)
+    pairs = dict.fromkeys((p.blocks.student, p.blocks.teacher) for p in (*teaching.pairs, *teaching.every))
     inputs = teaching.inputs
     record = teacher_record(loaded, (inputs.teacher_mean, inputs.teacher_std))
     return record | {"image_size": list(teaching.network.image_size), "blocks": [list(pair) for pair in pairs]}
@@ -74,7 +87,7 @@ def _taught(teaching: Teaching, loaded: Loaded) -> dict[str, Any]:
 
 def _frozen(method: Distillation, loaded: Mapping[str, Loaded]) -> Params:
     found = {
-        each.name: frozen_weights(loaded[each.name], each.network, max(pair.blocks.teacher for pair in each.pairs))
+        each.name: frozen_weights(loaded[each.name], each.network, max(pair.blocks.teacher for pair in each.every))
         for each in method.teachings
     }
     return found if method.several else found[FIRST]
