@@ -793,6 +793,28 @@ def test_of_two_that_index_at_once_one_is_kept(tmp_path, cache):
     assert len(os.listdir(cache)) == 1
 
 
+def test_records_of_files_and_their_mixed_order():
+    """Of one label at once as one after another; mixed, they are sorted by a hash of their names."""
+    names = [f"näme/{number % 7}/{number}\udcff" for number in range(100)]
+    one_by_one, at_once = index.Records(), index.Records()
+    for records in (one_by_one, at_once):
+        records.add("first", 9, 1, 2**40, 5)
+    for name in names:
+        one_by_one.add(name, 3)
+    at_once.add_files(names, 3)
+    at_once.add_files([], 4)
+    for name, column in one_by_one.columns().items():
+        np.testing.assert_array_equal(at_once.columns()[name], column, err_msg=name)
+    mixed = at_once.mixed()
+    want = sorted(["first", *names], key=lambda name: hashlib.blake2b(os.fsencode(name), digest_size=8).digest())
+    ends = list(mixed.ends)
+    found = bytes(mixed.names)
+    assert [os.fsdecode(found[begin:end]) for begin, end in zip([0, *ends], ends)] == want
+    place = want.index("first")
+    assert [column[place] for column in (mixed.labels, mixed.shards, mixed.offsets, mixed.sizes)] == [9, 1, 2**40, 5]
+    assert set(mixed.labels) == {9, 3}
+
+
 def test_an_index_is_mapped_and_not_read(tmp_path):
     records = index.Records()
     for number in range(1000):

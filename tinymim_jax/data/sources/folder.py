@@ -190,6 +190,5 @@ def _records(root: str, found: dict[str, list[str]]) -> Records:
     labels = {name: label for label, name in enumerate(classes)}
     for folder in sorted(images, key=lambda folder: (folder.split("/")[0], folder)):
         label = labels.get(folder.split("/")[0], -1)
-        for name in images[folder]:
-            records.add(files.join(folder, name), label)
+        records.add_files([files.join(folder, name) for name in images[folder]], label)
     return records.mixed()

@@ -59,6 +59,17 @@ class Records:
         self.mask_offsets.append(mask[0])
         self.mask_sizes.append(mask[1])
 
+    def add_files(self, names: list[str], label: int) -> None:
+        """`add` for each of `names`, which share a label."""
+        if not names:
+            return
+        encoded = os.fsencode("\0".join(names)).split(b"\0")
+        ends = np.cumsum([len(name) for name in encoded]) + len(self.names)
+        self.names += b"".join(encoded)
+        self.ends.extend(array("q", ends.astype(np.int64).tobytes()))
+        for column, value in zip(self._numbers(), (label, 0, 0, 0)):
+            column.extend(array(column.typecode, [value]) * len(names))
+
     def extend(self, other: "Records") -> None:
         """Appends the records of `other`; its `meta` and `row_labels` are ignored."""
         before = len(self.names)
@@ -74,15 +85,16 @@ class Records:
         the relative order of the others.
         """
         ends = np.frombuffer(self.ends, np.int64).tolist()
-        spans = list(zip([0, *ends], ends))
-        digests = [hashlib.blake2b(self.names[start:end], digest_size=8).digest() for start, end in spans]
+        joined = bytes(self.names)
+        names = [joined[start:end] for start, end in zip([0, *ends], ends)]
+        digests = b"".join([hashlib.blake2b(name, digest_size=8).digest() for name in names])
+        order = np.argsort(np.frombuffer(digests, ">u8"), kind="stable")
         mixed = Records()
         mixed.meta = self.meta
-        for i in np.argsort(np.frombuffer(b"".join(digests), ">u8"), kind="stable").tolist():
-            mixed.names += self.names[slice(*spans[i])]
-            mixed.ends.append(len(mixed.names))
-            for column, values in zip(mixed._numbers(), self._numbers()):
-                column.append(values[i])
+        mixed.names += b"".join([names[i] for i in order.tolist()])
+        mixed.ends.frombytes(np.cumsum(np.diff(ends, prepend=0)[order]).astype(np.int64).tobytes())
+        for column, values in zip(mixed._numbers(), self._numbers()):
+            column.frombytes(np.frombuffer(values, values.typecode)[order].tobytes())
         return mixed
 
     def _numbers(self) -> tuple[array, ...]:
