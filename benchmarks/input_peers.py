@@ -2,8 +2,8 @@
 
     python benchmarks/input_peers.py NAME DIR SIZE [DATA_DIR]
 
-Prints "ready", then for each line with a number of images on standard input the seconds that so many took and how many
-they really were.
+Prints "ready", then for each line with a number of images on standard input the seconds of processor time that so many
+took, and how many they really were.
 """
 
 import io
@@ -152,7 +152,25 @@ def tf_aliased(folder: str, size: int, data_dir: str):
     return tf_antialiased(folder, size, data_dir, antialias=False)
 
 
-def ours(folder: str, size: int, data_dir: str, name: str = ""):
+def bare_decode_prepared(folder: str, size: int, data_dir: str):
+    """A full decode of what `tinymim prepare --short_side 256` wrote, and nothing else."""
+    import simplejpeg
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tinymim_jax.data.sources.sources import open_source
+
+    source = open_source("prepared_256", split="train", data_dir=data_dir)
+    files = [source[i]["image"] for i in range(len(source))]
+
+    def run(count: int) -> int:
+        for i in range(count):
+            simplejpeg.decode_jpeg(files[i % len(files)], "RGB")
+        return count
+
+    return run
+
+
+def ours(folder: str, size: int, data_dir: str, name: str = "", resizer: str = "kornia"):
     """Our complete pipeline with Grain: reading, shuffling, decoding, crop, resize, flip, batching."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -172,7 +190,8 @@ def ours(folder: str, size: int, data_dir: str, name: str = ""):
 
     def run(count: int) -> int:
         reads[0] = 0
-        options = {"augment": Augment(size, SCALE, RATIO), "batch_size": BATCH, "seed": 0, "threads": 1, "prefetch": 1}
+        augment = Augment(size, SCALE, RATIO, resizer=resizer)
+        options = {"augment": augment, "batch_size": BATCH, "seed": 0, "threads": 1, "prefetch": 1}
         with train_batches(source, **options) as batches:
             for _ in range(count // BATCH):
                 next(batches)
@@ -186,10 +205,21 @@ def ours_prepared(folder: str, size: int, data_dir: str):
     return ours(folder, size, data_dir, name="prepared_256")
 
 
+def ours_cykooz(folder: str, size: int, data_dir: str):
+    """Ours with data.resizer=cykooz."""
+    return ours(folder, size, data_dir, resizer="cykooz")
+
+
+def ours_prepared_cykooz(folder: str, size: int, data_dir: str):
+    """Both."""
+    return ours(folder, size, data_dir, name="prepared_256", resizer="cykooz")
+
+
 PEERS = {
     peer.__name__: peer
     for peer in (
         bare_decode,
+        bare_decode_prepared,
         published,
         published_one_view,
         torchvision,
@@ -197,6 +227,8 @@ PEERS = {
         tf_aliased,
         ours,
         ours_prepared,
+        ours_cykooz,
+        ours_prepared_cykooz,
     )
 }
 
@@ -209,9 +241,9 @@ def main() -> None:
     run(4 * BATCH)
     print("ready", flush=True)
     for line in sys.stdin:
-        began = time.perf_counter()
+        began = time.process_time()
         done = run(int(line))
-        print(time.perf_counter() - began, done, flush=True)
+        print(time.process_time() - began, done, flush=True)
 
 
 if __name__ == "__main__":

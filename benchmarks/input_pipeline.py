@@ -2,13 +2,15 @@
 
     python benchmarks/input_pipeline.py --data DIR_OR_TAR --tensorflow_python ../tf-venv/bin/python
 
-Every pipeline (they are in input_peers.py) runs in a separate process on the same core, one at a time, in rounds.
+Every pipeline (they are in input_peers.py) runs in a separate process on the same core, one at a time, in rounds. Rates
+are per second of processor time, so that other work on the machine disturbs them little.
 Results are medians over rounds, and ratios medians of the ratios of each round. After that, one and two workers are
 measured, and the memory of all processes over many images. One JSON line goes to standard output, messages to
 standard error.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -35,6 +37,13 @@ RATIOS = {
     "ours / tf.data antialiased": ("ours", "tf_antialiased"),
     "ours / tf.data aliased": ("ours", "tf_aliased"),
     "ours / bare decode": ("ours", "bare_decode"),
+    "ours prepared / bare decode of the prepared": ("ours_prepared", "bare_decode_prepared"),
+    "cykooz / published": ("ours_cykooz", "published"),
+    "cykooz prepared / published": ("ours_prepared_cykooz", "published"),
+    "cykooz / torchvision": ("ours_cykooz", "torchvision"),
+    "cykooz prepared / torchvision": ("ours_prepared_cykooz", "torchvision"),
+    "cykooz / bare decode": ("ours_cykooz", "bare_decode"),
+    "cykooz prepared / bare decode of the prepared": ("ours_prepared_cykooz", "bare_decode_prepared"),
 }
 
 
@@ -91,7 +100,9 @@ class _Peer:
 
 
 def _rates(options: argparse.Namespace, folder: Path, data_dir: str) -> dict[str, list[float]]:
-    names = ["bare_decode", "published", "published_one_view", "ours", "ours_prepared"]
+    names = ["bare_decode", "bare_decode_prepared", "published", "published_one_view", "ours", "ours_prepared"]
+    if importlib.util.find_spec("cykooz_resizer") is not None:
+        names += ["ours_cykooz", "ours_prepared_cykooz"]
     pythons = dict.fromkeys(names, sys.executable)
     if options.torch_python:
         pythons["torchvision"] = options.torch_python
@@ -110,7 +121,7 @@ def _ratios(rates: dict[str, list[float]]) -> dict[str, float]:
     return {
         name: round(statistics.median(a / b for a, b in zip(rates[own], rates[other], strict=True)), 3)
         for name, (own, other) in RATIOS.items()
-        if other in rates
+        if own in rates and other in rates
     }
 
 

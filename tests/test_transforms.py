@@ -1,11 +1,14 @@
 """Transforms against torchvision's own answers (written down below), Pillow and closed forms."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from pictures import psnr
 from PIL import Image
 
 from tinymim_jax.data.views import transforms
+from tinymim_jax.data.views.resizers import RESIZERS
 from tinymim_jax.data.views.transforms import Augment, EvalView
 
 RNG = np.random.default_rng(0)
@@ -129,11 +132,44 @@ def test_augment_refuses(options, name):
 # ---------------------------------------------------------------------------------------------- resizing
 
 
+@pytest.fixture(params=RESIZERS)
+def resizer(request):
+    if request.param == "cykooz":
+        pytest.importorskip("cykooz_resizer")  # optional
+    return request.param
+
+
 @pytest.mark.parametrize("size", [(224, 224), (112, 224), (320, 480), (427, 320), (64, 64)])
-def test_fast_resize_is_close_to_pillow_on_a_photo(photo, size):
+def test_fast_resize_is_close_to_pillow_on_a_photo(photo, size, resizer):
     want = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC))
     # 50 dB is an error of 0.8 grey levels; cv2, which does not filter, reaches 39 to 44.
-    assert psnr(transforms.resize(photo, size), want) > 50
+    assert psnr(transforms.resize(photo, size, resizer), want) > 50
+
+
+def test_a_resizer_gives_the_same_in_every_thread(photo, resizer):
+    """And of a crop, whose rows do not lie one after another in memory, as of its copy."""
+    crops = [photo[top : top + 200, left : left + 300] for top in (0, 100, 227) for left in (0, 33, 340)]
+    want = [RESIZERS[resizer](np.ascontiguousarray(crop), (96, 128)) for crop in crops]
+    assert all(each.shape == (96, 128, 3) and each.dtype == np.uint8 for each in want)
+    with ThreadPoolExecutor(4) as pool:
+        for got in (pool.map(lambda crop: RESIZERS[resizer](crop, (96, 128)), crops) for _ in range(3)):
+            np.testing.assert_array_equal(list(got), want)
+
+
+def test_the_view_uses_the_resizer_that_it_is_told(photo, resizer, monkeypatch):
+    augment = Augment(64, resizer=resizer)  # some seeds flip, some do not
+    before = [augment(photo, np.random.default_rng(seed)) for seed in range(4)]
+    monkeypatch.setitem(RESIZERS, resizer, lambda image, size: np.full((*size, 3), 7, np.uint8))
+    assert not any((view == 7).all() for view in before)
+    assert all((augment(photo, np.random.default_rng(seed)) == 7).all() for seed in range(4))
+
+
+def test_resizers_that_are_not_there_are_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"data\.resizer='cykoz' is unknown; did you mean 'cykooz'"):
+        Augment(64, resizer="cykoz")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'tinymim-jax\[resize\]'.*or set data\.resizer='kornia'"):
+        Augment(64, resizer="cykooz")
 
 
 @pytest.mark.parametrize(("shape", "size"), [((8, 8), (32, 32)), ((8, 8), (5, 7)), ((60, 80), (90, 70))])

@@ -1,7 +1,5 @@
 """The device mesh, the sharding of parameters and optimizer state, and placing batches on the devices."""
 
-import contextlib
-import ctypes
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tinymim_jax.runtime.exits import joined_processes
+from tinymim_jax.runtime.malloc import keep_freed_memory
 
 AXES = ("data", "fsdp")
 
@@ -34,7 +33,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
         choices = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise ValueError(f"fsdp={fsdp} does not divide the {count} devices. Choices: {choices}")
     if devices[0].platform == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     # JAX's default, Explicit axes, breaks flax.linen modules.
     return Mesh(np.asarray(devices).reshape(count // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
@@ -98,20 +97,3 @@ def _check_processes(with_devices: int) -> None:
             f"{joined} processes joined this job, but its devices belong to {with_devices}: start it once on each host "
             "of the slice (launch/tpu_vm.sh does), with the same JAX_NUM_PROCESSES or none"
         )
-
-
-# mallopt's names for them, from glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def _keep_freed_memory() -> None:
-    """Makes malloc keep freed memory: XLA's CPU client allocates every buffer of every step anew.
-
-    By default glibc maps and unmaps large buffers, so each step has page faults all over again: a fifth of the time of
-    a small distillation step (benchmarks/README.md). Without glibc this does nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
-        libc.mallopt(_M_TOP_PAD, 64 << 20)

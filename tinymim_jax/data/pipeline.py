@@ -35,6 +35,7 @@ from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.sources.labels import LabelError
 from tinymim_jax.data.views.transforms import View
 from tinymim_jax.data.worker import start_worker
+from tinymim_jax.runtime.malloc import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -235,6 +236,8 @@ def _read_ahead(rows: Rows, first_part: int, workers: int, threads: int, prefetc
         _check_shared_memory(workers, rows.part_bytes)
         options = grain.MultiprocessingOptions(num_workers=workers)
         ahead = ahead.mp_prefetch(options, worker_init_fn=_start_worker)
+    else:
+        keep_freed_memory()  # this process decodes
     return iter(ahead)
 
 

@@ -5,9 +5,15 @@ import os
 import signal
 import threading
 
+from tinymim_jax.runtime.malloc import keep_freed_memory
+
 
 def start_worker() -> None:
-    """Call it first in a worker process: limits it to one core, ignores SIGTERM and SIGINT, exits with its parent."""
+    """Call it first in a worker process: limits it to one core, ignores SIGTERM and SIGINT, exits with its parent.
+
+    It also keeps freed memory for the next image.
+    """
+    keep_freed_memory()
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # by default kornia starts one thread per core in every worker
     # SIGTERM from a cluster, like Ctrl-C, is sent to the whole process group. The main process may still need its
     # workers until it has saved a checkpoint, and ends them itself.

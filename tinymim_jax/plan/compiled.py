@@ -35,7 +35,7 @@ _IRRELEVANT = {
     "train": ("duration", "log_every", "eval_every", "max_skipped", "probe_every", "probe_images", "probe_patience"),
     "optim": ("base_lr", "warmup", "final_lr", "b1", "b2", "eps", "weight_decay"),
     "data": ("train_split", "eval_split", "examples", "crop_scale", "crop_ratio", "flip", "crops", "upright",
-             "rand_augment", "eval_resize", "mean", "std"),
+             "rand_augment", "eval_resize", "resizer", "mean", "std"),
 }  # fmt: skip
 
 

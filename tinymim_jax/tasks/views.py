@@ -25,5 +25,6 @@ def image_views(config: ConfigDict) -> Views:
         flip=data.flip,
         rand_augment=data.rand_augment,
         mean=tuple(data.mean),
+        resizer=data.resizer,
     )
     return Views(train=augment, eval=EvalView(image_size=size, resize=data.eval_resize))

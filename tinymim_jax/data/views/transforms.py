@@ -18,9 +18,10 @@ from PIL import Image
 from tinymim_jax.data.sources.examples import Example
 from tinymim_jax.data.views.decoding import Picture
 from tinymim_jax.data.views.randaugment import RandAugment
+from tinymim_jax.data.views.resizers import RESIZERS, check_resizer
 from tinymim_jax.errors import unknown
 
-# Images with a smaller side are resized by Pillow: kornia treats borders differently, which shows in small images.
+# Images with a smaller side are resized by Pillow: others treat borders differently, which shows in small images.
 _FAST_RESIZE_MIN = 64
 # A crop is taken from a reduced image only if, in both directions, it is still this many times as large as the result.
 # The bicubic filter then hides most of the effect of the reduction. Pillow's `thumbnail` uses the same gap.
@@ -82,6 +83,7 @@ class Augment(ImageView):
     flip: set to False if a mirrored image has another meaning, as with digits.
     rand_augment: a policy such as "rand-m9-mstd0.5-inc1" (`RandAugment.parse`); empty means none.
     mean: RGB in 0..1, the fill color of RandAugment.
+    resizer: a name in `resizers.RESIZERS`; it must be installed.
     """
 
     image_size: int | tuple[int, int]
@@ -90,8 +92,10 @@ class Augment(ImageView):
     flip: bool = True
     rand_augment: str = ""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    resizer: str = "kornia"
 
     def __post_init__(self):
+        check_resizer(self.resizer)
         _height_width(self.image_size)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
@@ -112,7 +116,7 @@ class Augment(ImageView):
     def __call__(self, image: Picture | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         picture = Picture.of(image)
         box = random_resized_crop_params(rng, *picture.size, self.crop_scale, self.crop_ratio)
-        view = resized_crop(picture, box, self.size)
+        view = resized_crop(picture, box, self.size, self.resizer)
         view = flip_horizontally(view) if self.flip and rng.random() < 0.5 else view
         return self._policy(view, rng) if self._policy else view
 
@@ -177,7 +181,9 @@ def random_resized_crop_params(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def resized_crop(picture: Picture, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
+def resized_crop(
+    picture: Picture, box: tuple[int, int, int, int], size: tuple[int, int], resizer: str = "kornia"
+) -> np.ndarray:
     """Crops `picture` to `box` (top, left, height, width) and resizes it to `size` (height, width) as `resize` does.
 
     If the crop is several times as large as `size`, the image is decoded at 1/2, 1/4 or 1/8 of its size. The result
@@ -187,21 +193,21 @@ def resized_crop(picture: Picture, box: tuple[int, int, int, int], size: tuple[i
     room = min(height / size[0], width / size[1]) / _REDUCING_GAP
     reduction = next((factor for factor in (8, 4, 2) if factor <= room), 1) if picture.reducible else 1
     if reduction == 1:
-        return resize(picture.pixels(rows=top + height)[top : top + height, left : left + width], size)
+        return resize(picture.pixels(rows=top + height)[top : top + height, left : left + width], size, resizer)
     corners = (left / reduction, top / reduction, (left + width) / reduction, (top + height) / reduction)
     # Pillow's filter reaches a few pixels beyond the corners.
     return _pillow_resize(picture.pixels(reduction, rows=top + height + 8 * reduction), size, corners)
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, size: tuple[int, int], resizer: str = "kornia") -> np.ndarray:
     """Antialiased bicubic (a = -0.5) resize of uint8 `[height, width, 3]` to `size` (height, width).
 
-    If all sides have at least 64 pixels, a kernel is used that takes less than half the time of `resize_exact` and
-    differs from it by a PSNR of about 68 dB on photographs. Smaller images use `resize_exact`, since the fast kernel
-    is less accurate there (43 dB on the digits).
+    If all sides have at least 64 pixels, `resizer` is used, a name in RESIZERS, which takes less than half the time of
+    `resize_exact`; resizers.py says how much they differ from it. Smaller images use `resize_exact`, since the others
+    are less accurate there (kornia: 43 dB on the digits).
     """
     if size != image.shape[:2] and min(*size, *image.shape[:2]) >= _FAST_RESIZE_MIN:
-        return np.asarray(imgproc.resize(np.ascontiguousarray(image), size, "bicubic", True))
+        return RESIZERS[resizer](image, size)
     return resize_exact(image, size)
 
 
