@@ -181,6 +181,19 @@ def test_a_pytorch_file_is_converted_once(teacher, tmp_path, capsys):
     assert (tmp_path / "converted" / "model.json").stat().st_mtime_ns == before
 
 
+def test_another_file_is_converted_anew(teacher, tmp_path, capsys):
+    """What a refused command or a dry run left is not taken for the teacher that is given now."""
+    other = save_teacher(tmp_path / "other", embed_dim=32)
+    files = []
+    for path in (teacher, other):
+        files.append(tmp_path / f"{path.name}.safetensors")
+        assert run(capsys, "export", path, "--to", "vit", "--output", files[-1])[0] == 0
+    widths = [find_teacher(str(file), tmp_path / "converted").encoder["embed_dim"] for file in files]
+    assert widths == [24, 32]
+    shutil.copy(files[0], files[1])  # the same name, with other content
+    assert find_teacher(str(files[1]), tmp_path / "converted").encoder["embed_dim"] == 24
+
+
 # What is chosen
 
 
@@ -442,8 +455,12 @@ def test_one_line_does_it_all_and_the_same_line_goes_on(pictures, teacher, tmp_p
     assert summary["step"]["took"] == timing.real_step(output / "student") > 0
     assert "s were expected (measured)" in (output / "report.html").read_text()
     assert "a step of the distillation" in out
-    # Everything is done: nothing is run again, and other arguments are refused.
+    # Everything is done: nothing is run again, and other arguments are refused. --workers says how, not what.
     assert run(capsys, *line)[0] == 0
+    used = []
+    monkeypatch.setattr(helpers.Helpers, "training_words", lambda self, data_dir, workers: used.append(workers) or [])
+    assert run(capsys, *line, "--workers", "3")[0] == 0
+    assert used == [3]
     status, _, err = run(capsys, *line, "seed=1")
     assert status == 1
     assert "was begun with other arguments" in err
@@ -463,6 +480,22 @@ def test_advice_on_small_images(pictures, teacher, tmp_path, capsys):
     probes = [[row["step"], row["probe/knn"]] for row in rows if "probe/knn" in row]
     assert found["curve"] == probes
     assert [step for step, _ in probes] == list(range(1, 9))
+
+
+@pytest.mark.usefixtures("_in_process")
+def test_advice_needs_a_curve(pictures, teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tinymim_jax.starter.advise.measured_knn", lambda *_: 0.5)
+    line = words(pictures, teacher, tmp_path / "out", "train.probe_every=0 epochs", "--compile_cache", "")
+    status, _, err = run(capsys, "advise", *line[1:])
+    assert status == 1
+    assert "the trial has 0 probes of k-NN accuracy" in err
+
+
+def test_advice_is_for_one_process(pictures, teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    status, _, err = run(capsys, "advise", *words(pictures, teacher, tmp_path / "out")[1:])
+    assert status == 1
+    assert "tinymim advise is for one process" in err
 
 
 @pytest.mark.usefixtures("_in_process")

@@ -18,8 +18,9 @@ from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.runtime.startup import print_line
 from tinymim_jax.starter.choices import STUDENT
 from tinymim_jax.starter.distill import Decided, Request, check_same, decided_for, measured_knn, runs_to_do
-from tinymim_jax.starter.forecast import Forecast, forecast
+from tinymim_jax.starter.forecast import FEWEST_POINTS, Forecast, forecast
 from tinymim_jax.starter.helpers import Failed, Helpers, Stopped
+from tinymim_jax.sweeps.running import ONE_BY_ONE, require_one_process
 
 ADVICE = "advice.json"
 HOURS = (0.05, 0.25)
@@ -48,6 +49,7 @@ def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
     Raises ValueError for images without labels, and what `run_distill` raises.
     """
     output = pathlib.Path(request.output).expanduser().absolute()
+    require_one_process("tinymim advise", str(output), ONE_BY_ONE)
     check_same(output, request)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output), Helpers(output, request.compile_cache) as helpers:
@@ -142,6 +144,11 @@ def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
     helpers.train(run, helpers.training_words(request.data_dir, decided.workers))
     rows = [row for row in read(run.workdir / "metrics.jsonl") if row.get("probe/knn") is not None]
     curve = [(row["step"], row["probe/knn"]) for row in rows]
+    if len(curve) < FEWEST_POINTS:
+        raise ValueError(
+            f"the trial has {len(curve)} probes of k-NN accuracy, and a curve needs {FEWEST_POINTS}: give it more "
+            "steps, in another --output, and leave train.probe_every and train.probe_patience as they are"
+        )
     examples = min(decided.eval_images, decided.probe_images // 2)
     steps = max(decided.preset_steps, curve[-1][0])
     expected = forecast(

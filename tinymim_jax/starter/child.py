@@ -8,11 +8,13 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.config import from_json
 from tinymim_jax.evaluation.knn import evaluate_knn
@@ -178,6 +180,8 @@ def main(words: list[str]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if not isinstance(error, ValueError | OSError | ImportError | CheckpointError):
+            traceback.print_exc()  # not a mistake of the user; the log is where it can be found
         print(f"tinymim distill: {error}", flush=True)
         sys.exit(ERROR)
     write_json(result, found)

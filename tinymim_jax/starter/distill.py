@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 CHOICES, SUMMARY = "choices.json", "summary.json"
 _MOST_NEIGHBORED = 20_000  # training images in which k-NN seeks neighbors
-_OURS = {LOCK, LOG, WORK, "teacher"}  # what a command that was refused or stopped at its start leaves
+_OURS = {LOCK, LOG, WORK, "teacher", "teacher.json"}  # what a command that was refused or stopped at its start leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,12 @@ def check_same(output: pathlib.Path, request: Request) -> None:
                 f"--output {output} holds {strange[0]!r}, which this command has not made: choose another folder"
             )
         return
-    asked = _arguments(request)
-    rows = [f"  {key}: {kept['arguments'].get(key)!r} there, {value!r} here" for key, value in asked.items()]
-    rows = [row for row, (key, value) in zip(rows, asked.items()) if kept["arguments"].get(key) != value]
+    there = kept["arguments"]
+    rows = [
+        f"  {key}: {there.get(key)!r} there, {value!r} here"
+        for key, value in _arguments(request).items()
+        if there.get(key) != value
+    ]
     if rows:
         raise ValueError(
             f"--output {output} was begun with other arguments:\n" + "\n".join(rows) + "\nChoose another --output, or "
@@ -150,11 +153,15 @@ def check_same(output: pathlib.Path, request: Request) -> None:
 
 
 def decided_for(output: pathlib.Path, request: Request, helpers: Helpers, *, keep: bool = True) -> Decided:
-    """What choices.json says, or else what is decided now, which is then kept there if `keep`."""
+    """What choices.json says, or else what is decided now, which is then kept there if `keep`.
+
+    `request.workers` holds where it is given, as it says how and not what.
+    """
     kept = _read(output / CHOICES)
     if kept:
         log.info("%s: going on with the choices of %s", output, CHOICES)
-        return Decided(**kept["decided"])
+        decided = Decided(**kept["decided"])
+        return decided if request.workers is None else dataclasses.replace(decided, workers=request.workers)
     decided = _decide(output, request, helpers)
     if keep:
         write_json(output / CHOICES, {"arguments": _arguments(request), "decided": dataclasses.asdict(decided)})

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+FEWEST_POINTS = 3
+"""Of a curve that can be continued."""
+
 _EXPONENTS = np.linspace(0.1, 1.5, 15)
 _RESAMPLED = 400
 _INTERVAL = (5, 95)  # percentiles
@@ -35,7 +38,7 @@ def forecast(
     Raises ValueError for fewer than three points.
     """
     x, y = np.asarray(steps, np.float64), np.asarray(accuracies, np.float64)
-    if len(x) != len(y) or len(np.unique(x)) < 3 or x.min() <= 0:
+    if len(x) != len(y) or len(np.unique(x)) < FEWEST_POINTS or x.min() <= 0:
         raise ValueError(f"steps {list(steps)}: a curve of at least three accuracies at different steps is needed")
     top = max(ceiling, float(y.max()))
     (value,), (residuals,) = _fitted(x, y[None], at, np.array([top]))

@@ -10,6 +10,7 @@ from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.convert import ConvertError, convert_file
 from tinymim_jax.convert.detect import AUTO
+from tinymim_jax.runtime.files import write_json
 from tinymim_jax.tasks.distill.teachers import TEACHERS, how_to_get
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def find_teacher(given: str, converted: pathlib.Path) -> Teacher:
     """Reads a run or converted checkpoint, or converts a PyTorch file or a folder of the Hugging Face hub.
 
     Args:
-      converted: where the converted checkpoint is written; one that is there already is used.
+      converted: where the converted checkpoint is written, with a file beside it that says what was converted. What an
+        earlier call wrote there is used if it is of the same files, unchanged.
 
     Raises ValueError or OSError, saying what to do, where it is no Vision Transformer that can be read.
     """
@@ -59,11 +61,12 @@ def find_teacher(given: str, converted: pathlib.Path) -> Teacher:
     if _is_ours(path):
         where = path
     else:
-        where = converted
-        if not _is_ours(converted):
+        where, stamp, files = converted, converted.with_name(f"{converted.name}.json"), _files_of(path)
+        if not (_is_ours(converted) and stamp.exists() and json.loads(stamp.read_text()) == files):
             model, params = _convert(path)
             converted.parent.mkdir(parents=True, exist_ok=True)
-            save_params(converted, params, model)
+            save_params(converted, params, model, overwrite=True)
+            write_json(stamp, files)
             log.info("%s: converted to %s", given, converted)
     try:
         record, _ = load_params(where, cnn=True)
@@ -94,6 +97,12 @@ def choose_tap(record: dict[str, Any]) -> tuple[int, str]:
 
 def _is_ours(path: pathlib.Path) -> bool:
     return (path / "model.json").is_file() and ((path / "params").is_dir() or (path / "checkpoints").is_dir())
+
+
+def _files_of(path: pathlib.Path) -> list[list[Any]]:
+    """[path, size, time of the last change] of a file, or of each file in a folder."""
+    found = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+    return [[str(each.resolve()), each.stat().st_size, each.stat().st_mtime_ns] for each in found]
 
 
 def _convert(path: pathlib.Path) -> tuple[dict, dict]:
