@@ -130,6 +130,21 @@ def test_probes_of_the_shipped_configs_take_next_to_nothing(name):
     assert 0 < share < SHARES[name] < 0.02
 
 
+def test_all_processes_end_where_the_first_one_does(data_dir, monkeypatch):
+    """Another process may have read metrics.jsonl before process 0 removed the lines of steps that are repeated."""
+    experiment = build_experiment(small_config("mae_student", "train.probe_patience=1"), data_dir=data_dir)
+    probe, heard = LiveProbe(experiment, make_mesh(), history=[0.5, 0.4]), []
+
+    def said_by_process_0(own):
+        heard.append(bool(own))
+        return np.array(False)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("tinymim_jax.evaluation.live_probe.multihost_utils.broadcast_one_to_all", said_by_process_0)
+    assert not probe.enough()
+    assert heard == [True]
+
+
 def test_mistakes(data_dir, tmp_path, photo):
     for number in range(4):
         Image.fromarray(photo[:32, number : number + 32]).save(tmp_path / f"{number}.png")

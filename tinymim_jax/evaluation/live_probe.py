@@ -94,10 +94,14 @@ class LiveProbe:
         return figures
 
     def enough(self) -> bool:
-        """Whether the best k-NN accuracy is older than the last `train.probe_patience` probes."""
-        if not self._patience or len(self._history) <= self._patience:
-            return False
-        return max(self._history[-self._patience :]) <= max(self._history[: -self._patience])
+        """Whether the best k-NN accuracy is older than the last `train.probe_patience` probes.
+
+        Process 0 decides for all of a job: the others may not have read the same history from the shared folder, and
+        all must end at the same step. Call it on every process.
+        """
+        best_before = max(self._history[: -self._patience], default=np.inf) if self._patience else np.inf
+        ended = max(self._history[-self._patience :], default=0.0) <= best_before < np.inf
+        return bool(multihost_utils.broadcast_one_to_all(np.array(ended))) if jax.process_count() > 1 else ended
 
     def _features(self, images: "_Kept", params: Any) -> tuple[np.ndarray, np.ndarray]:
         batches: Any = images
