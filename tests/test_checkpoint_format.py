@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tinymim_jax.checkpoints import bits
 from tinymim_jax.checkpoints import format as stored
 from tinymim_jax.checkpoints.format import CheckpointError, Damaged, Leaf, digest
 from tinymim_jax.sharding import make_mesh, state_sharding
@@ -72,7 +73,7 @@ def test_sums_over_several_cpu_devices_run_one_after_another(monkeypatch):
     """Two at the same time may deadlock, even in one process, so the next starts when the last is ready."""
     tree = {f"w{n}": np.full((512, 512), n, np.float32) for n in range(6)}
     tree = jax.device_put(tree, state_sharding(make_mesh(2), tree, min_size=1))
-    fold, sums = stored._fold, []
+    fold, sums = bits._fold, []
 
     def noted(x):
         assert all(sum.is_ready() for sum in sums)
@@ -80,7 +81,7 @@ def test_sums_over_several_cpu_devices_run_one_after_another(monkeypatch):
         return sums[-1]
 
     waited = []
-    monkeypatch.setattr(stored, "_fold", noted)
+    monkeypatch.setattr(bits, "_fold", noted)
     wait = jax.block_until_ready
     monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(x) or wait(x))
     assert len(stored.describe(tree)) == 6

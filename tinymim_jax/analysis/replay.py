@@ -13,20 +13,18 @@ from jax.sharding import Mesh
 
 from tinymim_jax.analysis.steps import Step, describe_step, look_at_step, write_step
 from tinymim_jax.checkpoints.format import Damaged, digest
-from tinymim_jax.checkpoints.manager import read_state
+from tinymim_jax.checkpoints.restoring import read_step
 from tinymim_jax.config import from_json
 from tinymim_jax.experiment import Experiment, batch_shapes, build_experiment, build_optimizer, training_batches
 from tinymim_jax.metrics import no_averages
 from tinymim_jax.resume import Inputs, check_inputs, recorded_micro_batches
 from tinymim_jax.runtime.progress import format_seconds
+from tinymim_jax.runtime.workdir import REPLAY
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
 from tinymim_jax.state import TrainState, init_state, make_train_step, place_frozen, trained_paths
 from tinymim_jax.tasks.task import Params
 
 log = logging.getLogger(__name__)
-
-REPLAY = "replay"
-"""Folder in a workdir for replayed steps."""
 
 
 def replay(workdir: str, number: int, *, data_dir: str | None = None, workers: int = 0) -> Step:
@@ -111,10 +109,11 @@ def _nearest(checkpoints: epath.Path, most: int, abstract: Any) -> Any | None:
     """The state of the newest intact checkpoint of at most `most` steps; None without any."""
     if not checkpoints.is_dir():
         return None
+    checkpoints = checkpoints.resolve()  # Orbax takes absolute paths only
     steps = [int(path.name) for path in checkpoints.iterdir() if re.fullmatch(r"\d+", path.name)]
     for step in sorted((step for step in steps if step <= most), reverse=True):
         try:
-            return read_state(checkpoints, step, abstract)
+            return read_step(checkpoints / str(step), abstract)[0]
         except Damaged as error:
             log.warning("checkpoint %d is damaged, trying the one before it: %s", step, str(error).split("\n")[0])
     return None

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tinymim_jax.checkpoints.bits import fold, fold_on_host, for_host
 
 
 class CheckpointError(RuntimeError):
@@ -55,7 +56,7 @@ def describe(tree: Any) -> dict[str, Leaf]:
     """
     # One small program for each distinct shape: a single one for the whole tree takes 7x as long to compile.
     folds = {
-        name: _fold_on_host(np.asarray(x)) if _for_numpy(x) else _finish_on_cpu(_fold(x))
+        name: fold_on_host(np.asarray(x)) if for_host(x) else fold(x)
         for name, x in leaves_by_name(tree).items()
     }
     folds = jax.device_get(folds)
@@ -241,65 +242,6 @@ def _how_to_read(x: jax.ShapeDtypeStruct | None) -> ocp.RestoreArgs:
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-@jax.jit
-def _fold(x: jax.Array) -> jax.Array:
-    """A uint32 sum over the elements, each mixed with its position: a change of one element always changes it.
-
-    Integer sums do not depend on the order, so they do not depend on the sharding either.
-    """
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    words = jax.lax.bitcast_convert_type(x, f"uint{min(8 * x.dtype.itemsize, 32)}").astype(jnp.uint32)
-    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
-    for axis in reversed(range(words.ndim)):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        place += iota * jnp.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    return jnp.sum(_mix(words ^ _mix(place)), dtype=jnp.uint32)
-
-
-def _fold_on_host(x: np.ndarray) -> int:
-    """As `_fold`, without compiling a program and without copying the array to a device."""
-    x = np.asarray(x, order="C")
-    x = x.astype(x.dtype.newbyteorder("="), copy=False)
-    words = x.reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
-    total = 0
-    for start in range(0, len(words), _CHUNK):
-        chunk = words[start : start + _CHUNK].astype(np.uint32)
-        place = np.arange(start, start + len(chunk), dtype=np.uint64).astype(np.uint32)
-        total += int(np.sum(_mix(chunk ^ _mix(place)), dtype=np.uint64))
-    return total % 2**32
-
-
-_CHUNK = 1 << 18
-_SMALL = 1 << 16  # elements; to compile a program for so few takes longer than to add them up
-
-
-def _for_numpy(x: Any) -> bool:
-    if not isinstance(x, jax.Array):
-        return True
-    here = x.is_fully_addressable or x.is_fully_replicated
-    return here and x.size <= _SMALL and all(device.platform == "cpu" for device in x.devices())
-
-
-def _finish_on_cpu(result: jax.Array) -> jax.Array:
-    """Waits for a sum over several CPU devices before the next one is begun.
-
-    The programs of several CPU devices share one pool of threads, in one process as in several. Two sums at once can
-    each wait for a part of the other to get a thread, for ever. Accelerators run programs in order.
-    """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        return jax.block_until_ready(result)
-    return result
-
-
-def _mix(x: Any) -> Any:
-    """A one-to-one scrambling of uint32 arrays (C. Wellons, "lowbias32")."""
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def _without_stack(record: logging.LogRecord) -> bool:

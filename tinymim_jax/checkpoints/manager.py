@@ -16,6 +16,7 @@ from tinymim_jax.checkpoints import format as stored
 from tinymim_jax.checkpoints.format import CheckpointError, Damaged
 from tinymim_jax.checkpoints.handlers import make_handlers
 from tinymim_jax.checkpoints.read_back import read_back
+from tinymim_jax.checkpoints.restoring import read_step
 from tinymim_jax.runtime.files import is_remote
 from tinymim_jax.runtime.paths import check_output_path
 
@@ -113,7 +114,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, self.extra = self._read(step, abstract_state)
+                state, self.extra = read_step(self._directory / str(step), abstract_state, attempt=self._repeated)
             except Damaged as error:
                 damaged[step] = str(error).split("\n")[0][:300]
                 _log.error("CHECKPOINT %d IS DAMAGED, trying the one before it: %s", step, damaged[step])
@@ -284,20 +285,6 @@ class Checkpoints:
         self._asked, self._next_check, self._checked_at = 0, int(calls), now
         return bool(due)
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, extra) of one step; Damaged on all processes if any of them finds it damaged."""
-        directory = self._directory / str(step)
-        leaves, more = _together(lambda: self._repeated(lambda: stored.read_manifest(directory / "manifest")))
-        if difference := stored.compare(leaves, stored.outline(abstract_state)):
-            raise CheckpointError(
-                f"{directory} holds a different model or optimizer than this configuration:\n{difference}\n"
-                f"Train with the configuration that wrote it, or choose another --workdir."
-            )
-        wanted = stored.leaves_by_name(abstract_state)
-        arrays = _together(lambda: self._repeated(lambda: stored.read_arrays(directory / "state", wanted)))
-        stored.verify(arrays, leaves)
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[n] for n in wanted]), more["extra"]
-
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
         if not damaged:
             return
@@ -312,40 +299,3 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
-
-
-def read_state(directory: epath.PathLike, step: int, abstract_state: Any) -> Any:
-    """The state of one saved step of a run, verified; nothing on disk is changed, so the run may still be training.
-
-    Args:
-      directory: the run's folder of checkpoints.
-      abstract_state: as for `Checkpoints.restore`.
-
-    Raises:
-      Damaged: it is not what was saved.
-      CheckpointError: it differs from `abstract_state`.
-    """
-    folder = epath.Path(directory).expanduser().resolve() / str(step)
-    leaves, _ = stored.read_manifest(folder / "manifest")
-    if difference := stored.compare(leaves, stored.outline(abstract_state)):
-        raise CheckpointError(f"{folder} holds a different model or optimizer than this configuration:\n{difference}")
-    wanted = stored.leaves_by_name(abstract_state)
-    arrays = stored.read_arrays(folder / "state", wanted)
-    stored.verify(arrays, leaves)
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted])
-
-
-def _together(read: Callable[[], Any]) -> Any:
-    """The result of `read`; Damaged on all processes if it is raised on any of them."""
-    result, error = None, None
-    try:
-        result = read()
-    except Damaged as damaged:
-        error = damaged
-    if jax.process_count() > 1:
-        intact = multihost_utils.process_allgather(np.array(error is None))
-        if error is None and not intact.all():
-            error = Damaged(f"process {int(np.argmin(intact))} found damage")
-    if error is not None:
-        raise error
-    return result
