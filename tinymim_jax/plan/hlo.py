@@ -1,4 +1,4 @@
-"""Parses the text of a compiled program: FLOPs, memory traffic and communication of each instruction."""
+"""FLOPs, memory traffic and communication of each instruction of a compiled program."""
 
 import dataclasses
 import functools
@@ -6,6 +6,8 @@ import json
 import math
 import re
 from collections.abc import Iterator
+
+from tinymim_jax.plan.hlo_text import SHAPE, Instruction, dimensions, moved_bytes, payload_bytes, read_program
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -17,9 +19,6 @@ _FREE = {
 _CUDNN_ATTENTION = "__cudnn$fmha"
 _KERNELS = ("tpu_custom_call", _CUDNN_ATTENTION)
 _SLICES = ("dynamic-slice", "slice", "gather")
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,35 +55,9 @@ def work_of(text: str) -> list[Work]:
     return list(program.work(program.entry, 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    root: bool
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-
-    def called(self, key: str) -> str:
-        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else ""
-
-
 class _Program:
     def __init__(self, text: str):
-        self.computations: dict[str, dict[str, _Instruction]] = {}
-        self.entry = ""
-        current: dict[str, _Instruction] = {}
-        for line in text.splitlines():
-            if not line.startswith((" ", "}")) and (header := _COMPUTATION.match(line)):
-                current = self.computations.setdefault(header[1], {})
-                if line.startswith("ENTRY"):
-                    self.entry = header[1]
-            elif found := _INSTRUCTION.match(line):
-                instruction = _parse(found[2], bool(found[1]), line[found.end() :])
-                current[instruction.name] = instruction
-        if not self.entry:
-            raise ValueError("this is not HLO text: it has no ENTRY computation")
+        self.computations, self.entry = read_program(text)
 
     def work(self, computation: str, times: int) -> Iterator[Work]:
         scope = self.computations[computation]
@@ -100,14 +73,14 @@ class _Program:
                 kernel = each.opcode == "custom-call" and any(name in each.attributes for name in _KERNELS)
                 yield Work(times, self._flops(each, scope), self._bytes(each, scope), kind, sent, group, kernel)
 
-    def _longest_branch(self, each: _Instruction, times: int) -> list[Work]:
+    def _longest_branch(self, each: Instruction, times: int) -> list[Work]:
         names = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
         found = names[1].replace("%", "").split(", ") if names else []
         found += [name for key in ("true_computation", "false_computation") if (name := each.called(key))]
         branches = [list(self.work(name, times)) for name in found]
         return max(branches, key=lambda branch: sum(work.flops + work.bytes for work in branch), default=[])
 
-    def _trips(self, loop: _Instruction) -> int:
+    def _trips(self, loop: Instruction) -> int:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         # A scan counts from 0 up to a constant of its condition.
@@ -115,13 +88,13 @@ class _Program:
         limits = [int(c.operands[0]) for c in condition.values() if c.opcode == "constant" and c.operands[0].isdigit()]
         return max(limits, default=1)
 
-    def _inside(self, each: _Instruction) -> dict[str, _Instruction]:
+    def _inside(self, each: Instruction) -> dict[str, Instruction]:
         return self.computations.get(each.called("calls"), {}) if each.opcode == "fusion" else {}
 
-    def _flops(self, each: _Instruction, scope: dict[str, _Instruction]) -> float:
+    def _flops(self, each: Instruction, scope: dict[str, Instruction]) -> float:
         if inside := self._inside(each):
             return sum(self._flops(inner, inside) for inner in inside.values())
-        shapes = [_dimensions(scope[name].shape) for name in each.operands[:2] if name in scope]
+        shapes = [dimensions(scope[name].shape) for name in each.operands[:2] if name in scope]
         if each.opcode == "dot" and shapes:
             return _dot_flops(each.shape, shapes[0], _numbers(each.attributes, r"lhs_contracting_dims=\{([\d,]*)\}"))
         if each.opcode == "convolution" and len(shapes) == 2:
@@ -136,23 +109,23 @@ class _Program:
             return _dot_flops(each.shape, shapes[0], [int(n) for n in json.loads(contracted[1])]) if contracted else 0.0
         return 0.0
 
-    def _bytes(self, each: _Instruction, scope: dict[str, _Instruction]) -> float:
+    def _bytes(self, each: Instruction, scope: dict[str, Instruction]) -> float:
         operands = [scope[name] for name in each.operands if name in scope]
         if each.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
             return _fetched(each.shape, operands[0].shape)
         if each.opcode.endswith("-start"):  # its result names the operands once more
-            return 2.0 * sum(_moved(operand.shape) for operand in operands)
+            return 2.0 * sum(moved_bytes(operand.shape) for operand in operands)
         if each.opcode in _SLICES:
-            return 2.0 * _moved(each.shape)
+            return 2.0 * moved_bytes(each.shape)
         if each.opcode == "dynamic-update-slice" and len(operands) > 1:
-            return 2.0 * _moved(operands[1].shape)
+            return 2.0 * moved_bytes(operands[1].shape)
         inside = self._inside(each)
         if not inside:
-            return _moved(each.shape) + sum(_moved(operand.shape) for operand in operands)
-        written = max(0.0, _moved(each.shape) - self._kept_in_place(inside))
-        return written + sum(self._read(_moved(x.shape), index, inside) for index, x in enumerate(operands))
+            return moved_bytes(each.shape) + sum(moved_bytes(operand.shape) for operand in operands)
+        written = max(0.0, moved_bytes(each.shape) - self._kept_in_place(inside))
+        return written + sum(self._read(moved_bytes(x.shape), index, inside) for index, x in enumerate(operands))
 
-    def _kept_in_place(self, inside: dict[str, _Instruction]) -> float:
+    def _kept_in_place(self, inside: dict[str, Instruction]) -> float:
         """Bytes of a fusion's results that it does not write because it updates only a slice of them in place."""
         root = next((each for each in inside.values() if each.root), None)
         if root is None:
@@ -164,10 +137,10 @@ class _Program:
             if result.opcode == "fusion":
                 kept += self._kept_in_place(self._inside(result))
             elif result.opcode == "dynamic-update-slice" and result.operands[1] in inside:
-                kept += max(0.0, _moved(result.shape) - _moved(inside[result.operands[1]].shape))
+                kept += max(0.0, moved_bytes(result.shape) - moved_bytes(inside[result.operands[1]].shape))
         return kept
 
-    def _read(self, whole: float, index: int, inside: dict[str, _Instruction]) -> float:
+    def _read(self, whole: float, index: int, inside: dict[str, Instruction]) -> float:
         """Bytes that a fusion reads of an operand of `whole` bytes: only the slices, if it uses nothing else of it."""
         own = [each for each in inside.values() if each.opcode == "parameter" and each.operands[0] == str(index)]
         if not whole or not own:
@@ -175,7 +148,7 @@ class _Program:
         total = 0.0
         for name, user in _uses(own[0].name, inside):
             if user.opcode in _SLICES:
-                total += _moved(user.shape, everywhere=True)
+                total += moved_bytes(user.shape, everywhere=True)
             elif user.opcode == "fusion":
                 within = self._inside(user)
                 total += sum(self._read(whole, i, within) for i, used in enumerate(user.operands) if used == name)
@@ -183,7 +156,7 @@ class _Program:
                 return whole
         return min(whole, total)
 
-    def _collective(self, each: _Instruction, scope: dict[str, _Instruction]) -> tuple[str, float, int]:
+    def _collective(self, each: Instruction, scope: dict[str, Instruction]) -> tuple[str, float, int]:
         for inner in self._inside(each).values():  # the TPU compiler fuses some collectives with others
             if (found := self._collective(inner, self._inside(each)))[0]:
                 return found
@@ -191,40 +164,18 @@ class _Program:
         if kind not in COLLECTIVES:
             return "", 0.0, 0
         group = _group_size(each.attributes)
-        sent = sum(_payload(scope[name].shape) for name in each.operands if name in scope)
+        sent = sum(payload_bytes(scope[name].shape) for name in each.operands if name in scope)
         return kind, sent * max(group, 1) if kind == "all-gather" else sent, group
-
-
-def _parse(name: str, root: bool, rest: str) -> _Instruction:
-    if rest.startswith("("):
-        end = _closing(rest, 0) + 1
-    else:
-        end = rest.index(" ")
-    start = rest.index("(", end)
-    stop = _closing(rest, start)
-    inside = rest[start + 1 : stop]
-    opcode = rest[end:start].strip()
-    operands = (inside,) if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", inside))
-    return _Instruction(name, root, rest[:end], opcode, operands, rest[stop + 1 :])
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for found in re.finditer(r"[()]", text[start:]):
-        depth += 1 if found[0] == "(" else -1
-        if not depth:
-            return start + found.start()
-    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
 def _fetched(shape: str, source: str) -> float:
     """Bytes of an asynchronous copy or slice between memories: the size of the result for each end in main memory."""
-    arrives = next((each for each in _SHAPE.finditer(shape) if each[0] not in source), None)
-    size = _moved(arrives[0] if arrives else source, everywhere=True)
-    return size * bool(_moved(source)) + size * (arrives is None or bool(_moved(arrives[0])))
+    arrives = next((each for each in SHAPE.finditer(shape) if each[0] not in source), None)
+    size = moved_bytes(arrives[0] if arrives else source, everywhere=True)
+    return size * bool(moved_bytes(source)) + size * (arrives is None or bool(moved_bytes(arrives[0])))
 
 
-def _uses(name: str, inside: dict[str, _Instruction]) -> Iterator[tuple[str, _Instruction]]:
+def _uses(name: str, inside: dict[str, Instruction]) -> Iterator[tuple[str, Instruction]]:
     """(name of the operand, instruction that uses it) for each use of `name`, looking through bitcasts."""
     for user in inside.values():
         if name in user.operands:
@@ -234,31 +185,26 @@ def _uses(name: str, inside: dict[str, _Instruction]) -> Iterator[tuple[str, _In
                 yield name, user
 
 
-def _dimensions(shape: str) -> list[int]:
-    found = _SHAPE.search(shape)
-    return [int(n) for n in found[2].split(",") if n] if found else []
-
-
 def _dot_flops(result: str, left: list[int], contracted: list[int]) -> float:
-    return 2.0 * math.prod(_dimensions(result)) * math.prod(left[axis] for axis in contracted)
+    return 2.0 * math.prod(dimensions(result)) * math.prod(left[axis] for axis in contracted)
 
 
-def _attention_flops(each: _Instruction) -> float:
+def _attention_flops(each: Instruction) -> float:
     """FLOPs of cuDNN's attention: two products forward; five backward, where the map is computed again."""
     found = re.search(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*(\[[^\]]*\])', each.attributes)
     pairs = math.prod(int(n) for n in json.loads(found[1])) if found else 0  # batch, heads, queries, keys
-    head_dim = _dimensions(each.shape)[-1]
+    head_dim = dimensions(each.shape)[-1]
     return 2.0 * (5 if "Backward" in each.attributes else 2) * pairs * head_dim
 
 
-def _convolution_flops(each: _Instruction, left: list[int], kernel: list[int]) -> float:
+def _convolution_flops(each: Instruction, left: list[int], kernel: list[int]) -> float:
     """FLOPs of a convolution. The TPU compiler expresses matrix products as convolutions and batches of them as dilated
     ones, so only kernel taps that meet an element of the input are counted.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     if not labels:
         return 0.0
-    result = _dimensions(each.shape)
+    result = dimensions(each.shape)
     total = 2.0 * kernel[labels[2].index("i")]
     for axis, label in enumerate(labels[3]):
         if label in "bf":
@@ -289,42 +235,6 @@ def _taps(size: int, kernel: int, result: int, stride: tuple, pad: tuple, dilate
 def _numbers(text: str, pattern: str) -> list[int]:
     found = re.search(pattern, text)
     return [int(n) for n in found[1].split(",") if n] if found else []
-
-
-def _width(dtype: str) -> float:
-    """Bytes of an element: bf16 2, f8e4m3fn 1, s4 0.5."""
-    if dtype == "pred":
-        return 1.0
-    digits = re.search(r"\d+", dtype)
-    return int(digits[0]) / 8 if digits else 0.0
-
-
-def _payload(shape: str) -> float:
-    """Bytes of an array or tuple, in any memory and without padding."""
-    return sum(
-        _width(dtype) * math.prod(int(n) for n in sizes.split(",") if n) for dtype, sizes, _ in _SHAPE.findall(shape)
-    )
-
-
-def _moved(shape: str, *, everywhere: bool = False) -> float:
-    """Bytes with padding to tiles; of arrays in main memory only, unless `everywhere`."""
-    return sum(
-        _width(dtype) * _padded([int(n) for n in sizes.split(",") if n], layout)
-        for dtype, sizes, layout in _SHAPE.findall(shape)
-        if everywhere or not re.search(r"S\([1-9]", layout)
-    )
-
-
-def _padded(sizes: list[int], layout: str) -> int:
-    """Number of elements with padding; a layout {1,0:T(8,128)} lists the axes from the innermost, and the tile."""
-    order, _, rest = layout.partition(":")
-    tile = re.match(r"T\(([\d,]+)\)", rest)
-    if not tile or not sizes:
-        return math.prod(sizes)
-    axes = [int(n) for n in order.split(",") if n]
-    for axis, side in zip(axes, reversed([int(n) for n in tile[1].split(",")])):
-        sizes[axis] = -(-sizes[axis] // side) * side
-    return math.prod(sizes)
 
 
 def _group_size(attributes: str) -> int:
