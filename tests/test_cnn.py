@@ -113,6 +113,8 @@ def test_the_authors_names_of_convnext():
         ("resnet", {"layer1.0.se.fc1.weight": np.ones(2)}, r"not known of a resnet: layer1\.0\.se\.fc1\.weight"),
         ("convnext", {"stages.0.blocks.0.mlp.grn.weight": np.ones(2)}, r"mlp\.grn\.weight.*not V2"),
         ("convnext", {"stages.1.blocks.0.norm.weight": None}, "not hold a whole convnext: 'weight' is missing"),
+        ("resnet", {"bn1.running_var": None}, r"missing tensors.*KeyError: 'running_var'"),
+        ("resnet", {"layer1.0.conv2.weight": np.ones((8, 2, 3, 3))}, "grouped convolutions as in ResNeXt"),
     ],
 )
 def test_other_networks(kind, change, message):
@@ -211,5 +213,6 @@ def test_it_can_only_be_a_teacher(folder):
     config = small_config("finetune", f"init={folder / 'convnext'}")
     with pytest.raises(CheckpointError, match="can only be a teacher"):
         TASKS["classify"].build(config, DIGITS)
-    with pytest.raises(ConvertError, match=r"timm_resnet.*--heads has no meaning"):
-        convert_file("auto", GOLDEN / "timm_resnet.safetensors", heads=4)
+    for option in ({"heads": 4}, {"use": "ema"}, {"prefix": "module."}):
+        with pytest.raises(ConvertError, match=rf"timm_resnet.*--{next(iter(option))} has no meaning"):
+            convert_file("auto", GOLDEN / "timm_resnet.safetensors", **option)

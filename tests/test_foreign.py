@@ -12,9 +12,10 @@ from teacher_files import arrays, converted, fitted, images, index, names, optio
 from tinymim_jax.cli import convert as command
 from tinymim_jax.convert import PUBLISHED, ConvertError, convert_file
 from tinymim_jax.convert.detect import find_weights
+from tinymim_jax.convert.families.jax_names import to_timm
 from tinymim_jax.convert.families.spellings import IGNORED
 from tinymim_jax.convert.foreign import to_foreign
-from tinymim_jax.convert.locate import locate
+from tinymim_jax.convert.locate import locate, read_npz
 from tinymim_jax.models.heads import Classifier
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.relative_bias import relative_bias
@@ -194,3 +195,47 @@ def test_the_command(tmp_path, capsys):
     back, _ = locate(tmp_path / "again.safetensors").read()
     original, _ = locate(path_of("fb_dinov3")).read()
     np.testing.assert_array_equal(back["storage_tokens"], original["storage_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: a | {"Transformer/encoderblock_1/LayerScale_0/gamma": np.ones(2)},
+            "has what no ViT has: LayerScale",
+        ),
+        (lambda a: without(a, "Transformer/encoderblock_0/"), "no block 0, and has block 1"),
+        (lambda a: without(a, "embedding/bias"), "lacks embedding/bias, which every ViT has"),
+        (lambda a: without(a, "Transformer/encoder_norm/scale"), "lacks Transformer/encoder_norm/scale"),
+        (lambda a: without(a, "Transformer/encoderblock_1/MlpBlock_3/Dense_1/bias"), "is not that of a ViT"),
+    ],
+)
+def test_files_of_google_are_read_whole_or_not_at_all(change, message):
+    found = read_npz(path_of("vitjax_augreg"))
+    root = next(name for name in found if name.endswith("embedding/kernel")).removesuffix("embedding/kernel")
+    to_timm(found, None)
+    changed = change({name.removeprefix(root): array for name, array in found.items()})
+    with pytest.raises(ConvertError, match=message):
+        to_timm(changed, None)
+
+
+def without(found: dict, start: str) -> dict:
+    kept = {name: array for name, array in found.items() if not name.startswith(start)}
+    assert len(kept) < len(found)
+    return kept
+
+
+def test_options_without_a_meaning_for_google_files():
+    for option in ({"use": "ema"}, {"prefix": "x."}, {"decoder_heads": 2}):
+        with pytest.raises(ConvertError, match=f"--{next(iter(option))} has no meaning"):
+            convert_file("auto", path_of("vitjax_augreg"), heads=2, **option)
+
+
+def test_shared_position_biases_that_differ_are_not_written_as_one():
+    name = next(n for n in names() if "shared_relative_bias" in converted(n)[0].get("source", {}))
+    model, params = converted(name)
+    params = jax.tree.map(np.array, params)
+    to_foreign(model, params)
+    params["encoder"]["blocks_0"]["attn"]["relative_bias"][0] += 1
+    with pytest.raises(ConvertError, match="tables of the model differ: it was trained since"):
+        to_foreign(model, params)

@@ -83,7 +83,25 @@ def from_cnn(state: Mapping[str, Any], image_size: tuple[int, int] | None) -> tu
     except (KeyError, IndexError) as error:
         raise ConvertError(f"the file does not hold a whole {kind}: {error} is missing") from error
     record = {"kind": kind, "widths": widths, "blocks": blocks, "image_size": list(image_size or (224, 224))}
+    _check_shapes(record, params)
     return {"backbone": record}, {"backbone": params}
+
+
+def _check_shapes(record: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Traces the network with these parameters, which fails where one is missing or of another shape."""
+    import jax  # here because nothing else in this package needs it
+
+    from tinymim_jax.models.cnn import ConvNet
+
+    network = ConvNet.from_record(dict(record))
+    image = jax.ShapeDtypeStruct((1, *network.image_size, 3), np.float32)
+    try:
+        jax.eval_shape(network.stages, params, image)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConvertError(
+            f"the file does not hold a {record['kind']} of a known design (missing tensors, grouped convolutions as in "
+            f"ResNeXt, or others): {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _ours(array: np.ndarray, name: str) -> np.ndarray:

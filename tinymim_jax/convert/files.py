@@ -77,9 +77,8 @@ def convert_file(
     exported, notes = _exported(metadata)
     if family == AUTO and (state := find_cnn(data)) is not None:
         try:
-            _refuse_options(
-                heads=heads, decoder_heads=decoder_heads, eps=eps, activation=activation, rope_grid=rope_grid
-            )
+            _refuse_options(use=use, prefix=prefix, heads=heads, decoder_heads=decoder_heads)
+            _refuse_options(eps=eps, activation=activation, rope_grid=rope_grid)
             return _convert_cnn(state, weights, image_size, given or Given(), config, licence)
         except ConvertError as error:
             raise ConvertError(f"cannot convert {path}: {error}") from error
@@ -89,6 +88,7 @@ def convert_file(
         sidecar = Sidecar() if exported else read_sidecar(path, config)
         said = {} if exported else read_config(path, config)
         if path.suffix == ".npz":
+            _refuse_options(use=use, prefix=prefix, decoder_heads=decoder_heads)
             family, model, params = _from_npz(family, data, said, hints)
         else:
             family, found = _found(family, data, said, bool(exported), use, prefix)

@@ -10,7 +10,7 @@ from tinymim_jax.convert.errors import ConvertError, printable
 from tinymim_jax.convert.families.entries import to_ours, to_theirs
 from tinymim_jax.convert.families.published import PUBLISHED
 from tinymim_jax.convert.families.spellings import ANCHORS, IGNORED, anchor_of, block_entries, fits, outer_entries
-from tinymim_jax.convert.foreign_architecture import Hints, foreign_architecture
+from tinymim_jax.convert.foreign_architecture import Hints, Known, foreign_architecture
 from tinymim_jax.convert.foreign_head import Head, find_head, head_entries
 
 _MAX_LISTED = 8
@@ -34,7 +34,6 @@ def from_foreign(
       ConvertError: unknown names, missing or misshapen tensors (listed), or something that must be given: the message
         names the option.
     """
-    family = PUBLISHED[name]
     rewritten = _rewritten(state)
     flat, used, unread = _read(rewritten)
     head = find_head(name, rewritten, flat, config) if "encoder/patch_embed/kernel" in flat else None
@@ -49,7 +48,7 @@ def from_foreign(
     if "encoder/patch_embed/kernel" not in flat or "encoder/blocks_0/norm1/scale" not in flat:
         raise ConvertError(f"the file does not hold a {name!r} model: it has no patch projection or no blocks")
     _split_leading(flat, config, state)
-    encoder, assumed = foreign_architecture(name, family, flat, state, config, hints)
+    encoder, assumed = foreign_architecture(Known(name, PUBLISHED[name], flat, state, config, hints))
     params: dict[str, Any] = {}
     for path, array in flat.items():
         *folders, leaf = path.split("/")
@@ -105,8 +104,13 @@ def to_foreign(model: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
     if source.get("masked_k_bias"):
         _mask_again(state)
     if source.get("shared_relative_bias"):
-        tables = [key for key in state if key.endswith("relative_position_bias_table")]
-        state[_SHARED] = [state.pop(key) for key in tables].pop()
+        tables = [state.pop(key) for key in list(state) if key.endswith("relative_position_bias_table")]
+        if not all(np.array_equal(table, tables[0]) for table in tables):
+            raise ConvertError(
+                "the file that this model was read from has one table of relative positions for all blocks, and the "
+                "tables of the model differ: it was trained since, and has no form in that layout"
+            )
+        state[_SHARED] = tables[0]
     return state
 
 

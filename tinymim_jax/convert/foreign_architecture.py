@@ -32,29 +32,45 @@ class Hints:
     rope_grid: tuple[int, int] | None = None
 
 
-def foreign_architecture(
-    name: str,
-    family: Published,
-    flat: Mapping[str, np.ndarray],
-    state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    hints: Hints,
-) -> tuple[dict[str, Any], list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """All that tells the architecture of a model.
+
+    name, family: its key and row in PUBLISHED.
+    flat: its parameters by our path.
+    state: its tensors by the file's names.
+    config: Hugging Face's or timm's config.json; {} without one.
+    """
+
+    name: str
+    family: Published
+    flat: Mapping[str, np.ndarray]
+    state: Mapping[str, Any]
+    config: Mapping[str, Any]
+    hints: Hints
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Those of the model's constructor in timm, as far as config.json has them."""
+        return self.config.get("model_args") or {}
+
+
+def foreign_architecture(known: Known) -> tuple[dict[str, Any], list[str]]:
     """(the architecture as model.json has it, names of what was assumed)."""
-    said = config.get("model_args") or {}
+    flat, hints, said = known.flat, known.hints, known.arguments
     kernel = flat["encoder/patch_embed/kernel"]
     width, patch = kernel.shape[1], round((kernel.shape[0] / 3) ** 0.5)
     depth = sum(bool(re.fullmatch(r"encoder/blocks_\d+/norm1/scale", path)) for path in flat)
-    heads = hints.heads or config.get("num_attention_heads") or said.get("num_heads")
+    heads = hints.heads or known.config.get("num_attention_heads") or said.get("num_heads")
     assumed = [] if heads else ["heads"]
-    heads = heads or family.heads.get(width)
+    heads = heads or known.family.heads.get(width)
     if heads is None:
-        raise ConvertError(f"no published {name!r} model is {width} wide, so name its attention heads: --heads 6")
+        raise ConvertError(f"no published {known.name!r} model is {width} wide, so name its attention heads: --heads 6")
     parsed = parse_heads(heads, depth, width)
-    switches = _switches(name, family, flat, state, config, hints)
+    switches = _switches(known)
     if rope := switches.get("rope"):
-        switches["rope"] = _rope(rope, state, said, hints, width // parsed[0])
-    size, positions = _size(flat, patch, config, said, hints, switches)
+        switches["rope"] = _rope(known, rope, width // parsed[0])
+    size, positions = _size(known, patch, switches)
     if positions != "all":
         switches["positions"] = positions
     hidden = flat["encoder/blocks_0/mlp/fc2/kernel"].shape[0]
@@ -71,21 +87,14 @@ def foreign_architecture(
     }, assumed
 
 
-def _switches(
-    name: str,
-    family: Published,
-    flat: Mapping[str, np.ndarray],
-    state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    hints: Hints,
-) -> dict[str, Any]:
+def _switches(known: Known) -> dict[str, Any]:
     """All switches but the positions: those that tensors show, then those of config.json, of the user or the family."""
-    block = "encoder/blocks_0"
-    switches: dict[str, Any] = dict(family.switches)
+    name, flat, config, hints, block = known.name, known.flat, known.config, known.hints, "encoder/blocks_0"
+    switches: dict[str, Any] = dict(known.family.switches)
     eps = hints.eps or config.get("layer_norm_eps") or config.get("rms_norm_eps")
     if eps is None:
-        theirs = any(key.startswith("embeddings.") for key in state)  # the names of transformers
-        eps = family.eps or (None if theirs else 1e-6)
+        theirs = any(key.startswith("embeddings.") for key in known.state)  # the names of transformers
+        eps = known.family.eps or (None if theirs else 1e-6)
     if eps is None:
         raise ConvertError(
             f"the eps of the norms of a {name!r} model is in its config.json (usually 1e-12): put it beside the file, "
@@ -115,7 +124,7 @@ def _switches(
     if f"{block}/mlp/gate/kernel" in flat:
         return switches | {"mlp": "gated", "activation": "silu"}
     activation = hints.activation or _ACTIVATIONS.get(str(config.get("hidden_act"))) or _timm_activation(name, config)
-    activation = activation or family.activation
+    activation = activation or known.family.activation
     if activation is None:
         raise ConvertError(
             f"models of {name!r} have different activations, and the tensors do not show which: put config.json beside "
@@ -138,39 +147,30 @@ def _timm_activation(name: str, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _rope(
-    rope: Mapping[str, Any], state: Mapping[str, Any], said: Mapping[str, Any], hints: Hints, head_dim: int
-) -> dict[str, Any]:
+def _rope(known: Known, rope: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     """The record of a rotary embedding, complete, with the file's periods where it has them."""
     from tinymim_jax.ops.rope import Rope  # here because it imports jax, which nothing else in this package needs
 
     settings: dict[str, Any] = dict(rope)
     if "reference" in settings:
-        settings["reference"] = hints.rope_grid or said.get("ref_feat_shape") or settings["reference"]
+        settings["reference"] = known.hints.rope_grid or known.arguments.get("ref_feat_shape") or settings["reference"]
         settings["reference"] = tuple(int(n) for n in settings["reference"])
-    periods = state.get("rope_embed.periods")
-    known = settings["periods"] = (
-        tuple(float(x) for x in np.asarray(periods, np.float32)) if periods is not None else ()
-    )
-    if known and len(known) != head_dim // 4:
+    periods = known.state.get("rope_embed.periods")
+    stored = () if periods is None else tuple(float(x) for x in np.asarray(periods, np.float32))
+    settings["periods"] = stored
+    if stored and len(stored) != head_dim // 4:
         raise ConvertError(
-            f"the file has {len(known)} rotary periods, for heads {4 * len(known)} wide, and these heads would be "
+            f"the file has {len(stored)} rotary periods, for heads {4 * len(stored)} wide, and these heads would be "
             f"{head_dim} wide: give the right number by --heads"
         )
     return Rope(**settings).record()
 
 
-def _size(
-    flat: Mapping[str, np.ndarray],
-    patch: int,
-    config: Mapping[str, Any],
-    said: Mapping[str, Any],
-    hints: Hints,
-    switches: Mapping[str, Any],
-) -> tuple[Sequence[int], str]:
+def _size(known: Known, patch: int, switches: Mapping[str, Any]) -> tuple[Sequence[int], str]:
     """((height, width) in pixels, which tokens the position table covers)."""
+    flat, hints = known.flat, known.hints
     table = flat.get("encoder/pos_embed")
-    configured: Any = said.get("img_size") or config.get("image_size")
+    configured: Any = known.arguments.get("img_size") or known.config.get("image_size")
     size: Any = hints.image_size or ((configured,) * 2 if isinstance(configured, int) else configured)
     if table is None:
         if size is None and "encoder/blocks_0/attn/relative_bias" in flat:

@@ -31,6 +31,9 @@ def to_timm(arrays: Mapping[str, np.ndarray], grid: tuple[int, int] | None) -> t
         raise ConvertError("the file has no embedding/kernel: it is not one of vision_transformer or big_vision")
     own = {name.removeprefix(root): np.asarray(x, np.float32) for name, x in arrays.items() if name.startswith(root)}
     left_out = [name for name in arrays if not name.startswith(root)]
+    needed = ("embedding/kernel", "embedding/bias", *(f"Transformer/encoder_norm/{name}" for name in ("scale", "bias")))
+    if missing := [name for name in needed if name not in own]:
+        raise ConvertError(f"the file lacks {', '.join(missing)}, which every ViT has")
     kernel = own.pop("embedding/kernel")
     state = {
         "patch_embed.proj.weight": kernel.transpose(3, 2, 0, 1),
@@ -72,34 +75,34 @@ def _blocks(own: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     for name, x in own.items():
         if match := re.fullmatch(rf"{_BLOCKS}_(\d+)/(.*)", name):
             found.setdefault(int(match[1]), {})[match[2]] = x
+    if missing := sorted(set(range(max(found, default=0))) - found.keys()):
+        raise ConvertError(f"the file has no block {missing[0]}, and has block {max(found)}: it is not whole")
     return [found[i] for i in sorted(found)]
 
 
 def _block(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A block with timm's names."""
-    known = {re.sub(r"^(\w+?)_\d+/", r"\1/", name): x for name, x in arrays.items() if not name.startswith("LayerNorm")}
+    """A block with timm's names; ConvertError where arrays are missing, or others are there."""
+    rest = {re.sub(r"^(?!LayerNorm)(\w+?)_\d+/", r"\1/", name): x for name, x in arrays.items()}
     norms = sorted({name.partition("/")[0] for name in arrays if name.startswith("LayerNorm")})
     try:
-        attention = {
-            name: known[f"MultiHeadDotProductAttention/{name}/kernel"] for name in ("query", "key", "value", "out")
-        }
-        width = len(attention["query"])
-        qkv = [attention[name].reshape(width, -1).T for name in ("query", "key", "value")]
-        biases = [known[f"MultiHeadDotProductAttention/{name}/bias"].reshape(-1) for name in ("query", "key", "value")]
+        kernels, biases = (
+            {name: rest.pop(f"MultiHeadDotProductAttention/{name}/{leaf}") for name in ("query", "key", "value", "out")}
+            for leaf in ("kernel", "bias")
+        )
+        width = len(kernels["query"])
         first, second = norms
-        return {
-            "norm1.weight": arrays[f"{first}/scale"],
-            "norm1.bias": arrays[f"{first}/bias"],
-            "attn.qkv.weight": np.concatenate(qkv),
-            "attn.qkv.bias": np.concatenate(biases),
-            "attn.proj.weight": attention["out"].reshape(-1, width).T,
-            "attn.proj.bias": known["MultiHeadDotProductAttention/out/bias"],
-            "norm2.weight": arrays[f"{second}/scale"],
-            "norm2.bias": arrays[f"{second}/bias"],
-            "mlp.fc1.weight": known["MlpBlock/Dense_0/kernel"].T,
-            "mlp.fc1.bias": known["MlpBlock/Dense_0/bias"],
-            "mlp.fc2.weight": known["MlpBlock/Dense_1/kernel"].T,
-            "mlp.fc2.bias": known["MlpBlock/Dense_1/bias"],
+        block = {
+            "attn.qkv.weight": np.concatenate([kernels[n].reshape(width, -1).T for n in ("query", "key", "value")]),
+            "attn.qkv.bias": np.concatenate([biases[n].reshape(-1) for n in ("query", "key", "value")]),
+            "attn.proj.weight": kernels["out"].reshape(-1, width).T,
+            "attn.proj.bias": biases["out"],
         }
+        for ours, theirs in (("norm1", first), ("norm2", second)):
+            block |= {f"{ours}.weight": rest.pop(f"{theirs}/scale"), f"{ours}.bias": rest.pop(f"{theirs}/bias")}
+        for ours, theirs in (("mlp.fc1", "MlpBlock/Dense_0"), ("mlp.fc2", "MlpBlock/Dense_1")):
+            block |= {f"{ours}.weight": rest.pop(f"{theirs}/kernel").T, f"{ours}.bias": rest.pop(f"{theirs}/bias")}
     except (KeyError, ValueError) as error:
         raise ConvertError(f"a block of the file is not that of a ViT: {error}") from error
+    if rest:
+        raise ConvertError(f"a block of the file has what no ViT has: {', '.join(map(printable, sorted(rest)))}")
+    return block
