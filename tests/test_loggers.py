@@ -82,7 +82,7 @@ def test_a_failing_logger_is_left_alone(caplog):
 
 
 def test_names_are_checked_before_anything_starts(capsys, tmp_path, monkeypatch):
-    assert parse("wandb, mlflow") == ("wandb", "mlflow")
+    assert parse("wandb, mlflow,wandb") == ("wandb", "mlflow")
     monkeypatch.setattr("tinymim_jax.runtime.distributed.initialize_distributed", lambda: None)
     words = ["train", "--config", "configs/digits.py:finetune", "--workdir", tmp_path / "run"]
     code, _, err = run(capsys, *words, "--log", "wandv")
@@ -113,7 +113,7 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     workdir = epath.Path(tmp_path / "run")
     for attempt in (0, 1):  # the second resumes
         logger = open_loggers(["mlflow"], workdir, {"model.depth": 2})
-        logger.write(attempt + 1, {"train/loss": 0.5 - attempt / 10})
+        logger.write(attempt + 1, {"train/loss": 0.5 - attempt / 10, "eval/iou/c++ (old)": 0.25})
         logger.close(failed=attempt == 0)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("tinymim-jax")
@@ -122,6 +122,7 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     assert found.data.params == {"model.depth": "2"}
     history = client.get_metric_history(found.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.4)]
+    assert found.data.metrics["eval/iou/c__ _old_"] == 0.25
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
