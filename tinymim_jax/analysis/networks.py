@@ -14,7 +14,7 @@ from tinymim_jax.evaluation.similarity import attention_weights
 from tinymim_jax.models.blocks import OutputTap, Tap
 from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
-from tinymim_jax.ops.color import normalize
+from tinymim_jax.ops.color import IMAGENET_MEAN, IMAGENET_STD, normalize
 from tinymim_jax.ops.relative_bias import relative_bias
 from tinymim_jax.ops.token_grid import resize_images
 from tinymim_jax.tasks.pretrained import Loaded, fit_positions, load
@@ -125,8 +125,7 @@ def find_networks(checkpoint: str, *, image_size: tuple[int, int], teacher: str 
 
 
 def _network(name: str, loaded: Loaded, image_size: tuple[int, ...], pixels: dict[str, Any]) -> Network:
-    published = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    mean, std = (tuple(pixels.get(key) or published[key]) for key in ("mean", "std"))
+    mean, std = tuple(pixels.get("mean") or IMAGENET_MEAN), tuple(pixels.get("std") or IMAGENET_STD)
     if "backbone" in loaded.model:
         network = ConvNet.from_record(loaded.model["backbone"])
         step = network.patch_size

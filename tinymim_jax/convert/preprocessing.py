@@ -18,14 +18,15 @@ PUBLISHED_BY = "as published for"
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 
-# The published evaluation on ImageNet of MAE, TinyMIM and DeiT.
-_ASSUMED = {
+ASSUMED = {
     "interpolation": "bicubic",
     "upright": False,
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
     "class_names": [],
 }
+"""What holds where nothing says otherwise: the published evaluation on ImageNet of MAE, TinyMIM and DeiT."""
+
 _ASSUMED_RESIZE = 256 / 224
 _OF_SEGMENTERS = ("windows", "class_colours")
 
@@ -71,7 +72,7 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
         ({**dataclasses.asdict(given)}, lambda key: "given"),
         (exported, lambda key: "assumed" if guessed.get(key) == "assumed" else "read from the file's metadata"),
         (read, lambda key: _read_from(sidecar.origin.get(key, "a file beside the weights"))),
-        (_ASSUMED | {"resize": round(max(size) * _ASSUMED_RESIZE)}, lambda key: "assumed"),
+        (ASSUMED | {"resize": round(max(size) * _ASSUMED_RESIZE)}, lambda key: "assumed"),
     ]
     result: dict[str, Any] = {"image_size": size}
     origin = {"image_size": "the position table"}

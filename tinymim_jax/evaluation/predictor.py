@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.convert.preprocessing import ASSUMED
 from tinymim_jax.data.views.decoding import Picture, Undecodable
 from tinymim_jax.data.views.transforms import EvalView
 from tinymim_jax.errors import unknown
@@ -26,14 +27,6 @@ from tinymim_jax.tasks.segmenter import Windows
 # A path, a Pillow image, or pixels uint8 [height, width, 3], RGB, of any size.
 AnyImage = str | os.PathLike | Image.Image | np.ndarray
 
-# Preprocessing of the published evaluation on ImageNet, for what a converted checkpoint does not record.
-_PUBLISHED = {
-    "interpolation": "bicubic",
-    "upright": False,
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "class_names": [],
-}
 BATCH = 64  # images that are decoded and computed at a time
 
 
@@ -67,7 +60,7 @@ class Model:
         encoder = ViT.from_record(record["encoder"], dtype=dtype)
         # As published, 256 for images of 224; in proportion for other sizes.
         sizes = {"image_size": list(encoder.image_size), "resize": round(max(encoder.image_size) * 256 / 224)}
-        self.preprocessing: dict[str, Any] = sizes | _PUBLISHED | record.get("preprocessing", {})
+        self.preprocessing: dict[str, Any] = sizes | ASSUMED | record.get("preprocessing", {})
         self._encoder = encoder
         params = params | {"encoder": fit_positions(Loaded(path, record, params), encoder)}
         self._params = jax.device_put(params)
