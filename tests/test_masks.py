@@ -227,6 +227,10 @@ def test_values_that_are_no_class():
         MaskRules(3, label_map=((0, 1),), reduce_zero_label=True)
     with pytest.raises(ValueError, match=r"\(4, 3\) maps to a class that does not exist"):
         MaskRules(3, label_map=((4, 3),))
+    with pytest.raises(ValueError, match=r"data\.masks\.label_map: a mask cannot hold 70000"):
+        MaskRules(3, label_map=((70_000, 1),))
+    with pytest.raises(ValueError, match=r"data\.masks\.ignore: a mask cannot hold -1; values are 0 to 65,535"):
+        MaskRules(3, ignore=(255, -1))
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,13 @@ from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.evaluation.suites.classifier import SuiteClassifier
 from tinymim_jax.evaluation.suites.scores import score
 from tinymim_jax.experiment import build_experiment
-from tinymim_jax.pages.colours import coloured, data_uri
+from tinymim_jax.pages.colours import coloured, data_uri, pixels_of
 from tinymim_jax.runtime.files import write_json
 from tinymim_jax.runtime.runs import newest_checkpoint
+from tinymim_jax.runtime.workdir import ANALYSIS
 from tinymim_jax.tasks.task import pictures
 
 log = logging.getLogger(__name__)
-
-ANALYSIS = "analysis"
-"""Folder in a workdir for what this package finds."""
 
 _SAMPLES, _MAPS = 8, 4
 _ANALYZED, _LABELLED, _CLASSIFIED = 64, 600, 2000
@@ -105,15 +103,15 @@ def samples(config: ConfigDict, data_dir: str | None) -> list[dict[str, Any]]:
         batch = next(batches)
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     seen = jax.device_get(jax.jit(functools.partial(pictures, experiment.task))(batch, key))
-    return as_tiles(seen, batch, experiment)[:: config.data.crops]
+    return _as_tiles(seen, batch, experiment)[:: config.data.crops]
 
 
-def as_tiles(seen: dict[str, np.ndarray], batch: dict[str, np.ndarray], experiment: Any) -> list[dict[str, Any]]:
+def _as_tiles(seen: dict[str, np.ndarray], batch: dict[str, np.ndarray], experiment: Any) -> list[dict[str, Any]]:
     """For each image {"label": class name or "", "seen": {network: data URI}}, from tasks.task.pictures."""
     names = experiment.train_source.class_names
     found = []
     for i, label in enumerate(batch["label"]):
-        tiles = {name: data_uri(np.round(255 * images[i]).astype(np.uint8)) for name, images in seen.items()}
+        tiles = {name: data_uri(pixels_of(images[i])) for name, images in seen.items()}
         found.append({"label": names[label] if 0 <= label < len(names) else "", "seen": tiles})
     return found
 

@@ -16,7 +16,7 @@ from tinymim_jax.data.draws import ShuffledIndices
 from tinymim_jax.data.pipeline import Batch
 from tinymim_jax.experiment import Experiment, training_batches
 from tinymim_jax.pages.charts import Series, line_chart
-from tinymim_jax.pages.colours import data_uri
+from tinymim_jax.pages.colours import data_uri, pixels_of
 from tinymim_jax.pages.page import details, figure, grid, page, paragraph, picture, table
 from tinymim_jax.runtime.files import write_json, write_text
 from tinymim_jax.sharding import place_batch
@@ -179,7 +179,7 @@ def _tiles(experiment: Experiment, batch: Batch, key: jax.Array, parts: int, row
 
         seen = jax.device_get(jax.jit(show)(some, micro_batch_key(key, parts, part), places))
         for i, row in enumerate(own):
-            wanted[row] = {name: data_uri(_pixels(images[i])) for name, images in seen.items()}
+            wanted[row] = {name: data_uri(pixels_of(images[i])) for name, images in seen.items()}
     return [{"row": row, "seen": wanted[row]} for row in rows]
 
 
@@ -224,10 +224,6 @@ def _html(step: Step, title: str) -> str:
 
 def _ratio(layer: Mapping[str, Any]) -> float | None:
     return layer["gradient"] / layer["weights"] if layer["weights"] else None
-
-
-def _pixels(image: np.ndarray) -> np.ndarray:
-    return np.round(255 * np.nan_to_num(image)).astype(np.uint8)
 
 
 def _number(value: Any) -> float | None:

@@ -6,7 +6,6 @@ from typing import Any
 
 _MEASURES = {
     "linear": "linear accuracy of the mean of its patch tokens",
-    "knn": "k-NN accuracy of the mean of its patch tokens",
     "effective_rank": "effective rank of the mean of its patch tokens, as there are no labels",
 }
 

@@ -31,8 +31,9 @@ def run(options: argparse.Namespace) -> int:
     import jax
     from etils import epath
 
-    from tinymim_jax.analysis.replay import REPLAY, replay
+    from tinymim_jax.analysis.replay import replay
     from tinymim_jax.analysis.steps import describe_step, write_step
+    from tinymim_jax.runtime.workdir import REPLAY
 
     if jax.process_count() > 1:
         raise ValueError("a step is replayed in one process: start `tinymim replay` once, on one host")

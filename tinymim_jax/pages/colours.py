@@ -25,6 +25,11 @@ def coloured(values: np.ndarray) -> np.ndarray:
     return np.round(_colours((values - low) / (high - low or 1.0))).astype(np.uint8)
 
 
+def pixels_of(image: np.ndarray) -> np.ndarray:
+    """uint8 of values in 0..1; what is not a number becomes 0."""
+    return np.round(255 * np.clip(np.nan_to_num(image), 0.0, 1.0)).astype(np.uint8)
+
+
 def data_uri(image: np.ndarray) -> str:
     """An image uint8 [height, width, 3] as a data URI: JPEG for photographs, PNG for images of few pixels."""
     buffer = io.BytesIO()

@@ -1,5 +1,6 @@
 """The sections of a report on several runs: a sweep, a chain, or any folder with runs in it."""
 
+import html
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from tinymim_jax.pages.charts import interval
-from tinymim_jax.pages.page import Raw, details, grid, number, table
+from tinymim_jax.pages.page import Raw, details, grid, table
 from tinymim_jax.reports.curves import curves, overlaid
 from tinymim_jax.reports.record import RunRecord, read_json
 from tinymim_jax.reports.run import run_intro, run_sections
@@ -57,22 +58,17 @@ def _result(summary: Any, chosen: Any) -> str:
 
 def _overview(folder: epath.Path, runs: Sequence[RunRecord]) -> str:
     """A row for each run: its state and last figures, with a link to its own report."""
-    results = [_last_figures(run) for run in runs]
+    results = [run.figures for run in runs]
     names = list(dict.fromkeys(name for figures in results for name in figures))
     rows = []
     for run, figures in zip(runs, results):
         report = run.folder / "report.html"
         relative = os.path.relpath(os.fspath(report), os.fspath(folder)) if "://" not in os.fspath(folder) else ""
-        named = number(run.name)
-        cell = Raw(f'<a href="{_quoted(relative)}">{_quoted(named)}</a>') if relative and report.exists() else named
+        linked = bool(relative) and report.exists()
+        cell = Raw(f'<a href="{html.escape(relative)}">{html.escape(run.name)}</a>') if linked else run.name
         step = run.known.get("step")
         rows.append([cell, run.config.get("task", "-"), run.known["stage"], step, *(figures.get(n) for n in names)])
     return table(["run", "task", "state", "step", *names], rows)
-
-
-def _last_figures(run: RunRecord) -> dict[str, Any]:
-    found = {name.removeprefix("eval/"): value for name, value in run.known.get("eval", {}).items()}
-    return {name: value for name, value in found.items() if "/" not in name and name != "substituted"}
 
 
 def _losses(runs: Sequence[RunRecord]) -> str:
@@ -109,7 +105,3 @@ def _sweep(found: Mapping[str, Any]) -> str:
 
 def _in_full(run: RunRecord) -> str:
     return run_intro(run) + "".join(f"<h3>{heading}</h3>{body}" for heading, body in run_sections(run) if body)
-
-
-def _quoted(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

@@ -12,10 +12,7 @@ from tinymim_jax.config import completed, defaults
 from tinymim_jax.metrics import read
 from tinymim_jax.runtime.heartbeat import read_status
 from tinymim_jax.runtime.runs import read_run
-from tinymim_jax.runtime.workdir import CONFIG
-
-ANALYSIS = "analysis"
-"""Folder in a workdir with what needed the model: analysis.json, pictures.json, scores.json, and charts."""
+from tinymim_jax.runtime.workdir import ANALYSIS, CONFIG, REPLAY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +48,17 @@ class RunRecord:
         return {key: (value, there.get(key)) for key, value in here.items() if value != there.get(key)}
 
     @property
+    def evaluated(self) -> dict[str, Any]:
+        """The figures of the last evaluation; those of single classes have names with a slash ("iou/wall")."""
+        return {name.removeprefix("eval/"): value for name, value in self.known.get("eval", {}).items()}
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The figures of the last evaluation without those of single classes and without counts."""
+        counts = ("examples", "substituted")
+        return {name: value for name, value in self.evaluated.items() if "/" not in name and name not in counts}
+
+    @property
     def seconds(self) -> float:
         """Time of all attempts together."""
         return float(sum((self.status.get("seconds") or {}).values()))
@@ -75,7 +83,7 @@ def read_record(folder: epath.PathLike, name: str = "") -> RunRecord:
         rows=rows,
         suites=find_suites(folder),
         replays=sorted(
-            filter(None, map(read_json, (folder / "replay").glob("step_*.json"))), key=lambda found: found["step"]
+            filter(None, map(read_json, (folder / REPLAY).glob("step_*.json"))), key=lambda found: found["step"]
         ),
         **found,
     )

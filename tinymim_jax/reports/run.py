@@ -40,7 +40,7 @@ def run_intro(run: RunRecord) -> str:
     facts |= {"task": run.config.get("task")}
     if "step" in known:
         facts["step"] = f"{known['step']:,}" + (f" of {known['total_steps']:,}" if "total_steps" in known else "")
-    facts |= {name: number(value) for name, value in list(_figures(run).items())[:4]}
+    facts |= {name: number(value) for name, value in list(run.figures.items())[:4]}
     if run.seconds:
         facts["time"] = format_seconds(run.seconds)
     if known.get("images_per_second"):
@@ -55,14 +55,8 @@ def run_intro(run: RunRecord) -> str:
     return f'<dl class="facts">{body}</dl>{error}'
 
 
-def _figures(run: RunRecord) -> dict[str, Any]:
-    """The last evaluation, without figures of single classes and counts."""
-    found = {name.removeprefix("eval/"): value for name, value in run.known.get("eval", {}).items()}
-    return {name: value for name, value in found.items() if "/" not in name and name not in ("examples", "substituted")}
-
-
 def _result(run: RunRecord) -> str:
-    evaluated = {name.removeprefix("eval/"): value for name, value in run.known.get("eval", {}).items()}
+    evaluated = run.evaluated
     plain = {name: value for name, value in evaluated.items() if "/" not in name}
     parts = [table(list(plain), [list(plain.values())], "last evaluation")] if plain else []
     by_class: dict[str, dict[str, Any]] = {}

@@ -23,6 +23,9 @@ CONFIG, RESULT = "config.json", "result.json"
 FAILED, PRUNED = "failed.txt", "pruned.txt"
 """Why a run of a sweep has no result; written by the sweep."""
 
+ANALYSIS, REPLAY = "analysis", "replay"
+"""Folders: what was found by looking at the networks (analysis.json, pictures.json, scores.json); replayed steps."""
+
 LIVE = ("starting", "compiling", "training", "evaluating")
 """Stages in status.json of a process that is at work."""
 

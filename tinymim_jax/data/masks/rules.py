@@ -45,6 +45,9 @@ class MaskRules:
                 f"data.masks.label_map makes the stored value {both[0]} a class, and data.masks.ignore={self.ignore} "
                 "ignores it: leave it out of one of them"
             )
+        for key, values in (("label_map", [stored for stored, _ in self.label_map]), ("ignore", self.ignore)):
+            if outside := [value for value in values if not 0 <= value <= 65535]:
+                raise ValueError(f"data.masks.{key}: a mask cannot hold {outside[0]}; values are 0 to 65,535")
         wrong = [pair for pair in self.label_map if not IGNORED <= pair[1] < self.classes]
         if wrong:
             raise ValueError(
