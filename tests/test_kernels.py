@@ -79,7 +79,7 @@ def test_attention_by_rows(tokens, dim, heads, monkeypatch):
 
 
 def small_blocks(monkeypatch):
-    for module, other in (("attention", "attention_rows"), ("relations", "relations")):
+    for module, other in (("attention", "attention_rows"), ("relations", "relation_rows")):
         monkeypatch.setattr(f"tinymim_jax.ops.kernels.{module}.SHORT", 8)
         monkeypatch.setattr(f"tinymim_jax.ops.kernels.{other}.ROWS", 16)
     assert tiles.SHORT > 197  # a ViT's tokens at 224 px are one block
