@@ -55,10 +55,7 @@ def describe(tree: Any) -> dict[str, Leaf]:
     memory of CPUs by numpy.
     """
     # One small program for each distinct shape: a single one for the whole tree takes 7x as long to compile.
-    folds = {
-        name: fold_on_host(np.asarray(x)) if for_host(x) else fold(x)
-        for name, x in leaves_by_name(tree).items()
-    }
+    folds = {name: fold_on_host(np.asarray(x)) if for_host(x) else fold(x) for name, x in leaves_by_name(tree).items()}
     folds = jax.device_get(folds)
     return {n: dataclasses.replace(leaf, bits=int(folds[n])) for n, leaf in outline(tree).items()}
 

@@ -93,7 +93,8 @@ def phase_at(task: Task, step: jax.Array | int) -> jax.Array:
     spans = [phase.span for phase in task.phases]
     if None in spans:
         raise ValueError("the phases of this task are not counted in steps yet: see with_spans")
-    return sum((jnp.int32(step >= span.start) for span in spans[1:] if span), jnp.int32(0))
+    starts = jnp.array([span.start for span in spans[1:] if span], jnp.int32)
+    return jnp.sum(step >= starts, dtype=jnp.int32)
 
 
 def with_spans(task: Task, in_steps: Callable[[str], int], total: int) -> Task:
