@@ -42,8 +42,10 @@ gc.set_threshold(100_000, 20, 50)
 # made once, and no long one is left for the end. Files that are not named come after these. Every second of the first
 # ones starts processes, so that one worker at a time does.
 _LONGEST_FIRST = (
-    "sweep", "distill", "faults", "train", "chain", "mixup", "tpu_vm", "configs", "study", "finetune", "readme",
-    "golden", "evaluate", "formats", "tasks", "plan", "inference", "placement", "benchmark_step",
+    "sweep", "distill", "faults", "configs", "chain", "foreign", "tpu_vm", "train", "prepare", "starter", "study",
+    "foreign_tasks", "readme", "report", "exits", "kernels", "mixup", "finetune", "golden", "segmentation_run",
+    "live_probe", "replay", "resume", "checkpoints", "evaluate", "suites", "formats", "tasks", "plan", "inference",
+    "analysis", "export", "placement", "benchmark_step",
 )  # fmt: skip
 
 

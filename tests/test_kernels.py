@@ -328,7 +328,7 @@ def test_an_encoder_over_eight_devices_under_scan_and_remat():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, 24, 3)), jnp.float32)
     dense = ViT(embed_dim=32, depth=2, heads=4, patch_size=8, image_size=(16, 24), attention="dense")
     fused = dense.clone(attention="fused", scan=True, remat="dots")
-    params = dense.init(jax.random.key(0), images)["params"]
+    params = jax.jit(dense.init)(jax.random.key(0), images)["params"]
     directions = drawn(1, 1, 7, 32)
 
     def loss(encoder, params, images):

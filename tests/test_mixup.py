@@ -7,6 +7,7 @@ data/mixup.npz was written down with timm 1.0.31 and torch (`made_with` in the f
 - erased/: histograms of 20000 boxes of RandomErasing(1.0, mode='pixel') on 32 x 48 pixels.
 """
 
+import functools
 import pathlib
 
 import jax
@@ -151,7 +152,8 @@ def test_alphas_are_checked(mix_a, cut_a):
 
 
 def erased_boxes(count: int, size=(32, 48), prob: float = 1.0, area=AREA, aspect=ASPECT) -> np.ndarray:
-    return np.asarray(erasing.draw_boxes(jax.random.key(1), (count, *size), prob=prob, area=area, aspect=aspect))
+    draw = functools.partial(erasing.draw_boxes, shape=(count, *size), prob=prob, area=area, aspect=aspect)
+    return np.asarray(jax.jit(draw)(jax.random.key(1)))
 
 
 def numpy_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int]:
@@ -214,7 +216,8 @@ def test_the_first_of_ten_boxes_that_fits_is_taken():
 
 def test_a_quarter_of_the_images_is_erased_by_noise_and_the_rest_untouched():
     images = np.random.default_rng(2).normal(size=(2000, 16, 12, 3)).astype(np.float32)
-    got = np.asarray(erasing.random_erasing(jax.random.key(3), jnp.asarray(images), prob=0.25))
+    erase = jax.jit(functools.partial(erasing.random_erasing, prob=0.25))
+    got = np.asarray(erase(jax.random.key(3), jnp.asarray(images)))
     changed = (got != images).any(axis=-1)  # [batch, height, width]
     erased = changed.any(axis=(1, 2))
     assert abs(erased.sum() - 500) < 4 * np.sqrt(2000 * 0.25 * 0.75)

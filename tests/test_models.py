@@ -18,7 +18,7 @@ IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 12, 3)).astype(
 
 @pytest.fixture(scope="module")
 def params():
-    return TINY.init(jax.random.key(0), IMAGES)["params"]
+    return jax.jit(TINY.init)(jax.random.key(0), IMAGES)["params"]
 
 
 def encoder_size(dim: int, depth: int, patch_size: int) -> int:
@@ -102,7 +102,7 @@ def test_a_tap_costs_nothing_beyond_itself():
     """Q, K, V of block 1 cost the embedding, one norm and one projection: no attention, no MLP, no block 2."""
     encoder = ViT(embed_dim=64, depth=3, heads=4, patch_size=4, image_size=(32, 32))
     images = jnp.zeros((2, 32, 32, 3))
-    params = encoder.init(jax.random.key(0), images)["params"]
+    params = jax.jit(encoder.init)(jax.random.key(0), images)["params"]
 
     def qkv(params, images):
         tap = encoder.apply({"params": params}, images, tap=1, method="encode")
@@ -147,7 +147,7 @@ def test_scan_and_remat_change_nothing_but_the_program(params):
 def test_scan_compiles_one_body():
     encoder = ViT(embed_dim=16, depth=6, heads=2, patch_size=4, image_size=(8, 8))
     images = jnp.zeros((1, 8, 8, 3))
-    params = encoder.init(jax.random.key(0), images)["params"]
+    params = jax.jit(encoder.init)(jax.random.key(0), images)["params"]
     text = {
         scan: jax.jit(encoder.clone(scan=scan).apply).lower({"params": params}, images).as_text()
         for scan in (False, True)
@@ -160,7 +160,7 @@ def test_drop_path_leaves_out_whole_branches(params):
     """With every branch dropped, or kept and doubled, the output is one of the sums that can occur."""
     block = Block(16, 2)
     tokens = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 16)).astype(np.float32))
-    variables = block.init(jax.random.key(0), tokens)
+    variables = jax.jit(block.init)(jax.random.key(0), tokens)
     dropped = block.apply(variables, tokens, jnp.zeros((2, 2)))
     np.testing.assert_array_equal(dropped.output, tokens)
     whole, doubled = (
@@ -185,7 +185,7 @@ def test_mae_decoder_puts_patches_back_in_place():
     encoder = TINY.clone(drop_path=0.0)
     network = MaskedAutoencoder(encoder, MaeDecoder(encoder.grid, 4, embed_dim=8, depth=1, heads=2))
     masking = random_masking(jax.random.key(0), 3, 6, 0.5)
-    variables = network.init(jax.random.key(1), IMAGES, masking)
+    variables = jax.jit(network.init)(jax.random.key(1), IMAGES, masking)
     assert network.apply(variables, IMAGES, masking).shape == (3, 6, 48)
     # Relabelling which patch is processed first must not change anything.
     order = jnp.array([2, 0, 1])
@@ -204,7 +204,7 @@ def _relabel(restore, order):
 def test_classifier_pools_as_it_says(pool):
     encoder = TINY.clone(final_norm=pool == "cls")
     network = Classifier(encoder, classes=5, pool=pool, head_std=0.02)
-    variables = network.init(jax.random.key(0), IMAGES)
+    variables = jax.jit(network.init)(jax.random.key(0), IMAGES)
     assert ("fc_norm" in variables["params"]) == (pool == "mean")
     assert ("norm" in variables["params"]["encoder"]) == (pool == "cls")
     tokens = encoder.apply({"params": variables["params"]["encoder"]}, IMAGES)
@@ -235,7 +235,7 @@ def test_classifier_refuses_the_wrong_norm():
 
 def test_bfloat16_computation_keeps_float32_parameters_and_logits():
     network = Classifier(TINY.clone(final_norm=False, dtype=jnp.bfloat16), classes=5)
-    variables = network.init(jax.random.key(0), IMAGES)
+    variables = jax.jit(network.init)(jax.random.key(0), IMAGES)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert network.apply(variables, IMAGES).dtype == jnp.float32
     tap = TINY.clone(dtype=jnp.bfloat16).apply(TINY.init(jax.random.key(0), IMAGES), IMAGES, tap=2, method="encode")

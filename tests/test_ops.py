@@ -185,14 +185,14 @@ def test_products_of_float32_ask_for_full_precision():
     images = jnp.zeros((2, 16, 16, 3))
     for dtype, expected in ((jnp.float32, {"HIGHEST"}), (jnp.bfloat16, {"default"})):
         encoder = ViT(embed_dim=16, depth=1, heads=2, patch_size=8, image_size=(16, 16), dtype=dtype)
-        params = encoder.init(jax.random.key(0), images)["params"]
+        params = jax.jit(encoder.init)(jax.random.key(0), images)["params"]
 
         def loss(params, encoder=encoder):
             return encoder.apply({"params": params}, images).astype(jnp.float32).sum()
 
         assert precisions(jax.grad(loss), params) == expected
         network = Classifier(encoder, 3, pool="cls")
-        variables = network.init(jax.random.key(0), images)
+        variables = jax.jit(network.init)(jax.random.key(0), images)
         assert "HIGHEST" in precisions(network.apply, variables, images)
     features, labels = jnp.zeros((4, 8)), jnp.zeros(4, jnp.int32)
     assert precisions(lambda x: nearest(x, x, labels, labels == 0, 2), features) == {"HIGHEST"}

@@ -45,7 +45,7 @@ def draw_relations(workdir: pathlib.Path, *, example: int = 3, head: int = 0) ->
 
     teacher, teacher_params = _encoder(workdir / "teacher")
     student, student_params = _encoder(workdir / "tinymim")
-    fresh = student.init(jax.random.key(config.seed), images)["params"]
+    fresh = jax.jit(student.init)(jax.random.key(config.seed), images)["params"]
     rows, columns = student.grid
     # The query is the brightest patch, since the background has little structure.
     ink = np.asarray(pixels, np.float32).mean(-1).reshape(rows, size[0] // rows, columns, -1).mean((1, 3))
@@ -76,12 +76,13 @@ def _encoder(run: pathlib.Path) -> tuple[ViT, dict]:
 
 
 def _relations(encoder: ViT, params: Any, images: Any, query: int, head: int, block: int) -> list[np.ndarray]:
-    tap: Any = encoder.apply({"params": params}, images, tap=block, method="encode")
-    maps = []
-    for left, right in ((tap.q, tap.k), (tap.v, tap.v)):
-        weights = jax.nn.softmax(scaled_products(left, right), axis=-1)
-        maps.append(np.asarray(weights)[0, head, 1 + query, 1:])  # CLS is token 0
-    return maps
+    def relations(params: Any, images: Any) -> list[jax.Array]:
+        tap: Any = encoder.apply({"params": params}, images, tap=block, method="encode")
+        pairs = ((tap.q, tap.k), (tap.v, tap.v))
+        return [jax.nn.softmax(scaled_products(left, right), axis=-1) for left, right in pairs]
+
+    # CLS is token 0.
+    return [np.asarray(weights)[0, head, 1 + query, 1:] for weights in jax.jit(relations)(params, images)]
 
 
 def _pyplot() -> Any:

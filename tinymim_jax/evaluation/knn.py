@@ -113,7 +113,7 @@ def knn_scores(
     for start in range(0, len(queries), _QUERIES):
         some = _padded(np.asarray(queries[start : start + _QUERIES], np.float32), min(_QUERIES, len(queries)))
         similarities, theirs = search(jax.device_put(some, replicated(mesh)), *placed)
-        found.append([vote(similarities[:, :k], theirs[:, :k], classes, temperature) for k in neighbors])
+        found.append([_votes(similarities, theirs, k, classes, temperature) for k in neighbors])
     columns = zip(*([np.asarray(votes) for votes in each] for each in found))
     return {k: np.concatenate(parts)[: len(queries)] for k, parts in zip(neighbors, columns)}
 
@@ -138,6 +138,11 @@ def _search(mesh: Mesh, chunks: int, k: int):
         return similarities, jnp.take_along_axis(theirs, places, axis=1)
 
     return jax.jit(lambda queries, *rest: on_device(unit_length(queries), *rest))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _votes(similarities: jax.Array, theirs: jax.Array, k: int, classes: int, temperature: float) -> jax.Array:
+    return vote(similarities[:, :k], theirs[:, :k], classes, temperature)
 
 
 def _placed(array: np.ndarray, mesh: Mesh) -> jax.Array:
