@@ -234,13 +234,13 @@ def test_options_without_a_meaning_for_google_files():
 
 def test_shared_position_biases_that_differ_are_not_written_as_one():
     """BEiT's pre-training has one table for all blocks; here the last block's, of a file with one for each."""
-    data, _ = locate(path_of("timm_beit")).read()
+    data, config = locate(path_of("timm_beit")).read()
     state = dict(find_weights(data, {})[1].state)
     tables = [key for key in state if key.endswith("relative_position_bias_table")]
     state["rel_pos_bias.relative_position_bias_table"] = [state.pop(key) for key in tables][-1]
-    encoder, params, source = from_foreign(
-        "beit", state, {}, Hints(heads=converted("timm_beit")[0]["encoder"]["heads"])
-    )
+    record = converted("timm_beit")[0]["encoder"]
+    hints = Hints(heads=record["heads"], image_size=tuple(record["image_size"]))
+    encoder, params, source = from_foreign("beit", state, config, hints)
     back = to_foreign({**encoder, "source": source}, params)
     assert [key for key in back if "bias_table" in key] == ["rel_pos_bias.relative_position_bias_table"]
     params["encoder"]["blocks_0"]["attn"]["relative_bias"][0] += 1
