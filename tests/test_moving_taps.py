@@ -1,5 +1,6 @@
 """Taps that move during the training: each part is a training with constant taps, in one program."""
 
+import itertools
 import json
 import logging
 import signal
@@ -11,7 +12,6 @@ import pytest
 from runs import DIGITS, same_bits, small_config
 
 from tinymim_jax.analysis.replay import replay
-from tinymim_jax.checkpoints.manager import Checkpoints
 from tinymim_jax.checkpoints.params import load_params, save_params
 from tinymim_jax.config import from_json
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer, training_batches
@@ -19,6 +19,7 @@ from tinymim_jax.flops import phase_flops, step_flops
 from tinymim_jax.metrics import compute, no_averages
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.plan.build import plan_experiment
+from tinymim_jax.run_log import RunLog
 from tinymim_jax.runtime.exits import Interrupted
 from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
@@ -135,17 +136,15 @@ def test_a_run_shows_its_parts_and_resumes_across_a_change_to_the_same_bits(
         "taps_1": 16,
     }
     assert set(params["adapter"]) == {"taps_0", "taps_1"}
-    # Stopped before and after the change.
-    save, asked = Checkpoints.save, []
+    # Stopped before and after the change: after steps 1 and 3.
+    dispatched, steps = RunLog.dispatched, itertools.count(1)
 
-    def interrupted(self, step, *args, **kwargs):
-        saved = save(self, step, *args, **kwargs)
-        if step not in asked and len(asked) < 2:
-            asked.append(step)
+    def interrupted(self, result):
+        dispatched(self, result)
+        if next(steps) in (1, 3):
             signal.raise_signal(signal.SIGINT)
-        return saved
 
-    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    monkeypatch.setattr(RunLog, "dispatched", interrupted)
     for _ in range(2):
         with pytest.raises(Interrupted):
             train(config, resumed, data_dir=data_dir)
