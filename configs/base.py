@@ -117,9 +117,12 @@ def distill() -> ml_collections.ConfigDict:
     config.distill.relation_form = "auto"  # dense | fused | auto, as model.attention; only kl has a fused form
     config.distill.feature_loss = "smooth_l1"  # for features: smooth_l1 | mse | cosine
     # Of the teacher's features. layer: LayerNorm of each token | fixed: by mean and standard deviation of each channel
+    # | none: as they are
     config.distill.feature_norm = "layer"
     config.distill.statistics_images = 50_000  # fixed: they are those of the first so many images of the training
-    config.distill.adapter = "linear"  # from the student's features to the teacher's width: linear | mlp, with 2 layers
+    # From the student's features to the teacher's width: linear | mlp: 2 layers | norm_linear: LayerNorm and Linear |
+    # none: the features themselves, of equal width
+    config.distill.adapter = "linear"
     config.distill.beta = 2.0  # smooth_l1: the difference at which it changes from quadratic to linear
     # Which block, counted from 1; None: the last. Or ((when, block), ...), each from then on, as for teacher.tap
     config.distill.student_tap = config_dict.placeholder(object)
@@ -130,6 +133,8 @@ def distill() -> ml_collections.ConfigDict:
     # for the loss, q, k and v of both models are split into distill.relation_heads heads
     config.distill.heads = "adaptive"
     config.distill.relation_heads = config_dict.placeholder(int)  # for resplit; None: the teacher's number
+    # The student's last block is as wide as the teacher, behind a Linear, and stays so (WideLast, arXiv 2511.15572)
+    config.distill.wide_last = False
     config.distill.mask_ratio = 0.0  # share of patches hidden from the student; the loss covers visible patches
     config.distill.mim_weight = 0.0  # weight of an additional MAE loss on the hidden patches; 0: off
     config.distill.mim = ml_collections.ConfigDict()  # decoder of that loss; keys as in mae()

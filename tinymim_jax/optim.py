@@ -175,7 +175,7 @@ def _layer(path: Path, depth: int, official: bool) -> int:
         return 0
     if names[0].startswith("blocks_"):
         return int(names[0].removeprefix("blocks_")) + 1
-    return depth + 1
+    return depth if names[0] == "widen" else depth + 1
 
 
 def _map_paths(function: Callable, params: Params) -> Params:

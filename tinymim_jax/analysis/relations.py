@@ -21,11 +21,11 @@ def common_heads(student: Network, teacher: Network, pairs: tuple[tuple[int, int
 
     Never more than the teacher has in its last block.
     """
+    common = math.gcd(*student.vit.widths, *teacher.vit.widths)
     if pairs:
         own, theirs = student.vit.block_heads[pairs[0][0] - 1], teacher.vit.block_heads[pairs[0][1] - 1]
-        if own == theirs and teacher.vit.embed_dim % own == 0 and student.vit.embed_dim % own == 0:
+        if own == theirs and common % own == 0:
             return own
-    common = math.gcd(student.vit.embed_dim, teacher.vit.embed_dim)
     return max(h for h in range(1, teacher.vit.block_heads[-1] + 1) if common % h == 0)
 
 

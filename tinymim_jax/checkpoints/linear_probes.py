@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from tinymim_jax.checkpoints.tables import for_image_size
+from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.batch_norm import EPS
 
 Params = Any  # nested dicts of arrays
@@ -23,12 +24,13 @@ def probed_params(model: dict[str, Any], params: Params, *, image_size: tuple[in
     record = model["encoder"]
     encoder = dict(for_image_size(record, params["encoder"], image_size))
     own_norm = encoder.pop("norm", None)
+    width = ViT.from_record(record).widths[-1]
     if pool == "cls":
-        fresh = _no_affine(record["embed_dim"], bias=record.get("switches", {}).get("norm") != "rms")
+        fresh = _no_affine(width, bias=record.get("switches", {}).get("norm") != "rms")
         return {"encoder": encoder | {"norm": own_norm or fresh}}
     norm = params.get("fc_norm")
-    if norm is None or len(norm["scale"]) != record["embed_dim"]:
-        norm = _no_affine(record["embed_dim"])
+    if norm is None or len(norm["scale"]) != width:
+        norm = _no_affine(width)
     return {"encoder": encoder, "fc_norm": norm}
 
 

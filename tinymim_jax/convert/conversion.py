@@ -119,7 +119,7 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
         parts, sizes = parts_of(model), sizes_of(model)
     expected = leaves(family_of(family).rows_with(parts), sizes)
     # These parts of a distillation are used in its training only; PyTorch's families have no name for them.
-    added = {"adapter", "statistics"} & set(model)
+    added = {"adapter", "statistics", "mask_token"} & set(model)
     arrays = dict(_flatten({part: tree for part, tree in params.items() if part not in added}))
     arrays |= _fixed_tables(model, arrays)
     problems = _differences(

@@ -72,6 +72,8 @@ def model_card(checkpoint: str, network: Network, *, licence: str, name: str, su
     pipeline = "image-classification" if network.output == "logits" else "image-feature-extraction"
     library = "timm" if in_timm(network.record) else "transformers"
     heads = encoder["heads"]
+    last = encoder.get("switches", {}).get("last_dim")
+    wide = f" ({last} in the last block)" if last else ""
     shown = heads[0] if len(set(heads)) == 1 else " ".join(map(str, heads))
     parts = [
         "\n".join(
@@ -86,7 +88,7 @@ def model_card(checkpoint: str, network: Network, *, licence: str, name: str, su
             ]
         ),
         f"# {name}",
-        f"A ViT of width {encoder['embed_dim']}, {encoder['depth']} blocks, attention heads {shown}, patches of "
+        f"A ViT of width {encoder['embed_dim']}{wide}, {encoder['depth']} blocks, attention heads {shown}, patches of "
         f"{encoder['patch_size']} pixels and {size_of(network.used_params()) // 4 / 1e6:.2f} M parameters, trained "
         "with [TinyMIM](https://arxiv.org/abs/2301.01296) in tinymim-jax.",
         _figures(steps, suites),

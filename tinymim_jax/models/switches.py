@@ -1,4 +1,4 @@
-"""Switches: how the Vision Transformers of other authors differ from the plain one."""
+"""Switches: how Vision Transformers, mostly of other authors, differ from the plain one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -42,6 +42,8 @@ class Switches:
     mlp: 'plain' is fc2(f(fc1(x))), 'gated' is fc2(f(gate(x)) * fc1(x)).
     mlp_norm: a norm before fc2.
     activation: f; 'gelu' is exact, 'gelu_tanh' its tanh approximation, 'quick_gelu' is x sigmoid(1.702 x).
+    last_dim: width of the last block and of what comes after it, behind a linear layer on its input; 0: the encoder's
+      (WideLast, arXiv 2511.15572).
     """
 
     stem: str = "linear"
@@ -64,6 +66,7 @@ class Switches:
     mlp: str = "plain"
     mlp_norm: bool = False
     activation: str = "gelu"
+    last_dim: int = 0
 
     def __post_init__(self):
         for name, choices in CHOICES.items():

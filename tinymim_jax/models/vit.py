@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tinymim_jax.models.blocks import Block, Tap, run_blocks
 from tinymim_jax.models.layers import Dense, make_norm
@@ -31,6 +31,8 @@ PRESETS: dict[str, dict[str, int]] = {
 
 Images = Float[Array, "batch height width 3"]
 Tokens = Float[Array, "batch tokens dim"]
+# (which patches, the token in their place)
+Replaced = tuple[Bool[Array, "batch patches"], Float[Array, "1 1 dim"]]
 
 
 class ViT(nn.Module):
@@ -86,6 +88,11 @@ class ViT(nn.Module):
     def fixed_table(self) -> np.ndarray:
         """The sin-cos position table, float32 [1, table_prefix + patches, embed_dim]."""
         return sincos_table(self.embed_dim, self.grid, self.table_prefix)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each block; the last one is that of the encoder's output."""
+        return (self.embed_dim,) * (self.depth - 1) + (self.switches.last_dim or self.embed_dim,)
 
     @property
     def block_heads(self) -> tuple[int, ...]:
@@ -148,9 +155,11 @@ class ViT(nn.Module):
         if switches.pre_norm:
             self.pre_norm = make_norm(switches, self.dtype)
         self.blocks = [
-            Block(self.embed_dim, heads, self.mlp_ratio, self.dtype, self.attention, switches, self.grid, self.prefix)
-            for heads in self.block_heads
+            Block(width, heads, self.mlp_ratio, self.dtype, self.attention, switches, self.grid, self.prefix)
+            for width, heads in zip(self.widths, self.block_heads)
         ]
+        if switches.last_dim:
+            self.widen = Dense(switches.last_dim, self.dtype)
         if self.final_norm:
             self.norm = make_norm(switches, self.dtype)
 
@@ -161,7 +170,7 @@ class ViT(nn.Module):
         keep: Int[Array, "batch kept"] | None = None,
         drop_key: jax.Array | None = None,
     ) -> Tokens:
-        """All tokens after the last block (and the final norm), [batch, prefix + patches, embed_dim].
+        """All tokens after the last block (and the final norm), [batch, prefix + patches, widths[-1]].
 
         Args:
           images: normalized pixels.
@@ -169,8 +178,7 @@ class ViT(nn.Module):
           drop_key: random key for drop path; None disables it.
         """
         x, scales = self.embed(images, keep), self._path_scales(images, drop_key)
-        x = run_blocks(self.blocks, x, scales, scan=self.scan, remat=self.remat, keep=keep)
-        return self.finish(x)
+        return self.finish(self._run(x, 0, self.depth, scales, keep))
 
     def encode(
         self,
@@ -179,30 +187,49 @@ class ViT(nn.Module):
         tap: int | Sequence[int],
         keep: Int[Array, "batch kept"] | None = None,
         drop_key: jax.Array | None = None,
+        replaced: Replaced | None = None,
     ) -> Tap | tuple[Tap, ...]:
         """Intermediate values of block `tap`, counted from 1, or of several blocks in the given order.
 
         Takes one forward pass; blocks after the last tapped one are not run.
+
+        Args:
+          keep, drop_key: as of a call.
+          replaced: patches whose tokens are replaced by another before positions are added; None: no patches.
         """
         wanted = (tap,) if isinstance(tap, int) else tuple(tap)
         for block in wanted:
             if not 1 <= block <= self.depth:
                 raise ValueError(f"tap={block} is not a block of this encoder: choose 1 to {self.depth}")
-        x, scales = self.embed(images, keep), self._path_scales(images, drop_key)
+        x, scales = self.embed(images, keep, replaced), self._path_scales(images, drop_key)
         taps: dict[int, Tap] = {}
         done = 0
         for block in sorted(set(wanted)):
-            between = None if scales is None else scales[done : block - 1]
-            x = run_blocks(self.blocks[done : block - 1], x, between, scan=self.scan, remat=self.remat, keep=keep)
+            x = self._run(x, done, block - 1, scales, keep)
+            if self._is_widened(block - 1):
+                x = self.widen(x)
             taps[block] = self.blocks[block - 1](x, None if scales is None else scales[block - 1], keep)
             x, done = taps[block].output, block
         return taps[tap] if isinstance(tap, int) else tuple(taps[block] for block in wanted)
+
+    def _run(self, x: Array, start: int, stop: int, scales: Array | None, keep: Array | None) -> Array:
+        """The residual stream after blocks `start` to `stop - 1`, counted from 0, from that before block `start`."""
+        if start < stop and self._is_widened(stop - 1):
+            x, start = self.widen(self._run(x, start, stop - 1, scales, keep)), stop - 1
+        scales = None if scales is None else scales[start:stop]
+        return run_blocks(self.blocks[start:stop], x, scales, scan=self.scan, remat=self.remat, keep=keep)
+
+    def _is_widened(self, block: int) -> bool:
+        """Whether the input of this block, counted from 0, is widened."""
+        return bool(self.switches.last_dim) and block == self.depth - 1
 
     def finish(self, tokens: Tokens) -> Tokens:
         """Applies the final norm, if there is one, to the output of the last block."""
         return self.norm(tokens) if self.final_norm else tokens
 
-    def embed(self, images: Images, keep: Int[Array, "batch kept"] | None = None) -> Tokens:
+    def embed(
+        self, images: Images, keep: Int[Array, "batch kept"] | None = None, replaced: Replaced | None = None
+    ) -> Tokens:
         """The input of the first block: all tokens with position embeddings added."""
         if images.shape[1:3] != tuple(self.image_size):
             height, width = images.shape[1:3]
@@ -213,6 +240,9 @@ class ViT(nn.Module):
         tokens = self._patch_tokens(images, keep)
         if self.switches.patch_norm:
             tokens = self.patch_norm(tokens)
+        if replaced is not None:
+            which, token = replaced
+            tokens = jnp.where(which[:, :, None], token.astype(tokens.dtype), tokens)
         leading = [token.astype(self.dtype) for token in self.leading]
         if self.switches.positions != "none":
             positions = jnp.asarray(self.positions, self.dtype)

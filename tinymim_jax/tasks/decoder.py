@@ -90,7 +90,7 @@ class PixelPrediction:
     def init(self, key: jax.Array) -> Params:
         """Parameters of the decoder, as in an MAE run."""
         masking = random_masking(key, 1, self.student.grid[0] * self.student.grid[1], self.mask_ratio)
-        latent = jnp.zeros((1, int(self.decoder.cls) + masking.keep.shape[1], self.student.embed_dim))
+        latent = jnp.zeros((1, int(self.decoder.cls) + masking.keep.shape[1], self.student.widths[-1]))
         return {"decoder": self.decoder.init(fold_in_name(key, "decoder"), latent, masking.restore)["params"]}
 
     def losses(self, params: Params, tokens: jax.Array, images: jax.Array, masking: Masking) -> jax.Array:

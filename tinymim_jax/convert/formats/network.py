@@ -21,7 +21,7 @@ from tinymim_jax.ops.segmentation import labels_dtype, resize_bilinear
 # pixel.
 OUTPUTS = ("logits", "mean", "cls", "tokens", "class_map")
 # Parts of a record that have parameters and are used in training only.
-_TRAINING_ONLY = ("decoder", "adapter", "statistics")
+_TRAINING_ONLY = ("decoder", "adapter", "statistics", "mask_token")
 
 
 @dataclasses.dataclass(frozen=True)

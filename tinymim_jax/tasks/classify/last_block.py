@@ -51,10 +51,18 @@ def with_last_block(loaded: Loaded, choice: str) -> Loaded:
     record, params = loaded.model["encoder"], dict(loaded.params["encoder"])
     if record["depth"] < 2:
         raise ValueError(f"classify.last_block={choice!r} needs two blocks, {loaded.path} has {record['depth']}")
-    last = f"blocks_{record['depth'] - 1}"
+    last, switches = f"blocks_{record['depth'] - 1}", dict(record.get("switches", {}))
+    wide = switches.pop("last_dim", 0)
     if choice == "drop":
         del params[last]
+        params.pop("widen", None)
         record = record | {"depth": record["depth"] - 1, "heads": list(record["heads"])[:-1]}
+        record |= {"switches": switches} if wide else {}
+    elif choice == "copy_previous" and wide:
+        raise ValueError(
+            f"classify.last_block='copy_previous': the last block of {loaded.path} is {wide} wide and the one before "
+            f"it {record['embed_dim']} (distill.wide_last): choose another, such as 'keep'"
+        )
     else:
         params[last] = _REMEDIES[choice](params[last], params[f"blocks_{record['depth'] - 2}"])
     model, params = loaded.model | {"encoder": record}, loaded.params | {"encoder": params}
@@ -63,4 +71,5 @@ def with_last_block(loaded: Loaded, choice: str) -> Loaded:
 
 def without_last_block(encoder: ViT) -> ViT:
     """The encoder that classify.last_block='drop' fine-tunes: one block shorter."""
-    return encoder.clone(depth=encoder.depth - 1, heads=encoder.block_heads[:-1])
+    switches = dataclasses.replace(encoder.switches, last_dim=0)
+    return encoder.clone(depth=encoder.depth - 1, heads=encoder.block_heads[:-1], switches=switches)

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 
 from tinymim_jax.models.layers import Dense
 from tinymim_jax.ops.gelu import gelu
+from tinymim_jax.ops.layer_norm import layer_norm
 from tinymim_jax.ops.products import full_precision
 from tinymim_jax.tasks.task import Params
 
-# Of features. linear: a Linear (published) | mlp: Linear, GELU and Linear, all of the teacher's width.
-ADAPTERS = ("linear", "mlp")
+# Of features. linear: a Linear (published) | mlp: Linear, GELU and Linear, all of the teacher's width | norm_linear:
+# LayerNorm and Linear (Proteus, arXiv 2407.10366) | none: the student's feature itself, which has the teacher's width.
+ADAPTERS = ("linear", "mlp", "norm_linear", "none")
+
+_EPS = 1e-5  # of the LayerNorm of norm_linear; torch's default, as in the authors' code
 
 
 def init_adapter(kind: str, key: jax.Array, student: int, teacher: int) -> Params | None:
@@ -24,8 +28,10 @@ def init_adapter(kind: str, key: jax.Array, student: int, teacher: int) -> Param
     """
     if kind == "heads":
         return None if student == teacher else {"kernel": jnp.full((student, teacher), 1 / student)}
-    if kind == "linear":
-        return Dense(teacher).init(key, jnp.zeros((1, student)))["params"]
+    if kind in ("linear", "norm_linear"):
+        linear = Dense(teacher).init(key, jnp.zeros((1, student)))["params"]
+        norm = {"scale": jnp.ones(student), "bias": jnp.zeros(student)}
+        return linear if kind == "linear" else {"norm": norm, "linear": linear}
     first, second = jax.random.split(key)
     hidden = Dense(teacher).init(first, jnp.zeros((1, student)))["params"]
     return {"fc1": hidden, "fc2": Dense(teacher).init(second, jnp.zeros((1, teacher)))["params"]}
@@ -41,6 +47,8 @@ def adapt(kind: str, params: Params | None, values: jax.Array) -> jax.Array:
     assert params is not None
     if kind == "linear":
         return _linear(params, values)
+    if kind == "norm_linear":
+        return _linear(params["linear"], layer_norm(values, **params["norm"], eps=_EPS).astype(values.dtype))
     return _linear(params["fc2"], gelu(_linear(params["fc1"], values)))
 
 

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
+from tinymim_jax.tasks.distill.pairs import Blocks, tapped_widths
 from tinymim_jax.tasks.distill.targets import TARGETS, Target
 
 
@@ -14,6 +15,9 @@ class Compared(Protocol):
     @property
     def target(self) -> Target: ...
 
+    @property
+    def blocks(self) -> Blocks: ...
+
 
 def check_targets(pairs: Sequence[Compared], student: ViT, teacher: ViT | ConvNet, prefix: int) -> None:
     """Raises ValueError for targets that need tokens or features which one of the networks does not have.
@@ -21,6 +25,14 @@ def check_targets(pairs: Sequence[Compared], student: ViT, teacher: ViT | ConvNe
     Args:
       prefix: number of tokens before the patches that are compared.
     """
+    for pair in pairs:
+        own, theirs = tapped_widths(pair.blocks, student, teacher)
+        if pair.target.adapter == "none" and own != theirs:
+            raise ValueError(
+                f"distill.target: adapter=none compares the student's {', '.join(pair.target.names)} of width {own} "
+                f"with the teacher's of {theirs} as they are: set adapter=linear, or distill.wide_last=True for the "
+                "last block"
+            )
     if isinstance(teacher, ConvNet):
         return _check_cnn(pairs, teacher)
     for pair in pairs:

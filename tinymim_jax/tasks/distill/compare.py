@@ -12,7 +12,7 @@ from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.distill.adapters import adapt, init_adapter
-from tinymim_jax.tasks.distill.pairs import Pair
+from tinymim_jax.tasks.distill.pairs import Pair, tapped_widths
 from tinymim_jax.tasks.distill.statistics import no_statistics, standardize, update_statistics
 from tinymim_jax.tasks.distill.target import Extracted
 from tinymim_jax.tasks.task import RUNNING, Params
@@ -74,7 +74,7 @@ def init_comparison(key: jax.Array, pairs: Sequence[Pair], student: ViT, teacher
         if made := {name: adapter for name, adapter in made.items() if adapter is not None}:
             adapters[pair.key] = made
         if pair.target.standardized:
-            statistics[pair.key] = {name: no_statistics(teacher.embed_dim) for name in pair.target.names}
+            statistics[pair.key] = {name: no_statistics(sizes[1]) for name in pair.target.names}
     return ({"adapter": adapters} if adapters else {}) | ({"statistics": statistics} if statistics else {})
 
 
@@ -89,4 +89,4 @@ def _sizes(pair: Pair, student: ViT, teacher: ViT | ConvNet) -> tuple[int, int]:
     """Of student and teacher: the numbers of heads for an adapter of attention maps, else the widths."""
     if pair.target.adapter == "heads":
         return student.block_heads[pair.blocks.student - 1], teacher.block_heads[pair.blocks.teacher - 1]
-    return student.embed_dim, teacher.embed_dim
+    return tapped_widths(pair.blocks, student, teacher)

@@ -15,8 +15,18 @@ from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.decoder import PixelPrediction, pixel_prediction
 from tinymim_jax.tasks.distill.checks import check_targets
 from tinymim_jax.tasks.distill.compare import init_comparison
-from tinymim_jax.tasks.distill.one_teacher import Teaching
-from tinymim_jax.tasks.distill.pairs import Blocks, Comparisons, align_heads, find_blocks, find_comparisons, make_pairs
+from tinymim_jax.tasks.distill.final import check_final
+from tinymim_jax.tasks.distill.hidden import MASK_TOKEN, find_hidden, hidden_patches, second_pass
+from tinymim_jax.tasks.distill.one_teacher import Seen, Teaching
+from tinymim_jax.tasks.distill.pairs import (
+    Blocks,
+    Comparisons,
+    align_heads,
+    find_blocks,
+    find_comparisons,
+    make_pairs,
+    widened,
+)
 from tinymim_jax.tasks.distill.parts import Part
 from tinymim_jax.tasks.distill.settings import FIRST, errors_of, key_of
 from tinymim_jax.tasks.distill.teacher_networks import teacher_network
@@ -32,12 +42,14 @@ class Distillation:
     Of several teachers, adapters, statistics, frozen weights and names of losses are kept apart by the teachers' names.
 
     mim: MAE's loss beside the distillation; None without.
+    hidden: share of the patches that is hidden in a second pass of the student; 0 without.
     taps: blocks by name that differ in other parts of the training; they are recorded beside the losses.
     """
 
     student: ViT
     teachings: tuple[Teaching, ...]
     mim: PixelPrediction | None
+    hidden: float = 0.0
     taps: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -55,9 +67,11 @@ class Distillation:
         return (*names, *(("mae",) if self.mim else ()), *self.taps)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters: "encoder", and "adapter", "statistics" and "decoder" where the losses need them."""
+        """Fresh parameters: "encoder", and "adapter", "statistics", MASK_TOKEN, "decoder" where losses need them."""
         image = jnp.zeros((1, *self.student.image_size, 3))
         params = {"encoder": self.student.init(key, image)["params"]} | self.init_comparisons(key)
+        if self.hidden:
+            params[MASK_TOKEN] = jnp.zeros((1, 1, self.student.embed_dim))  # as in DINOv2
         return params | (self.mim.init(key) if self.mim else {})
 
     def init_comparisons(self, key: jax.Array) -> Params:
@@ -73,8 +87,9 @@ class Distillation:
         """See Task.losses; `frozen` are the teacher's weights, or those of each by its name."""
         images, inputs = batch["image"], self.teachings[0].inputs
         view, masking = inputs.student_view(images, key, train), inputs.masking(key, len(images))
-        blocks = [pair.blocks.student for teaching in self.teachings for pair in teaching.pairs]
-        blocks = tuple(dict.fromkeys(blocks + ([self.student.depth] if self.mim else [])))
+        pairs = [pair for teaching in self.teachings for pair in teaching.pairs]
+        blocks = [pair.blocks.student for pair in pairs] + ([self.student.depth] if self.mim else [])
+        blocks = tuple(dict.fromkeys(blocks))
         taps: Any = self.student.apply(
             {"params": params["encoder"]},
             view,
@@ -83,7 +98,11 @@ class Distillation:
             drop_key=fold_in_name(key, "drop_path") if train else None,
             method="encode",
         )
-        taps = dict(zip(blocks, taps, strict=True))
+        taps, again, hidden = dict(zip(blocks, taps, strict=True)), {}, None
+        if self.hidden:
+            hidden = hidden_patches(key, len(images), self.student.grid, self.hidden)
+            again = second_pass(self.student, params, view, pairs, hidden, key if train else None)
+        by_student = Seen(self.student, params["encoder"], taps, masking, hidden, again)
         found = {
             teaching.name: teaching.losses(
                 _own(params, teaching.name) if self.several else params,
@@ -91,9 +110,7 @@ class Distillation:
                 images,
                 key,
                 train,
-                self.student,
-                taps,
-                masking,
+                by_student,
             )
             for teaching in self.teachings
         }
@@ -139,6 +156,7 @@ def build_distillations(
     config = parts[-1][FIRST]
     distill, student = config.distill, started_encoder(config)
     compared = {name: _compared_blocks([part[name] for part in parts], name, student, loaded[name]) for name in loaded}
+    student = widened(distill, student, compared[FIRST].network)
     student = align_heads(distill, student, [(each.network, each.every) for each in compared.values()])
     if distill.statistics_images < 1:
         raise ValueError(f"distill.statistics_images={distill.statistics_images} must be positive")
@@ -147,7 +165,11 @@ def build_distillations(
         with errors_of(name):
             teachings.append(_teachings(name, parts[-1][name], student, each, loaded[name]))
     mim, shown = pixel_prediction(distill, student), _moving_blocks(compared)
-    methods = tuple(Distillation(student, now, mim, taps) for now, taps in zip(zip(*teachings), shown, strict=True))
+    pairs = [pair for parts_of_one in teachings for pair in parts_of_one[-1].every]
+    (hidden,) = {find_hidden(pairs, student, each[-1].inputs) for each in teachings}
+    methods = tuple(
+        Distillation(student, now, mim, hidden, taps) for now, taps in zip(zip(*teachings), shown, strict=True)
+    )
     names = methods[-1].names
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -192,6 +214,7 @@ def _teachings(
     pixels = teacher_pixels(loaded, distill.teacher.mean, distill.teacher.std, key_of(name))
     inputs = build_inputs(config, student, teacher, pixels)
     check_targets(every, student, teacher, inputs.prefix)
+    check_final(every, student, teacher)
     if inputs.dropped and (inputs.prefix == 0 or isinstance(teacher, ConvNet)):
         raise ValueError(
             f"distill.teacher.drop_patches={inputs.dropped}: the student's CLS token chooses what the teacher is not "

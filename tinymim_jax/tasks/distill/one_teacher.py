@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,9 +13,33 @@ from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.ops.masking import Masking
 from tinymim_jax.ops.token_grid import visible_tokens
 from tinymim_jax.tasks.distill.compare import compare
+from tinymim_jax.tasks.distill.final import finished
+from tinymim_jax.tasks.distill.hidden import Hidden, hidden_only
 from tinymim_jax.tasks.distill.pairs import Pair
 from tinymim_jax.tasks.distill.views import Inputs, compared
 from tinymim_jax.tasks.task import Params
+
+
+class Seen(NamedTuple):
+    """What the student has made of a batch.
+
+    params: of its encoder.
+    taps: by block.
+    masking: the patches that are left out of the encoder.
+    hidden: the patches that a learned token stood for in a second pass.
+    again: taps of that pass, by block.
+    """
+
+    student: ViT
+    params: Params
+    taps: Mapping[int, Tap]
+    masking: Masking | None
+    hidden: Hidden | None
+    again: Mapping[int, Tap]
+
+    def of(self, pair: Pair) -> Tap:
+        """The tap that this pair compares."""
+        return (self.again if pair.hidden else self.taps)[pair.blocks.student]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +67,18 @@ class Teaching:
         images: jax.Array,
         key: jax.Array,
         train: bool,
-        student: ViT,
-        taps: Mapping[int, Tap],
-        masking: Masking | None,
+        by_student: Seen,
     ) -> dict[str, Any]:
         """Those of `compare`, with the teacher's taps of this batch.
 
         Args:
           params: the "adapter" and "statistics" of this comparison.
           frozen: the weights of this teacher.
-          taps: of the student, by block.
-          masking: the patches that are hidden from the student.
         """
-        prefix, keep = self.inputs.prefix, masking.keep if masking else None
-        seen = [compared(taps[pair.blocks.student], student, prefix) for pair in self.pairs]
+        prefix, masking, hidden = self.inputs.prefix, by_student.masking, by_student.hidden
+        keep, student = masking.keep if masking else None, by_student.student
+        taps = finished(student, by_student.params, self.pairs, [by_student.of(pair) for pair in self.pairs])
+        seen = [compared(tap, student, prefix) for tap in taps]
         deepest = max(range(len(seen)), key=lambda i: self.pairs[i].blocks.student)
         chosen: Any = self.inputs.chosen(seen[deepest], prefix)
         if chosen is not None:
@@ -69,5 +91,8 @@ class Teaching:
             drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
             method="encode",
         )
-        wanted = [self.inputs.aligned(compared(tap, self.network, prefix), masking) for tap in seen_by_teacher]
+        theirs = finished(self.network, frozen, self.pairs, seen_by_teacher)
+        wanted = [self.inputs.aligned(compared(tap, self.network, prefix), masking) for tap in theirs]
+        if hidden is not None:
+            seen, wanted = (hidden_only(self.pairs, taps, hidden, prefix) for taps in (seen, wanted))
         return compare(self.pairs, params, seen, wanted, prefix=prefix, images=self.images if train else 0)

@@ -37,6 +37,7 @@ class Pair:
     weight: of the sum of these parts in the loss.
     patches_only: tokens before the patches are not compared.
     key: of its adapters and statistics among the parameters.
+    hidden: only so large a share of the patches is compared, which is hidden from the student; 0: all, and it sees all.
     """
 
     blocks: Blocks
@@ -45,6 +46,7 @@ class Pair:
     weight: float = 1.0
     patches_only: bool = False
     key: str = "taps_0"
+    hidden: float = 0.0
 
 
 def find_comparisons(distill: ConfigDict, student_depth: int, teacher_depth: int, teacher_tap: int) -> Comparisons:
@@ -135,13 +137,39 @@ def align_heads(distill: ConfigDict, student: ViT, teachers: Sequence[tuple[ViT 
         gives = f"distill.heads='adaptive' gives the student's block {pair.student} the {count} heads of the teacher's"
         if given.setdefault(pair.student, count) != count:
             raise ValueError(f"{gives} block {pair.teacher} and {given[pair.student]} of another: set it to 'resplit'")
-        if student.embed_dim % count:
+        if (width := student.widths[pair.student - 1]) % count:
             raise ValueError(
-                f"{gives} block {pair.teacher}, which do not divide the student's width {student.embed_dim}: set "
+                f"{gives} block {pair.teacher}, which do not divide the student's width {width}: set "
                 "distill.heads='resplit'"
             )
         heads[pair.student - 1] = count
     return student.clone(heads=tuple(heads))
+
+
+def widened(distill: ConfigDict, student: ViT, teacher: ViT | ConvNet) -> ViT:
+    """The student with the last block that `distill.wide_last` asks for; its heads keep the width of the others'.
+
+    The paper widens the last block only, and keeps that at inference (arXiv 2511.15572, abstract and model card). That
+    a linear layer brings the tokens to its width, and the heads, are choices of this project.
+    """
+    if not distill.wide_last:
+        return student
+    width = teacher.embed_dim if isinstance(teacher, ConvNet) else teacher.widths[-1]
+    if width <= student.embed_dim:
+        raise ValueError(
+            f"distill.wide_last=True: the student is {student.embed_dim} wide and the teacher {width}: set it to False"
+        )
+    switches, heads = dataclasses.replace(student.switches, last_dim=width), student.heads
+    head_dim = student.embed_dim // student.block_heads[-1]
+    if isinstance(heads, int) and width % head_dim == 0:
+        heads = (*student.block_heads[:-1], width // head_dim)
+    return student.clone(switches=switches, heads=heads)
+
+
+def tapped_widths(blocks: Blocks, student: ViT, teacher: ViT | ConvNet) -> tuple[int, int]:
+    """Widths of the compared blocks of student and teacher."""
+    theirs = teacher.embed_dim if isinstance(teacher, ConvNet) else teacher.widths[blocks.teacher - 1]
+    return student.widths[blocks.student - 1], theirs
 
 
 def make_pairs(
@@ -166,6 +194,8 @@ def make_pairs(
         names = target.names
         if several_blocks and not (moving and None in (part.student, part.teacher)):
             names = tuple(f"{name}_{blocks.student}_{blocks.teacher}" for name in names)
+        if part.hidden:
+            names = tuple(f"{name}_hidden" for name in names)
         loss = part.options.get("relation_loss") or part.options.get("feature_loss")
         if loss and taken & set(names):
             names = tuple(f"{name}_{loss}" for name in names)
@@ -176,13 +206,13 @@ def make_pairs(
             )
         taken |= set(names)
         patches_only = distill.patches_only if part.patches_only is None else part.patches_only
-        if patches_only and part.name == "cls":
+        if (patches_only or part.hidden) and part.name == "cls":
             raise ValueError(
                 f"distill.target={distill.target!r} compares the CLS token, and only patches are to be compared: write "
-                "cls(patches=false), or set distill.patches_only=False"
+                "cls(patches=false) without hidden=, or set distill.patches_only=False"
             )
-        key = f"taps_{every.index((part, blocks))}"
-        pairs.append(Pair(blocks, target, names, part.weight * blocks.weight, patches_only, key))
+        key, weight = f"taps_{every.index((part, blocks))}", part.weight * blocks.weight
+        pairs.append(Pair(blocks, target, names, weight, patches_only or part.hidden > 0, key, part.hidden))
     return tuple(pairs)
 
 
@@ -203,7 +233,7 @@ def _options(distill: ConfigDict, part: Part, student: ViT, teacher: ViT | ConvN
     options |= part.options
     for key in ("relation_heads", "output_heads"):
         if is_relation(part.name) and key in options:
-            _check_relation_heads(options[key], student.embed_dim, teacher.embed_dim)
+            _check_relation_heads(options[key], *tapped_widths(blocks, student, teacher))
     return options
 
 

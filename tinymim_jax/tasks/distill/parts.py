@@ -4,6 +4,7 @@ qk_vv                                                     one target
 qk_vv:1 + output:0.5 + cls:1                              three, with weights
 oo(loss=mse, normalize=true, patches=true) + cls:0.5      options in place of the config's
 qk_vv(student=12, teacher=18) + output(student=6, teacher=9)
+output(final=true) + output(hidden=0.5)                   after the final norm; of hidden patches
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ class Part:
     options: arguments of `targets.find_target` that differ from the config's.
     patches_only: CLS is left out; None: as the config says.
     student, teacher: the blocks that are compared, counted from 1; None: those of the config.
+    hidden: share of the patches that are hidden from the student in a pass of its own, and compared (hidden.py).
     """
 
     name: str
@@ -33,6 +35,7 @@ class Part:
     patches_only: bool | None = None
     student: int | None = None
     teacher: int | None = None
+    hidden: float = 0.0
 
 
 def _truth(text: str) -> bool:
@@ -52,6 +55,8 @@ _FEATURE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "norm": (str, ("feature_norm",)),
     "adapter": (str, ("adapter",)),
     "beta": (float, ("beta",)),
+    "final": (_truth, ("final",)),
+    "hidden": (float, ()),
 }
 _ANY = {"patches": _truth, "student": int, "teacher": int}
 

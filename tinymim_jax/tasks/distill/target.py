@@ -23,6 +23,7 @@ class Target:
     loss: (student, teacher) -> float32 [batch] for each name; training minimizes the mean of their unweighted sum.
     adapter: what is applied to the student's arrays before `loss`, see adapters.ADAPTERS; "" for nothing.
     standardized: the teacher's arrays are standardized before `loss`, by statistics of their channels.
+    final: `tap.output` is to be that after the network's final norm; the last block of both is compared.
     """
 
     names: tuple[str, ...]
@@ -30,11 +31,12 @@ class Target:
     loss: Callable[[Extracted, Extracted], dict[str, Float[Array, "batch"]]]
     adapter: str = ""
     standardized: bool = False
+    final: bool = False
 
     @property
     def adapted(self) -> bool:
         """Whether the student's arrays pass an adapter."""
-        return bool(self.adapter)
+        return self.adapter not in ("", "none")
 
 
 def distances(beta: float) -> dict[str, Comparison]:

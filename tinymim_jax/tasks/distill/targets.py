@@ -47,18 +47,26 @@ FEATURES: dict[str, dict[str, Callable[[Tap], Array]]] = {
     "qkv": {name: _joined(name) for name in "qkv"},
 }
 # Of the teacher's feature. layer: LayerNorm of each token | fixed: by mean and standard deviation of each channel, see
-# statistics.py.
-FEATURE_NORMS = ("layer", "fixed")
+# statistics.py | none: as it is.
+FEATURE_NORMS = ("layer", "fixed", "none")
+# Of features that have a counterpart after the network's final norm.
+FINAL = ("output", "cls")
 
 
 def features(
-    name: str, *, loss: str = "smooth_l1", beta: float = 2.0, norm: str = "layer", adapter: str = "linear"
+    name: str,
+    *,
+    loss: str = "smooth_l1",
+    beta: float = 2.0,
+    norm: str = "layer",
+    adapter: str = "linear",
+    final: bool = False,
 ) -> Target:
     """The target of a row of FEATURES: the student's feature, behind an adapter, against the teacher's normalized one.
 
-    With `norm` 'layer' the teacher's feature passes a LayerNorm without scale and bias. The student's always passes an
-    adapter, also where widths are equal, because it is not normalized. `loss` is 'smooth_l1' (published, with beta 2),
-    'mse' or 'cosine'.
+    With `norm` 'layer' the teacher's feature passes a LayerNorm without scale and bias. The student's passes an
+    adapter, also where widths are equal, because it is not normalized; `adapter` 'none' leaves it as it is. `loss` is
+    'smooth_l1' (published, with beta 2), 'mse' or 'cosine'. With `final` both are taken after the final norm.
     """
     take = FEATURES[name]
     compare = chosen("feature_loss", loss, {**distances(beta), "cosine": cosine_distance})
@@ -66,6 +74,11 @@ def features(
         raise unknown("distill.feature_norm", norm, FEATURE_NORMS)
     if adapter not in ADAPTERS:
         raise unknown("distill.adapter", adapter, ADAPTERS)
+    if final and name not in FINAL:
+        raise ValueError(
+            f"distill.target: {name}(final=true): only {' and '.join(FINAL)} of the last block are taken after the "
+            "final norm"
+        )
 
     def extract(tap: Tap) -> Extracted:
         return {part: function(tap) for part, function in take.items()}
@@ -77,7 +90,7 @@ def features(
             found[part] = compare(student[part], _normalized(teacher[part]) if norm == "layer" else teacher[part])
         return found
 
-    return Target(tuple(take), extract, losses, adapter=adapter, standardized=norm == "fixed")
+    return Target(tuple(take), extract, losses, adapter=adapter, standardized=norm == "fixed", final=final)
 
 
 def _check_features(student: Array, teacher: Array) -> None:
@@ -144,6 +157,7 @@ def find_target(
     feature_norm: str = "layer",
     adapter: str = "linear",
     beta: float = 2.0,
+    final: bool = False,
 ) -> Target:
     """The target of that name with these options; the error for an unknown name suggests the nearest one."""
     of_features = functools.partial(features, loss=feature_loss, beta=beta, norm=feature_norm, adapter=adapter)
@@ -160,7 +174,7 @@ def find_target(
     for check, one in ((of_features, "output"), (of_relations, "qk")):
         check(one)  # validates the options of both kinds, whichever is used
     if name in FEATURES:
-        return of_features(name)
+        return of_features(name, final=final)
     if name == ATTENTION_MAP:
         return attention_map()
     if not is_relation(name):

@@ -10,6 +10,7 @@ from tinymim_jax.checkpoints.params import merge
 from tinymim_jax.tasks.decoder import decoder_record, fill_decoder
 from tinymim_jax.tasks.distill.compare import comparison_record
 from tinymim_jax.tasks.distill.distillation import Distillation, build_distillations
+from tinymim_jax.tasks.distill.hidden import MASK_TOKEN
 from tinymim_jax.tasks.distill.moving import PartOfTraining, parts_of_training
 from tinymim_jax.tasks.distill.one_teacher import Teaching
 from tinymim_jax.tasks.distill.parts import read_parts
@@ -67,6 +68,8 @@ def _record(settings: Mapping[str, ConfigDict], method: Distillation) -> dict[st
             if not method.several or teaching.name in parts[part]
         }
         record[part] = found if method.several else found[FIRST]
+    if method.hidden:
+        record[MASK_TOKEN] = {"embed_dim": method.student.embed_dim}
     if method.mim:
         record["decoder"] = decoder_record(method.mim.decoder)
     return record
@@ -86,22 +89,27 @@ def _taught(teaching: Teaching, loaded: Loaded) -> dict[str, Any]:
 
 
 def _frozen(method: Distillation, loaded: Mapping[str, Loaded]) -> Params:
-    found = {
-        each.name: frozen_weights(loaded[each.name], each.network, max(pair.blocks.teacher for pair in each.every))
-        for each in method.teachings
-    }
+    found = {}
+    for each in method.teachings:
+        last, final = max(p.blocks.teacher for p in each.every), any(p.target.final for p in each.every)
+        found[each.name] = frozen_weights(loaded[each.name], each.network, last, final=final)
     return found if method.several else found[FIRST]
 
 
 def _filled(params: Params, source: Loaded, method: Distillation, model: dict[str, Any]) -> Params:
     """`params` with the checkpoint's encoder, and its adapters and the like where they are those of this task."""
-    params = fill_encoder(params, source, method.student)
-    for part in ("adapter", "statistics"):
-        if part in model and same_part(source, part, model[part]):
-            params |= {part: merge(params[part], source.params[part])}
+    params = fill_parts(fill_encoder(params, source, method.student), source, model)
     if method.mim:
         params = fill_decoder(params, source, method.mim.decoder)
     log_unused(source, model)
+    return params
+
+
+def fill_parts(params: Params, source: Loaded, model: dict[str, Any]) -> Params:
+    """`params` with the checkpoint's adapters, statistics and MASK_TOKEN where they are those of the record `model`."""
+    for part in ("adapter", "statistics", MASK_TOKEN):
+        if part in model and same_part(source, part, model[part]):
+            params = params | merge({part: params[part]}, {part: source.params[part]})
     return params
 
 

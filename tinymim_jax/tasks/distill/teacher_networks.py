@@ -67,10 +67,14 @@ def teacher_network(loaded: Loaded, config: ConfigDict) -> tuple[ViT | ConvNet, 
     return teacher, tap
 
 
-def frozen_weights(loaded: Loaded, teacher: ViT | ConvNet, last: int) -> Params:
-    """The teacher's weights up to block `last`: later ones are never run, so they take no memory on the device."""
+def frozen_weights(loaded: Loaded, teacher: ViT | ConvNet, last: int, *, final: bool = False) -> Params:
+    """The teacher's weights up to block `last`: later ones are never run, so they take no memory on the device.
+
+    Args:
+      final: those of the final norm are needed too.
+    """
     if isinstance(teacher, ConvNet):
         return cnn_weights(loaded, teacher)
-    unused = {f"blocks_{i}" for i in range(last, teacher.depth)} | {"norm"}
+    unused = {f"blocks_{i}" for i in range(last, teacher.depth)} | (set() if final else {"norm"})
     used = {name: leaf for name, leaf in fit_positions(loaded, teacher).items() if name not in unused}
     return jax.tree.map(lambda leaf: np.asarray(leaf, teacher.dtype), used)

@@ -80,7 +80,7 @@ class Probe:
 
     def init(self, key: jax.Array) -> Params:
         """A fresh head and the batch norm's running statistics."""
-        dim = self.network.encoder.embed_dim
+        dim = self.network.encoder.widths[-1]
         statistics = {"mean": jnp.zeros(dim), "variance": jnp.ones(dim)}
         return {"head": self.head.init(key, jnp.zeros((1, dim)))["params"], "batch_norm": statistics}
 

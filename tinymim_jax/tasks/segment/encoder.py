@@ -23,6 +23,11 @@ def segmentation_encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     switches = Switches.from_record(loaded.model["encoder"].get("switches", {})) if loaded else PLAIN
     if config.model.stem != PLAIN.stem:
         switches = dataclasses.replace(switches, stem=config.model.stem)
+    if switches.last_dim:
+        raise ValueError(
+            f"init={config.init}: its last block is {switches.last_dim} wide and the others {encoder.embed_dim} "
+            "(distill.wide_last), and a segmentation network reads blocks of one width: start from another encoder"
+        )
     if settings.layer_scale and not switches.layer_scale:
         switches = dataclasses.replace(switches, layer_scale=True, layer_scale_start=1.0)
     if settings.relative_bias:
