@@ -184,6 +184,9 @@ def _teacher() -> ml_collections.ConfigDict:
     # Share of the patches that the teacher is not shown, to save its compute: those to which the student's CLS token
     # attends least (MaskedKD, arXiv 2302.10494). The loss covers the others
     teacher.drop_patches = 0.0
+    # True: linear layers of its blocks are products of 8-bit integers, for chips that are faster at these. The log says
+    # at the start how far its relations are from those of the float32 teacher
+    teacher.int8 = False
     teacher.drop_path = 0.0  # as model.drop_path, with the same schedule
     # Of the teacher's view, independent of the student's; teachers of equal strengths see the same
     teacher.jitter = ml_collections.ConfigDict()

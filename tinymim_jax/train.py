@@ -181,6 +181,8 @@ def _loop(
         for step in range(start + 1, total + 1):
             with run_log.waiting_for_data():
                 batch = next(batches)
+            if step == start + 1 and task.remark is not None and is_first():
+                log.info("%s", task.remark(batch))
             # The previous step's results are read after this step is dispatched: the device never waits for the host.
             before = skipped_in_a_row
             state, recorded, skipped_in_a_row = train_step(state, recorded, frozen, place_batch(mesh, batch), root)

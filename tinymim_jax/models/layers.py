@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tinymim_jax.models.switches import Switches
+from tinymim_jax.ops.int8 import int8_product
 from tinymim_jax.ops.layer_norm import EPS, layer_norm
 from tinymim_jax.ops.placement import split_batch
 from tinymim_jax.ops.platform import on_cpu
@@ -16,6 +17,8 @@ from tinymim_jax.ops.products import add_bias, full_precision
 
 class Dense(nn.Module):
     """A linear layer: Xavier-uniform kernel, zero bias, computed in `dtype`.
+
+    If its parameters have a "kernel_scale", the kernel is one of 8 bits (ops.int8), and so is the product.
 
     Attributes:
       into_kernel: the output goes into an attention kernel, see `ops.products.add_bias`.
@@ -29,9 +32,12 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch features"]:
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
-        x, kernel = split_batch(x).astype(self.dtype), kernel.astype(self.dtype)
+        x = split_batch(x).astype(self.dtype)
         rows = x.reshape(-1, x.shape[-1]) if on_cpu() else x
-        product = jnp.matmul(rows, kernel, precision=full_precision(self.dtype))
+        if self.has_variable("params", "kernel_scale"):
+            product = int8_product(rows, kernel, self.get_variable("params", "kernel_scale"))
+        else:
+            product = jnp.matmul(rows, kernel.astype(self.dtype), precision=full_precision(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             product = add_bias(product, bias) if self.into_kernel else product + bias.astype(self.dtype)

@@ -63,6 +63,8 @@ class Task:
       (evaluation/segmentation.py) in place of `metric`.
     phases: of a training whose losses change with the step, in order; () where they do not. `losses` are then those of
       the last phase, by which every evaluation is done.
+    remark: this process's rows of the first batch -> lines for the log, which training writes when it starts or goes
+      on. None: there is nothing to say.
     seen: (batch, key) -> what each network is shown in the training step with this key, to be looked at: float32
       [batch, height, width, 3] of 0..1 by the network's name, hidden patches in grey. None: the batch's images.
     """
@@ -77,6 +79,7 @@ class Task:
     metric: Metric | None = None
     segmenter: Segmenter | None = None
     phases: tuple[Phase, ...] = ()
+    remark: Callable[[Batch], str] | None = None
     seen: Callable[[Batch, jax.Array], dict[str, jax.Array]] | None = None
 
     def __post_init__(self):

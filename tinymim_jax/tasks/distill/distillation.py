@@ -15,6 +15,7 @@ from tinymim_jax.ops.keys import fold_in_name
 from tinymim_jax.tasks.decoder import PixelPrediction, pixel_prediction
 from tinymim_jax.tasks.distill.checks import check_targets
 from tinymim_jax.tasks.distill.compare import init_comparison
+from tinymim_jax.tasks.distill.eight_bit import check_eight_bit
 from tinymim_jax.tasks.distill.final import check_final
 from tinymim_jax.tasks.distill.hidden import MASK_TOKEN, find_hidden, hidden_patches, second_pass
 from tinymim_jax.tasks.distill.one_teacher import Seen, Teaching
@@ -215,13 +216,15 @@ def _teachings(
     inputs = build_inputs(config, student, teacher, pixels)
     check_targets(every, student, teacher, inputs.prefix)
     check_final(every, student, teacher)
+    if distill.teacher.int8:
+        check_eight_bit(teacher)
     if inputs.dropped and (inputs.prefix == 0 or isinstance(teacher, ConvNet)):
         raise ValueError(
             f"distill.teacher.drop_patches={inputs.dropped}: the student's CLS token chooses what the teacher is not "
             "shown, which needs a student and a ViT teacher with CLS tokens: set it to 0"
         )
-    weight, images = distill.teacher.weight, distill.statistics_images
-    return tuple(Teaching(name, teacher, pairs, inputs, weight, images, every) for pairs in parts)
+    given = distill.teacher.weight, distill.statistics_images, every, distill.teacher.int8
+    return tuple(Teaching(name, teacher, pairs, inputs, *given) for pairs in parts)
 
 
 def _moving_blocks(compared: Mapping[str, _Compared]) -> list[dict[str, int]]:

@@ -50,6 +50,7 @@ class Teaching:
     weight: of this comparison in the loss.
     images: see compare.compare.
     every: the pairs of the whole training, which has other `pairs` in other parts where a tap moves.
+    int8: its weights are those of eight_bit.eight_bit.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Teaching:
     weight: float
     images: int
     every: tuple[Pair, ...]
+    int8: bool = False
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The blocks that are compared in any part of the training, counted from 1."""
+        return tuple(sorted({pair.blocks.teacher for pair in self.every}))
 
     def losses(
         self,

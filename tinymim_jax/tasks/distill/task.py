@@ -1,25 +1,27 @@
 """TinyMIM (arXiv 2301.01296): a small student learns the token relations of a frozen, MIM pre-trained teacher."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.params import merge
+from tinymim_jax.models.vit import ViT
 from tinymim_jax.tasks.decoder import decoder_record, fill_decoder
 from tinymim_jax.tasks.distill.compare import comparison_record
 from tinymim_jax.tasks.distill.distillation import Distillation, build_distillations
+from tinymim_jax.tasks.distill.eight_bit import remark_on_cost
 from tinymim_jax.tasks.distill.hidden import MASK_TOKEN
 from tinymim_jax.tasks.distill.moving import PartOfTraining, parts_of_training
 from tinymim_jax.tasks.distill.one_teacher import Teaching
 from tinymim_jax.tasks.distill.parts import read_parts
 from tinymim_jax.tasks.distill.settings import FIRST, errors_of, key_of, teacher_settings
-from tinymim_jax.tasks.distill.teacher_networks import frozen_weights, load_teacher
+from tinymim_jax.tasks.distill.teacher_networks import frozen_weights, load_teacher, used_weights
 from tinymim_jax.tasks.distill.teachers import teacher_stand_in
 from tinymim_jax.tasks.pretrained import Loaded, fill_encoder, load, log_unused, same_part, teacher_record
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
-from tinymim_jax.tasks.task import Params, Phase, Task, TaskType
+from tinymim_jax.tasks.task import Batch, Params, Phase, Task, TaskType
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
@@ -45,6 +47,7 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
         load_frozen=lambda: _frozen(method, loaded),
         start=(lambda params: _filled(params, load(config.init), method, model)) if config.init else None,
         phases=_phases(parts, methods),
+        remark=_remark(method, loaded),
         origin=_origin(method, loaded),
     )
 
@@ -91,9 +94,32 @@ def _taught(teaching: Teaching, loaded: Loaded) -> dict[str, Any]:
 def _frozen(method: Distillation, loaded: Mapping[str, Loaded]) -> Params:
     found = {}
     for each in method.teachings:
-        last, final = max(p.blocks.teacher for p in each.every), any(p.target.final for p in each.every)
-        found[each.name] = frozen_weights(loaded[each.name], each.network, last, final=final)
+        final = any(pair.target.final for pair in each.every)
+        found[each.name] = frozen_weights(
+            loaded[each.name], each.network, each.taps[-1], final=final, int8=each.int8
+        )
     return found if method.several else found[FIRST]
+
+
+def _remark(method: Distillation, loaded: Mapping[str, Loaded]) -> Callable[[Batch], str] | None:
+    """See Task.remark: a line for each teacher of 8 bits."""
+    rounded = [each for each in method.teachings if each.int8]
+
+    def remark(batch: Batch) -> str:
+        return "\n".join(_cost_of_int8(each, loaded[each.name], batch) for each in rounded)
+
+    return remark if rounded else None
+
+
+def _cost_of_int8(teaching: Teaching, loaded: Loaded, batch: Batch) -> str:
+    network = teaching.network
+    assert isinstance(network, ViT)
+    exact = used_weights(loaded, network, teaching.taps[-1])
+
+    def view(images: jax.Array) -> jax.Array:
+        return teaching.inputs.teacher_view(images, jax.random.key(0), False)
+
+    return remark_on_cost(key_of(teaching.name), network, teaching.taps, exact, batch["image"], view)
 
 
 def _filled(params: Params, source: Loaded, method: Distillation, model: dict[str, Any]) -> Params:

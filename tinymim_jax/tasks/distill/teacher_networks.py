@@ -8,6 +8,7 @@ from tinymim_jax.checkpoints.format import CheckpointError
 from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.tasks.distill.cnn import cnn_teacher, cnn_weights
+from tinymim_jax.tasks.distill.eight_bit import eight_bit
 from tinymim_jax.tasks.distill.teachers import find_teacher, how_to_get
 from tinymim_jax.tasks.pretrained import Loaded, compute_dtype, fit_positions, load
 from tinymim_jax.tasks.task import Params
@@ -67,14 +68,22 @@ def teacher_network(loaded: Loaded, config: ConfigDict) -> tuple[ViT | ConvNet, 
     return teacher, tap
 
 
-def frozen_weights(loaded: Loaded, teacher: ViT | ConvNet, last: int, *, final: bool = False) -> Params:
-    """The teacher's weights up to block `last`: later ones are never run, so they take no memory on the device.
+def frozen_weights(
+    loaded: Loaded, teacher: ViT | ConvNet, last: int, *, final: bool = False, int8: bool = False
+) -> Params:
+    """The teacher's weights up to block `last` in the dtype of its computation.
 
     Args:
-      final: those of the final norm are needed too.
+      final: those of the final norm too.
+      int8: those of `eight_bit`.
     """
     if isinstance(teacher, ConvNet):
         return cnn_weights(loaded, teacher)
+    used = used_weights(loaded, teacher, last, final=final)
+    return eight_bit(used, teacher.dtype) if int8 else jax.tree.map(lambda leaf: np.asarray(leaf, teacher.dtype), used)
+
+
+def used_weights(loaded: Loaded, teacher: ViT, last: int, *, final: bool = False) -> Params:
+    """The weights as stored, up to block `last`: later ones are never run, so they take no memory on the device."""
     unused = {f"blocks_{i}" for i in range(last, teacher.depth)} | (set() if final else {"norm"})
-    used = {name: leaf for name, leaf in fit_positions(loaded, teacher).items() if name not in unused}
-    return jax.tree.map(lambda leaf: np.asarray(leaf, teacher.dtype), used)
+    return {name: leaf for name, leaf in fit_positions(loaded, teacher).items() if name not in unused}
