@@ -163,6 +163,16 @@ def test_the_roofline_by_hand():
     assert time.flops == 3 * 197e12
 
 
+def test_products_of_8_bit_integers_have_a_rate_of_their_own():
+    """Half of the FLOPs are of integers: three quarters of the time where these are twice as fast."""
+    work = [Work(1, flops=2e12, bytes=0.0, int8=1e12)]
+    for name in ("v5e", "v4"):
+        chip, time = CHIPS[name], step_time(work, parse_topology(f"{name}-8"))
+        assert time.compute == pytest.approx((1e12 + 1e12 / chip.int8) / chip.peak / COMPUTE_EFFICIENCY)
+        assert time.int8_flops == 1e12
+    assert (CHIPS["v5e"].int8, CHIPS["v4"].int8) == (2, 1)
+
+
 def test_between_slices_each_chip_sends_its_share():
     one, two = parse_topology("v5e-16"), parse_topology("v5e-16", slices=2)
     inside = collective_seconds("all-reduce", 1e9, 16, one)

@@ -190,6 +190,33 @@ def test_products_that_are_written_as_calls_of_a_library():
     assert [each.flops for each in work_of(text)] == [2 * 6 * 50 * 50 * 32]
 
 
+INT8 = """HloModule int8
+
+%fused (x: bf16[50,32], w: s8[32,16], v: bf16[32,16]) -> s32[50,16] {
+  %x = bf16[50,32]{1,0} parameter(0)
+  %w = s8[32,16]{1,0} parameter(1)
+  %v = bf16[32,16]{1,0} parameter(2)
+  %rows = s8[50,32]{1,0} convert(%x)
+  %float = bf16[50,16]{1,0} dot(%x, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %whole = s32[50,16]{1,0} convolution(%rows, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[50,32], w: s8[32,16], v: bf16[32,16]) -> s32[50,16] {
+  %x = bf16[50,32]{1,0} parameter(0)
+  %w = s8[32,16]{1,0} parameter(1)
+  %v = bf16[32,16]{1,0} parameter(2)
+  ROOT %both = s32[50,16]{1,0} fusion(%x, %w, %v), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_products_of_8_bit_integers_are_told_apart():
+    """In one fusion with a product of floats; 8-bit weights are a byte each."""
+    (both,) = work_of(INT8)
+    assert (both.flops, both.int8) == (2 * 2 * 50 * 32 * 16, 2 * 50 * 32 * 16)
+    assert both.bytes == 2 * 50 * 32 + 32 * 16 + 2 * 32 * 16 + 4 * 50 * 16
+
+
 def test_sums_of_collectives():
     rows = collectives(work_of(TEXT), parse_topology("v5e-8"))
     assert [(row.kind, row.group, row.count) for row in rows] == [

@@ -88,4 +88,5 @@ def _time(plan: Plan, topology: Topology, ratio: float) -> StepTime:
         bytes=(before.bytes - bytes_of_update) * ratio + bytes_of_update,
         kernel_flops=before.kernel_flops * ratio,
         kernel_bytes=before.kernel_bytes * ratio,
+        int8_flops=before.int8_flops * ratio,
     )

@@ -33,6 +33,7 @@ class Work:
     group: number of participating chips; 0: all.
     kernel: a kernel that the compiler cannot see into: a Pallas call, whose FLOPs are its own statement, or one of
       cuDNN's attention kernels, whose FLOPs follow from its shapes.
+    int8: the part of `flops` that are products of 8-bit integers.
     """
 
     times: int
@@ -42,6 +43,7 @@ class Work:
     sent: float = 0.0
     group: int = 0
     kernel: bool = False
+    int8: float = 0.0
 
 
 def work_of(text: str) -> list[Work]:
@@ -71,7 +73,8 @@ class _Program:
             elif each.opcode not in _FREE and not each.opcode.endswith(("-done", "-update")):
                 kind, sent, group = self._collective(each, scope)
                 kernel = each.opcode == "custom-call" and any(name in each.attributes for name in _KERNELS)
-                yield Work(times, self._flops(each, scope), self._bytes(each, scope), kind, sent, group, kernel)
+                flops, moved = self._flops(each, scope), self._bytes(each, scope)
+                yield Work(times, flops, moved, kind, sent, group, kernel, self._flops(each, scope, int8=True))
 
     def _longest_branch(self, each: Instruction, times: int) -> list[Work]:
         names = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
@@ -91,10 +94,14 @@ class _Program:
     def _inside(self, each: Instruction) -> dict[str, Instruction]:
         return self.computations.get(each.called("calls"), {}) if each.opcode == "fusion" else {}
 
-    def _flops(self, each: Instruction, scope: dict[str, Instruction]) -> float:
+    def _flops(self, each: Instruction, scope: dict[str, Instruction], *, int8: bool = False) -> float:
+        """FLOPs of the matrix products; with `int8` only of those whose operands are 8-bit integers."""
         if inside := self._inside(each):
-            return sum(self._flops(inner, inside) for inner in inside.values())
-        shapes = [dimensions(scope[name].shape) for name in each.operands[:2] if name in scope]
+            return sum(self._flops(inner, inside, int8=int8) for inner in inside.values())
+        factors = [scope[name].shape for name in each.operands[:2] if name in scope]
+        if int8 and not (factors and all(shape.startswith("s8[") for shape in factors)):
+            return 0.0
+        shapes = [dimensions(shape) for shape in factors]
         if each.opcode == "dot" and shapes:
             return _dot_flops(each.shape, shapes[0], _numbers(each.attributes, r"lhs_contracting_dims=\{([\d,]*)\}"))
         if each.opcode == "convolution" and len(shapes) == 2:

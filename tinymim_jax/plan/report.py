@@ -97,6 +97,11 @@ def _speed(plan: Plan) -> list[str]:
             f"with {time.kernel_flops / time.flops:.0%} of the FLOPs, by their own statement or shapes, and "
             f"{time.kernel_bytes / 1e9:.1f} of {time.bytes / 1e9:.0f} GB, the arrays that they read and write"
         )
+    if time.int8_flops:
+        lines.append(
+            f"int8            {time.int8_flops / time.flops:.0%} of the FLOPs are products of 8-bit integers, taken at "
+            f"{plan.topology.chip.int8:.0f} x the bfloat16 peak"
+        )
     for row in plan.collectives:
         lines.append(f"collectives     {row.kind} over {row.group} chips: {row.count} x, {row.bytes / 1e6:.1f} MB")
     return lines

@@ -21,6 +21,7 @@ class StepTime:
     memory: total of the instructions bound by memory traffic.
     network: total of the collectives; assumed not to overlap with anything (gradients are reduced at the step's end).
     flops, bytes: FLOPs and bytes of memory traffic of one chip.
+    int8_flops: the part of `flops` that are products of 8-bit integers, at their own rate.
     kernels: calls of kernels that are not the compiler's (Pallas, cuDNN); kernel_flops, kernel_bytes: their part of
       `flops` and `bytes`.
     """
@@ -33,6 +34,7 @@ class StepTime:
     kernels: int = 0
     kernel_flops: float = 0.0
     kernel_bytes: float = 0.0
+    int8_flops: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -63,7 +65,7 @@ def step_time(work: Iterable[Work], topology: Topology) -> StepTime:
         if each.collective:
             network += each.times * collective_seconds(each.collective, each.sent, each.group, topology)
             continue
-        multiplying = each.flops / (chip.peak * COMPUTE_EFFICIENCY)
+        multiplying = (each.flops - each.int8 + each.int8 / chip.int8) / (chip.peak * COMPUTE_EFFICIENCY)
         moving = each.bytes / (chip.bandwidth * MEMORY_EFFICIENCY)
         if multiplying > moving:
             compute += each.times * multiplying
@@ -76,6 +78,7 @@ def step_time(work: Iterable[Work], topology: Topology) -> StepTime:
         kernels=sum(each.times for each in kernels),
         kernel_flops=sum(each.times * each.flops for each in kernels),
         kernel_bytes=sum(each.times * each.bytes for each in kernels),
+        int8_flops=sum(each.times * each.int8 for each in work),
     )  # fmt: skip
 
 

@@ -95,9 +95,7 @@ def _frozen(method: Distillation, loaded: Mapping[str, Loaded]) -> Params:
     found = {}
     for each in method.teachings:
         final = any(pair.target.final for pair in each.every)
-        found[each.name] = frozen_weights(
-            loaded[each.name], each.network, each.taps[-1], final=final, int8=each.int8
-        )
+        found[each.name] = frozen_weights(loaded[each.name], each.network, each.taps[-1], final=final, int8=each.int8)
     return found if method.several else found[FIRST]
 
 
