@@ -67,8 +67,8 @@ class Records:
         ends = np.cumsum([len(name) for name in encoded]) + len(self.names)
         self.names += b"".join(encoded)
         self.ends.extend(array("q", ends.astype(np.int64).tobytes()))
-        for column, value in zip(self._numbers(), (label, 0, 0, 0)):
-            column.extend(array(column.typecode, [value]) * len(names))
+        for column in self._numbers():
+            column.extend(array(column.typecode, [label if column is self.labels else 0]) * len(names))
 
     def extend(self, other: "Records") -> None:
         """Appends the records of `other`; its `meta` and `row_labels` are ignored."""

@@ -1,9 +1,11 @@
 """RESIZERS: the libraries that resize the crops of training images, by name."""
 
 import functools
+import importlib
 import importlib.util
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from kornia_rs import imgproc
@@ -42,8 +44,7 @@ def by_cykooz(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @functools.cache
 def _cykooz():
-    import cykooz_resizer as library
-
+    library: Any = importlib.import_module("cykooz_resizer")
     # Catmull-Rom is the bicubic filter with a = -0.5, which is Pillow's.
     bicubic = library.ResizeAlg.convolution(library.FilterType.catmull_rom)
     return library, library.ResizeOptions(resize_alg=bicubic, use_alpha=False)
