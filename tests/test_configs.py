@@ -129,9 +129,9 @@ def test_shipped_configs_build_at_full_size(spec, monkeypatch):
         assert untrained == len(jax.tree.leaves(frozen))
         return
     # TinyMIM: the last block's projection, norm and MLP and the final norm; of a probe the running mean and variance.
-    # MAE's loss beside distillation trains all.
-    mim = config.task == "distill" and config.distill.mim_weight
-    assert untrained == (0 if mim else {"distill": 10, "probe": 2}.get(config.task, 0))
+    # MAE's loss beside distillation trains all, and so does a target after the final norm.
+    whole = config.task == "distill" and (config.distill.mim_weight or "final=true" in config.distill.target)
+    assert untrained == (0 if whole else {"distill": 10, "probe": 2}.get(config.task, 0))
 
 
 class Recorded:
