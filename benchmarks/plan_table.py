@@ -2,13 +2,15 @@
 
     python benchmarks/plan_table.py            # compiles what is not in the cache: hours
     python benchmarks/plan_table.py --kept     # uses the cache only
+    python benchmarks/plan_table.py --configs distill_s mae_b --topologies v5e-16 v6e-16   # compiles these rows
 
 A row whose step was not compiled is scaled from a program for the same kind of chip with another batch (marked ~), or
-else estimated from the program of another TPU (marked ≈), or else left empty.
+else estimated from the program of another TPU (marked ≈), or else left as it is in the document.
 """
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -26,10 +28,12 @@ from tinymim_jax.plan.topology import parse_topology
 DOCS = Path(__file__).parents[1] / "docs" / "plan.md"
 CONFIGS = (
     "distill_t", "distill_s", "distill_b", "distill_t_star", "finetune_t", "finetune_s", "finetune_b",
-    "finetune_t_star", "own_images", "linprobe", "mae_b", "mae_l",
+    "finetune_t_star", "own_images", "linprobe", "mae_b", "mae_l", "segment_t", "segment_s", "segment_b",
+    "segment_star_t", "segment_linear", "segment_own",
 )  # fmt: skip
 TOPOLOGIES = (
-    "v4-32", "v5e-16", "v5e-64", "v5e-256", "v5p-32", "v6e-16", "v6e-64", "a100x8", "h100x8", "h200x1",
+    "v4-32", "v5e-16", "v5e-64", "v5e-256", "v5p-32", "v6e-16", "v6e-64", "tpu7x-32", "a100x8", "h100x8", "b200x8",
+    "h200x1",
 )  # fmt: skip
 SCALING, SCALING_IMAGES = "mae_l", 64
 SCALING_CHIPS = (8, 16, 32, 64, 128, 256)
@@ -40,8 +44,9 @@ _HEAD = "| topology | images on a chip | memory, GiB | fits | step, ms | images/
 class Table:
     """Plans by config and topology: compiled, from the cache, or extrapolated from those."""
 
-    def __init__(self, cache: str, kept_only: bool):
-        self._cache, self._kept_only = cache, kept_only
+    def __init__(self, cache: str, configs: Collection[str], topologies: Collection[str]):
+        """`configs`, `topologies`: the rows that may be compiled."""
+        self._cache, self._configs, self._topologies = cache, configs, topologies
         self._planned: dict[tuple[str, int], Planned] = {}
         self._plans: dict[tuple[str, str, int], Plan] = {}
 
@@ -57,7 +62,7 @@ class Table:
         key = (name, topology, config.train.batch_size)
         if key in self._plans:
             return self._plans[key]
-        if self._kept_only or only_kept:
+        if only_kept or name not in self._configs or topology not in self._topologies:
             result = kept_result(config, place, cache=self._cache)
         else:
             print(f"{name} on {topology}", file=sys.stderr, flush=True)
@@ -103,20 +108,24 @@ class Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kept", action="store_true", help="use the cache only; compile nothing")
+    for what, every in (("configs", CONFIGS), ("topologies", TOPOLOGIES)):
+        parser.add_argument(
+            f"--{what}", nargs="+", choices=every, default=every, metavar="NAME", help=f"compile for these {what} only"
+        )
     parser.add_argument("--cache", default=CACHE, metavar="DIR", help=f"compiled steps (default {CACHE})")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    table = Table(options.cache, options.kept)
+    table = Table(options.cache, () if options.kept else options.configs, options.topologies)
     text = DOCS.read_text(encoding="utf-8")
-    text = _replaced(text, "configs", "\n\n".join(config_table(table, name) for name in CONFIGS))
+    text = _replaced(text, "configs", "\n\n".join(config_table(table, name, text) for name in CONFIGS))
     text = _replaced(text, "scaling", scaling_table(table))
     if table.empty:
         parser.error(f"{options.cache} contains no compiled step: the tables were not changed")
     DOCS.write_text(text, encoding="utf-8")
 
 
-def config_table(table: Table, name: str) -> str:
-    """One config on every topology."""
+def config_table(table: Table, name: str, before: str) -> str:
+    """One config on every topology; rows that cannot be had are those of the document `before`."""
     planned = table.planned(name)
     needed, _ = planned.flops
     batch = planned.experiment.batch_size
@@ -128,9 +137,16 @@ def config_table(table: Table, name: str) -> str:
         if plan is None or plan.time is None:
             # If the compiler rejected the program, another chip's program is no substitute.
             plan = table.estimated(name, topology, guess=plan is None) or plan
-        images = batch // parse_topology(topology).chips
-        lines.append(_row(plan) if plan else f"| {topology} | {images} | not compiled | | | | | | |")
+        if plan is not None:
+            lines.append(_row(plan))
+        elif kept := [line for line in _section(before, name) if line.startswith(f"| {topology} |")]:
+            lines += kept
     return "\n".join(lines)
+
+
+def _section(text: str, name: str) -> list[str]:
+    """The lines of a config's table in the document."""
+    return text.partition(f"`configs/{name}.py`: batch ")[2].partition("`configs/")[0].splitlines()
 
 
 def _row(plan: Plan) -> str:

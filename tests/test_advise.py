@@ -64,7 +64,7 @@ def test_answers(teacher, before, low, high, answer, words):
 def test_the_text_shows_every_figure():
     found = {
         "teacher": 0.7, "before": 0.2, "examples": 50, "curve": [[10, 0.25], [20, 0.3]], "steps": 400,
-        "seconds": 7300.0,
+        "seconds": 7300.0, "timed": "measured",
         "expected": {"value": 0.5, "low": 0.4, "high": 0.6}, "answer": "no", "why": "because",
         "plans": [
             {"topology": "h100x1", "hours": 0.5, "chip_hours": 0.5},
@@ -72,6 +72,6 @@ def test_the_text_shows_every_figure():
         ],
     }  # fmt: skip
     text = as_text(found)
-    for part in ("70.0%", "20.0%", "after 20 steps", "50.0% (40.0% to 60.0%, 90 %)", "2h01m", "30m00s", "no compiler"):
+    for part in ("70.0%", "20.0%", "after 20 steps", "50.0% (40.0% to 60.0%, 90 %)", "measured | 2h01m", "30m00s", "no compiler"):
         assert part in text
     assert "Will it help? NO: because" in text

@@ -460,12 +460,26 @@ def test_rows_of_the_documented_table(compiled_plan, monkeypatch):
     assert plan_table._replaced(text, "t", "new").split() == text.replace("old", "new").split()
 
 
+def test_rows_without_a_program_stay_as_they_are(compiled_plan, monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+    import plan_table
+
+    table = plan_table.Table("", configs=(), topologies=())
+    v5e = dataclasses.replace(compiled_plan, topology=parse_topology("v5e-16"))
+    monkeypatch.setattr(table, "compiled", lambda name, topology, **_: v5e if topology == "v5e-16" else None)
+    rows = ["| h100x8 | old |", "| v5e-16 | old |"]
+    before = "\n".join(["`configs/mae_l.py`: batch 1", "| h100x8 | of mae_l |", "`configs/mae_b.py`: batch 1", *rows])
+    rows = plan_table.config_table(table, "mae_b", before).splitlines()[4:]
+    assert [row for row in rows if "x8" in row] == ["| h100x8 | old |"]
+    assert "old" not in next(row for row in rows if row.startswith("| v5e-16"))
+
+
 def test_a_row_of_the_table_is_guessed_only_where_no_compiler_refused(compiled_plan, monkeypatch):
     monkeypatch.syspath_prepend("benchmarks")
     import plan_table
 
     of_v5e = dataclasses.replace(compiled_plan, topology=parse_topology("v5e-16"))
-    table = plan_table.Table("", kept_only=True)
+    table = plan_table.Table("", configs=(), topologies=())
     kept = {"v5e-16": of_v5e, "h100x8": dataclasses.replace(compiled_plan, topology=parse_topology("h100x8"))}
     monkeypatch.setattr(table, "compiled", lambda name, topology, only_kept: kept.get(topology))
     for topology, guess, source in [

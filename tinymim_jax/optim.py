@@ -175,7 +175,8 @@ def _layer(path: Path, depth: int, official: bool) -> int:
         return 0
     if names[0].startswith("blocks_"):
         return int(names[0].removeprefix("blocks_")) + 1
-    return depth if names[0] == "widen" else depth + 1
+    # An encoder widens before its last block (distill.wide_last), a TinyMIM*-T's classifier or segmenter after it.
+    return depth if path[:2] == ("encoder", "widen") else depth + 1
 
 
 def _map_paths(function: Callable, params: Params) -> Params:

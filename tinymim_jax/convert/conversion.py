@@ -107,17 +107,18 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
     Raises:
       ConvertError: the parameters are not those of this model in this family; all differences are listed.
     """
+    known = family_of(family)
     if model["encoder"].get("switches", {}).get("stem"):
         raise ConvertError(
             f"a convolutional stem has no names in the family {family!r}, nor in timm: export the model --to onnx, "
             "stablehlo or litert"
         )
-    if pyramid := family_of(family).pyramid:
+    if pyramid := known.pyramid:
         check_segmenter(family, pyramid, model)
         parts, sizes = segmenter_parts(model), segmenter_sizes(model)
     else:
         parts, sizes = parts_of(model), sizes_of(model)
-    expected = leaves(family_of(family).rows_with(parts), sizes)
+    expected = leaves(known.rows_with(parts), sizes)
     # These parts of a distillation are used in its training only; PyTorch's families have no name for them.
     added = {"adapter", "statistics", "mask_token"} & set(model)
     arrays = dict(_flatten({part: tree for part, tree in params.items() if part not in added}))
