@@ -53,10 +53,10 @@ def test_digest_agrees_with_a_definition_in_plain_python():
     assert digest(tree) == reference_digest(tree)
 
 
-@pytest.mark.parametrize("small", [stored._SMALL, -1])
+@pytest.mark.parametrize("small", [bits._SMALL, -1])
 def test_digest_does_not_depend_on_where_or_how_the_arrays_lie(small, monkeypatch):
     """Nor on whether numpy or a program of jax adds them up."""
-    monkeypatch.setattr(stored, "_SMALL", small)
+    monkeypatch.setattr(bits, "_SMALL", small)
     tree = arrays()
     expected = digest(tree)
     assert digest(jax.tree.map(jnp.asarray, tree)) == expected
