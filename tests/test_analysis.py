@@ -56,11 +56,22 @@ def folder(tmp_path_factory):
         "teacher": (TEACHER, {}),
         "student": (STUDENT, {"teacher": {"checkpoint": str(path / "teacher"), "blocks": [[2, 3]]}}),
         "orphan": (STUDENT, {"teacher": {"checkpoint": str(path / "gone")}}),
+        "pupil": (
+            STUDENT,
+            {"teacher": {"checkpoint": str(path / "teacher")}, "teachers": {"b": {"checkpoint": "teachers/other"}}},
+        ),
     }
     for name, (vit, more) in records.items():
         params = jax.jit(vit.init)(jax.random.key(len(name)), np.zeros((1, 16, 16, 3), np.float32))["params"]
         save_params(path / name, {"encoder": params}, {"encoder": vit.record()} | pixels | more)
     return path
+
+
+def test_of_several_teachers_the_first_is_compared(folder, caplog):
+    caplog.set_level("INFO")
+    networks = find_networks(str(folder / "pupil"), image_size=(16, 16))
+    assert [one.name for one in networks.members] == ["student", "teacher"]
+    assert f"the first, {folder / 'teacher'}, is compared; for the others use --teacher: teachers/other" in caplog.text
 
 
 def hsic_by_definition(a, b):

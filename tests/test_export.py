@@ -200,6 +200,18 @@ def test_bench_of_jax_runs_the_checkpoint(student):
     assert row["batches"][2]["images_per_second"] == pytest.approx(2000 / row["batches"][2]["milliseconds"])
 
 
+def test_bench_refuses_a_file_it_cannot_write_before_it_measures(student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "bench", lambda *_, **__: pytest.fail("it has measured"))
+    code, _, err = run(capsys, "bench", student, "--json", tmp_path / "absent" / "speed.json")
+    assert code == 1
+    assert f"--json {tmp_path / 'absent' / 'speed.json'}: {tmp_path / 'absent'} is not a folder" in err
+    assert "is a folder: name a file in it" in run(capsys, "bench", student, "--json", tmp_path)[2]
+    monkeypatch.setattr(bench, "bench", lambda *_, **__: [dict(_ROW)])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(capsys, "bench", student, "--json", "~/speed.json")[0] == 0
+    assert json.loads((tmp_path / "speed.json").read_text()) == [_ROW]
+
+
 def test_bench_says_how_busy_the_machine_is(student, capsys, monkeypatch):
     monkeypatch.setattr(bench, "bench", lambda checkpoint, **options: [dict(_ROW)])
     for average, warned in ((0.0, False), (100.0, True)):

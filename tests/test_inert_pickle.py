@@ -149,6 +149,7 @@ LONG = b"](" + b"K\x01" * 50_000 + b"e"  # a list of 50,000 numbers
 HUGE = b"\x8b" + (100_000).to_bytes(4, "little") + b"\x7f" * 100_000  # an integer of 800,000 bits
 
 MANY = b"\x80\x04(" + b"N" * 50_000 + b"t"  # a tuple of 50,000, to be copied by NEWOBJ_EX
+SHORTER = b"\x80\x04\x8d" + (1000).to_bytes(8, "little") + b"a" * 1000  # a name of a thousand letters
 NAME = b"\x80\x04\x8d" + (1 << 20).to_bytes(8, "little") + b"a" * (1 << 20)  # a name of a million letters
 TUPLE_KEY = b"I%d\n\x85Ns"
 
@@ -167,6 +168,7 @@ TUPLE_KEY = b"I%d\n\x85Ns"
         (b"\x80\x02}" + b"".join(TUPLE_KEY % i for i in range(3000)) + b".", "more than 1000000 steps"),
         (b"\x80\x02}" + b"ca\nb\n" * 300 + b"N" + b"\x85R" * 300 + b"Ns.", "nested more than 200 deep"),
         (NAME + b"q\x000" + b"h\x00h\x00\x930" * 1000 + b"N.", "names a class by 2097152 characters"),
+        (SHORTER + b"q\x000" + b"h\x00h\x00\x930" * 50_000 + b"N.", "more than 1000000 steps"),  # 100 MB of names
         (b"\x80\x02c" + b"m" * 2000 + b"\nf\n.", "names a class by 2001 characters"),
         (b"\x80\x02(i" + b"m" * 2000 + b"\nf\n.", "damaged|names a class by 2001 characters"),
         (MANY + b"q\x000" + b"cos\nsystem\nq\x010" + b"h\x01h\x00}\x920" * 100 + b"N.", "more than 1000000 steps"),

@@ -12,7 +12,9 @@ import pytest
 from pictures import encoded
 from PIL import Image
 
-from tinymim_jax.data.masks.classes import KNOWN, class_colours, class_names, distinct_colours, known_set, read_classes
+from tinymim_jax.data.masks.class_files import classes_text, read_classes
+from tinymim_jax.data.masks.classes import class_colours, class_names, distinct_colours
+from tinymim_jax.data.masks.known import KNOWN, known_set
 from tinymim_jax.data.masks.rules import MaskRules
 from tinymim_jax.data.masks.source import open_masks
 from tinymim_jax.data.prepare.prepare import prepare_images, read_report
@@ -145,7 +147,8 @@ def test_what_is_missing_is_named(tmp_path, caplog):
         open_source(f"pairs:{tmp_path}", split="all")
     put(tmp_path, "masks/b.png")
     assert len(open_source(f"pairs:{tmp_path}", split="all")) == 2
-    assert "1 masks or other files belong to no image and are not used: masks/z.png" in caplog.text
+    assert "1 masks or other files are not used, as they belong to no image" in caplog.text
+    assert "it has another mask: masks/z.png" in caplog.text
     with pytest.raises(ValueError, match=r"split='train' .* is unknown, or has no masks; choices: all"):
         open_source(f"pairs:{tmp_path}", split="train")
     put(tmp_path / "plain", "a.jpg", "b.jpg")
@@ -161,6 +164,20 @@ def test_a_test_split_without_masks_is_no_error_for_the_others(tmp_path):
     assert splits(f"pairs:{tmp_path}") == {"train": 1, "val": 1}
     with pytest.raises(ValueError, match=r"split='test' .* has no masks; choices: train, val"):
         open_source(f"pairs:{tmp_path}", split="test")
+
+
+def test_two_masks_of_the_same_name(tmp_path, caplog):
+    put(tmp_path, "images/a.jpg", "masks/a.gif", "masks/a.png")
+    assert pairs_of(tmp_path, "all") == {("images/a.jpg", "masks/a.gif")}
+    assert "1 masks or other files are not used" in caplog.text
+    assert "masks/a.png" in caplog.text
+
+
+def test_a_list_names_images_that_are_not_there(tmp_path, caplog):
+    put(tmp_path, *(f"JPEGImages/{n}.jpg" for n in "ab"), *(f"SegmentationClass/{n}.png" for n in "ab"))
+    put(tmp_path, "ImageSets/Segmentation/train.txt", content=b"a\nb\nc\nd\n")
+    assert len(open_source(f"pairs:{tmp_path}", split="train")) == 2
+    assert "2 images that the list of split 'train' names are not there: c, d" in caplog.text
 
 
 def test_pairs_are_shuffled_by_name_and_picklable(tmp_path):
@@ -240,21 +257,30 @@ def test_values_that_are_no_class():
         ("a.txt", "128 64 128 Road\n0 0 0\tVoid\n", [("Road", (128, 64, 128)), ("Void", (0, 0, 0))]),
         ("b.txt", "road:128,64,128::\n", [("road", (128, 64, 128))]),
         ("class_dict.csv", "name,r,g,b\nAnimal,64,128,64\n", [("Animal", (64, 128, 64))]),
-        ("objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tName\n1\t.15\t1\t2\twall;brick\n", [("wall", None)]),
+        ("objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tName\n1\t.15\t1\t2\twall;brick\n", [("wall", None, 1)]),
+        (
+            "coco.json",
+            '[{"id": 1, "name": "person"}, {"id": 2, "name": "car"}]',
+            [("person", None, 1), ("car", None, 2)],
+        ),
         ("c.json", '["a", {"name": "b", "color": [1, 2, 3]}]', [("a", None), ("b", (1, 2, 3))]),
         ("d.json", '{"1": "b", "0": "a"}', [("a", None), ("b", None)]),
         ("e.json", '{"a": [1, 2, 3], "b": "#0a0b0c"}', [("a", (1, 2, 3)), ("b", (10, 11, 12))]),
         ("f.json", '{"classes": ["a", "b"]}', [("a", None), ("b", None)]),
-        ("d.txt", "0: sky\n1: wide road\n", [("sky", None), ("wide road", None)]),
-        ("e.txt", "0 sky 1 2 3\n1 road 4 5 6\n", [("sky", (1, 2, 3)), ("road", (4, 5, 6))]),
-        ("f.txt", "0 1 2 3 sky\n1 4 5 6 road\n", [("sky", (1, 2, 3)), ("road", (4, 5, 6))]),
+        ("d.txt", "0: sky\n1: wide road\n", [("sky", None, 0), ("wide road", None, 1)]),
+        ("e.txt", "0 sky 1 2 3\n1 road 4 5 6\n", [("sky", (1, 2, 3), 0), ("road", (4, 5, 6), 1)]),
+        ("f.txt", "0 1 2 3 sky\n1 4 5 6 road\n", [("sky", (1, 2, 3), 0), ("road", (4, 5, 6), 1)]),
         ("g.txt", "sky #010203\n2 wheeler #040506\n", [("sky", (1, 2, 3)), ("2 wheeler", (4, 5, 6))]),
-        ("g.csv", "id,name,color\n0,sky,#010203\n", [("sky", (1, 2, 3))]),
+        ("g.csv", "id,name,color\n0,sky,#010203\n\n", [("sky", (1, 2, 3), 0)]),
     ],
 )
 def test_files_of_classes(name, text, want, tmp_path):
     (tmp_path / name).write_text(text)
-    assert [tuple(each) for each in read_classes(str(tmp_path / name))] == want
+    found = read_classes(str(tmp_path / name))
+    assert found == tuple(MaskClass(*each) for each in want)
+    (tmp_path / "again.txt").write_text(classes_text(found))
+    assert class_names(read_classes(str(tmp_path / "again.txt"))) == class_names(found)
+    assert [each.stored for each in read_classes(str(tmp_path / "again.txt"))] == [each.stored for each in found]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +289,11 @@ def test_files_of_classes(name, text, want, tmp_path):
         ("c.txt", "", "names no class"),
         ("c.txt", "1 2 3\n", "line 1: '1 2 3' has no name"),
         ("c.txt", "a 1 2 300\n", "colour"),
-        ("c.txt", "7 road\n8 pavement\n", "begin with 7, 8, .*data.masks.label_map"),
+        ("c.txt", "7 road\n8 pavement\n", "have the numbers 7, 8, .*data.masks.label_map"),
+        ("c.csv", "name,id\nroad,1\nsky,0\n", "have the numbers 1, 0, .*data.masks.label_map"),
+        ("c.json", '[{"name": "a", "id": 3}, {"name": "b", "id": 9}]', "have the numbers 3, 9, "),
+        ("c.csv", "name,r,g,b\na,1,2,3\nb,4,5\nc,7,8,9\n", "line 3: fewer values than the 4 columns"),
+        ("c.txt", "a 1 2 3\nb 4 5 6\nc 1 2 3\n", r"'a' and 'c' have the same colour \(1, 2, 3\)"),
         ("c.txt", "a\nb\na\n", "names 'a' twice"),
         ("c.json", "a\n", "is no JSON"),
         ("c.json", '{"1": "a", "2": "b"}', "are not 0 to 1; see data.masks.label_map"),
@@ -275,6 +305,34 @@ def test_files_without_classes(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_classes(str(tmp_path / name))
+
+
+def test_a_file_that_numbers_its_classes_from_one(tmp_path, caplog):
+    """ADE20K as downloaded: objectInfo150.txt counts from 1, and 0 in the masks is none of its classes."""
+    caplog.set_level(logging.INFO)
+    source = made(tmp_path, mask(0, 1), mask(2, 1))
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tsky\n")
+    masks = open_masks(open_source(f"pairs:{tmp_path}", split="all"))
+    assert masks.class_names == ("wall", "sky")
+    assert "numbers them from 1: the value 0 is ignored" in caplog.text
+    found = {tuple(np.unique(masks[i]["pixel_labels"]).tolist()) for i in range(2)}
+    assert found == {(0, 255), (0, 1)}
+    assert open_masks(source, classes=2, reduce_zero_label=True).rules.labels(mask(0, 1)).max() == 255
+
+
+def test_colours_of_a_file_that_numbers_its_classes_from_one(tmp_path):
+    """A class without a colour, and a number before each name, do not move the colours of the other classes."""
+    (tmp_path / "classes.txt").write_text("1 wall\n2 sky 1 2 3\n3 road 4 5 6\n")
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[:, :3], pixels[:, 3:] = (1, 2, 3), (4, 5, 6)
+    masks = open_masks(made(tmp_path, encoded(pixels, "PNG")), classes=str(tmp_path / "classes.txt"))
+    assert masks[0]["pixel_labels"][0].tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_folder_named_as_a_well_known_set(tmp_path, monkeypatch):
+    (tmp_path / "voc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert len(open_masks(made(tmp_path, mask(0, 1)), classes="voc").class_names) == 21
 
 
 def test_known_sets():

@@ -165,7 +165,7 @@ def test_what_is_gone_or_damaged_is_left_out(chain, tmp_path, data_dir, capsys):
     assert code == 0, err
     page = check_page((tmp_path / "run" / "report.html").read_text())
     assert out.splitlines()[-1] == str(tmp_path / "run" / "report.html")
-    assert "the teacher is not looked at" in out
+    assert "the teacher is not compared" in out
     assert "CKA within the encoder" in page.texts["figcaption"]
 
 

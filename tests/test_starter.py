@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pathlib
 import shutil
 
@@ -30,8 +31,9 @@ from tinymim_jax.runtime.workdir import RunState, read_state
 from tinymim_jax.starter import api, child, choices, helpers, space, timing
 from tinymim_jax.starter.choices import CLASSIFIER, STUDENT, Hardware, Measured
 from tinymim_jax.starter.data import find_data, source_name
-from tinymim_jax.starter.distill import check_same, runs_of
+from tinymim_jax.starter.decisions import runs_of
 from tinymim_jax.starter.preparing import judge
+from tinymim_jax.starter.request import check_same
 from tinymim_jax.starter.teacher import choose_tap, find_teacher
 from tinymim_jax.sweeps.children import Children
 from tinymim_jax.train import train
@@ -431,7 +433,7 @@ def test_one_line_does_it_all_and_the_same_line_goes_on(pictures, teacher, tmp_p
     monkeypatch.setattr(InProcess, "run_point", stopped_once)
     status, out, err = run(capsys, *line)
     assert status == 75, out + err
-    assert "run the same command again to go on" in out
+    assert "run the same command again to continue" in out
     chosen = json.loads((output / "choices.json").read_text())
     status, out, err = run(capsys, *line)
     assert status == 0, out + err
@@ -531,7 +533,7 @@ def test_refused_before_anything_is_done(pictures, teacher, tmp_path, capsys):
         assert message in err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"holds 'thesis.tex', which this command has not made"):
+    with pytest.raises(ValueError, match=r"contains 'thesis.tex', which this command did not make"):
         check_same(tmp_path / "full", None)
 
 
@@ -565,8 +567,23 @@ def test_from_python(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^no images\nlook again$"):
         tinymim_jax.distill(**given)
     monkeypatch.setattr(api.subprocess, "Popen", Finished(75, ""))
-    with pytest.raises(Interrupted, match="the same call goes on"):
+    with pytest.raises(Interrupted, match="the same call continues"):
         tinymim_jax.distill(**given)
+
+
+def test_from_python_into_a_closed_pipe(tmp_path, monkeypatch):
+    """A script whose output goes to `| head` gets its result, and all output of the command is read."""
+    (tmp_path / "summary.json").write_text('{"knn": {}}')
+    process = Finished(0, "a line\nanother\n")
+    monkeypatch.setattr(api.subprocess, "Popen", process)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        found = tinymim_jax.distill(data="/data/pets", teacher="t", output=tmp_path)
+        monkeypatch.undo()
+    assert found == {"knn": {}}
+    assert process.stdout.closed
 
 
 def test_exports_are_checked_before_the_start(monkeypatch):

@@ -6,7 +6,7 @@ from small_vit import vit_state
 from torch_files import save_arrays
 
 from tinymim_jax.convert import FAMILIES, ConvertError, convert_file, from_torch
-from tinymim_jax.convert.readers.inert_pickle import Opaque
+from tinymim_jax.convert.readers.pickle_values import Opaque
 from tinymim_jax.convert.state_dict import find_state_dict
 
 ANCHOR = FAMILIES["vit"].anchor

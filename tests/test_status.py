@@ -243,6 +243,14 @@ def test_metrics_that_cannot_be_copied_do_not_end_a_run(bucket, monkeypatch, cap
     assert [row["step"] for row in read(kept / "metrics.jsonl")] == [1, 2]
 
 
+def test_figures_of_single_classes_are_left_to_reports(tmp_path, capsys):
+    make_run(tmp_path / "run", stage="finished", result={"mIoU": 0.5, "iou/wall": 0.25, "examples": 13})
+    code, out, _ = run(capsys, "status", tmp_path / "run")
+    assert code == 0
+    assert "mIoU 0.5" in out
+    assert "wall" not in out
+
+
 def test_a_closed_output_is_no_error(tmp_path):
     make_run(tmp_path / "run", stage="finished", result={"top1": 0.75, "examples": 13})
     command = [sys.executable, "-m", "tinymim_jax", "status", str(tmp_path / "run")]

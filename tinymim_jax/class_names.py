@@ -43,7 +43,7 @@ def match_classes(
     0 to `classes - 1`; one line is logged.
 
     Args:
-      known: the classifier's class names in the order of its outputs; empty where it has none.
+      known: the classifier's class names in the order of its outputs; empty if it has none.
       given: the data set's class names in the order of its labels.
       classes: number of the classifier's outputs; needed where `known` is empty.
       subset: the data set may lack some of the classifier's classes.
@@ -142,7 +142,7 @@ def _without_names(
 
 
 def _as_indices(names: Sequence[str], classes: int) -> np.ndarray | None:
-    """The names as indices below `classes`; None where they are anything else, or some occur twice."""
+    """The names as indices below `classes`; None if they are anything else, or some occur twice."""
     if not names or not all(name.isdecimal() for name in names):
         return None
     numbers = [int(name) for name in names]

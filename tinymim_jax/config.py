@@ -68,7 +68,7 @@ def find_file(spec: str) -> tuple[pathlib.Path, str]:
 
 
 def experiments(*folders: pathlib.Path) -> list[str]:
-    """Names that `find_file` knows: files of ./configs and shipped ones, without .py and relative to the folder."""
+    """Names that `find_file` accepts: files of ./configs and shipped ones, without .py, relative to their folder."""
     found = {
         path.relative_to(folder).with_suffix("").as_posix()
         for folder in folders or _folders()
@@ -202,7 +202,7 @@ def _choices() -> str:
 
 
 def _import(path: pathlib.Path) -> Any:
-    """Executes an experiment file, with what it may import: `configs`, and the package that the file lies in.
+    """Executes an experiment file. It can import `configs` and the package that contains the file.
 
     `from configs import base` means the `configs` folder around the file, if there is one, and then the shipped one,
     wherever the command runs.

@@ -53,7 +53,7 @@ def build_experiment(config: ConfigDict, *, data_dir: str | None = None) -> Expe
 
 
 def task_type(config: ConfigDict) -> TaskType:
-    """The row of TASKS that `config.task` names; ValueError where there is none."""
+    """The row of TASKS that `config.task` names; ValueError if there is none."""
     if config.task not in TASKS:
         raise unknown("task", config.task, TASKS)
     return TASKS[config.task]
@@ -71,7 +71,7 @@ def open_sources(config: ConfigDict, *, data_dir: str | None = None, need_data: 
 
 
 class MissingData(Source):
-    """The length and number of classes of a data set that is not here; it has no records to read."""
+    """Stands for a missing data set: it has a length and a number of classes, but no records."""
 
     name, split = "missing data", "train"
 
@@ -100,7 +100,7 @@ def _open_sources(config: ConfigDict, data_dir: str | None) -> tuple[Source, Sou
 
 
 def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> Experiment:
-    """The experiment of `config` on these sources. Raises ValueError where they do not fit each other."""
+    """The experiment of `config` on these sources. Raises ValueError if they do not fit each other."""
     kind = task_type(config)
     if kind.needs_labels:
         train_source = labelled(train_source, f"task {config.task!r} learns from them")
@@ -158,7 +158,7 @@ def _schedule(settings: ConfigDict, peak: float, warmup_steps: int, total_steps:
 
 
 def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source) -> None:
-    """Raises ClassMismatch where a label does not mean the same in both splits.
+    """Raises ClassMismatch if a label does not mean the same in both splits.
 
     In folders a class that one split lacks changes the labels of all classes after it. The last ones may be missing
     from the evaluation split.

@@ -135,7 +135,7 @@ def check_installed(names: Sequence[str]) -> None:
 def open_loggers(names: Sequence[str], workdir: epath.Path, config: Mapping[str, Any]) -> Loggers:
     """Starts the loggers of these names; `config` is a dict without nesting.
 
-    Raises RuntimeError where one cannot start, such as without a login: this is known before the first step.
+    Raises RuntimeError if one cannot start, such as without a login: this is known before the first step.
     """
     opened = {}
     for name in names:

@@ -171,7 +171,7 @@ def explained(experiment: Experiment, frozen: Any, paths: frozenset, mesh: Mesh,
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """A change that may make a step fit: words for the command line, and what it costs."""
+    """A change that may make a step fit: words for the command line, and its drawbacks."""
 
     words: tuple[str, ...]
     changes: dict[str, Any]

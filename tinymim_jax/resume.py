@@ -1,4 +1,4 @@
-"""Whether a run in a workdir may be resumed: what it was begun with, compared with what is asked for now."""
+"""Whether a run may be resumed: compares the config and inputs that it was begun with with the present ones."""
 
 import dataclasses
 import json

@@ -152,7 +152,7 @@ def make_train_step(
 def make_gradients(
     task: Task, paths: frozenset, mesh: Mesh, *, accumulate: int = 1
 ) -> Callable[[Params, Params, Batch, jax.Array, int], tuple[dict[str, jax.Array], Params]]:
-    """What a training step computes before its update, to be looked at.
+    """A function that computes the losses and gradients of a training step without its update, for inspection.
 
     The jitted `(params, frozen, batch, root key, step) -> (losses float32 [batch] by name, in the order of the batch,
     gradients of the trained parameters)`; `step` steps were done before it.

@@ -251,7 +251,7 @@ def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
 
 
 def _check_finite(skipped_in_a_row: jax.Array | int, step: int, limit: int, explain: Callable[[int], str]) -> None:
-    """Raises FloatingPointError after too many skipped steps, with what `explain` says of the first of them."""
+    """Raises FloatingPointError after too many skipped steps in a row, with `explain`'s text about the first one."""
     count = int(skipped_in_a_row)
     if count > limit:
         raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""What the layers of a network know, and how alike those of student and teacher are, on a bounded number of images."""
+"""Measures the blocks of a network and its teacher on some images: CKA, attention, relations, accuracies."""
 
 import logging
 from typing import Any
@@ -47,24 +47,24 @@ def analyze(
     data_dir: str | None = None,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Everything about one checkpoint and its teacher, as plain JSON.
+    """All measurements of one checkpoint and its teacher, as plain JSON.
 
-    networks: by name ("student" and "teacher", or "encoder"): embed_dim, depth, and for each of its blocks (of a
-      convolutional network: stages) attention_distance (pixels) and attention_entropy (nats) of each head where it has
-      attention, effective_rank, and the top-1 of k-NN and of a linear classifier where the data have labels.
+    networks: by name ("student" and "teacher", or "encoder"): embed_dim, depth, and a list of blocks (stages of a
+      convolutional network). Each has effective_rank; with attention also attention_distance (pixels) and
+      attention_entropy (nats) of each head; with labels also the top-1 of k-NN and of a linear classifier.
     cka: by "first|second" the matrix [blocks, blocks].
-    relation_kl: by relation [student blocks][teacher blocks][heads], with a teacher that has attention.
+    relation_kl: by relation [student blocks][teacher blocks][heads]; only if the teacher has attention.
     compared: the pairs of blocks that the checkpoint was trained on.
-    tap: the block of the teacher (or encoder) to distil from, see tap.suggest_tap.
-    step: of the checkpoint; None for a converted one.
+    tap: the suggested block of the teacher (or encoder) to distil from; see tap.suggest_tap.
+    step: step of the checkpoint; None for a converted one.
 
     Args:
       checkpoint: a run, or what `tinymim convert` wrote.
       config: its data, image size and seed are used.
-      images: of the evaluation split, for CKA and attention; relations are of the first eighth of them.
-      labelled: of the training split as neighbors and to fit, and half as many of the evaluation split to classify; 0:
-        no accuracies.
-      teacher: another checkpoint to compare with in place of the teacher that the run records.
+      images: number of evaluation images for CKA and attention; relations are measured on an eighth of them.
+      labelled: number of training images for k-NN and the linear classifier; half as many evaluation images are
+        classified. 0: no accuracies.
+      teacher: a checkpoint to compare with in place of the recorded teacher.
 
     Raises ValueError for less than 4 images.
     """
@@ -110,7 +110,7 @@ def write_analysis(found: dict[str, Any], folder: epath.Path) -> list[str]:
 
 
 def _measured(networks: Networks, source: Any, config: ConfigDict, size: int, workers: int) -> dict[str, Any]:
-    """By network: Gram matrices [batches, blocks, n, n], and of each block the attention figures [heads]."""
+    """For each network its Gram matrices [batches, blocks, n, n], and the attention figures [heads] of each block."""
     steps = {one.name: jax.jit(_measures(one)) for one in networks.members}
     found: dict[str, list] = {one.name: [] for one in networks.members}
     with batches_of(source, config, size, workers=workers) as batches:
@@ -170,7 +170,7 @@ def _relations(networks: Networks, source: Any, config: ConfigDict, workers: int
 def _accuracies(
     networks: Networks, described: dict[str, Any], config: ConfigDict, labelled: int, data_dir: str | None, workers: int
 ) -> dict[str, Any]:
-    """Adds effective rank, k-NN and linear accuracy to the blocks; returns how many images these are of."""
+    """Adds effective rank, k-NN and linear accuracy to `described`; returns the numbers of images."""
     try:
         splits = labelled_splits(config, data_dir=data_dir, purpose="k-NN and linear accuracy of blocks need them")
     except LabelError as error:
@@ -206,7 +206,7 @@ def _accuracies(
 def _pooled(network: Network) -> Any:
     def step(params: Any, images: jax.Array) -> list[jax.Array]:
         prefix = network.vit.prefix
-        # One of each block: stages of a convolutional network differ in width.
+        # A list, since stages of a convolutional network differ in width.
         return [tap.output.astype(jnp.float32)[:, prefix:].mean(axis=1) for tap in network.taps(params, images)]
 
     return step
@@ -220,7 +220,7 @@ def _note(found: dict[str, Any], config: ConfigDict, networks: Networks) -> str:
         parts.append(f"accuracies of {found['labelled']['queries']} images among {found['labelled']['bank']} labelled")
     for one in networks.members:
         if not one.attends:
-            parts.append(f"the {one.name} is convolutional: its blocks are stages, without attention and its relations")
+            parts.append(f"the {one.name} is convolutional: its blocks are stages, without attention and relations")
     step = "" if found["step"] is None else f" Checkpoint of step {found['step']}."
     return "; ".join(parts) + "." + step
 

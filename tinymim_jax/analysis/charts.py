@@ -18,10 +18,10 @@ class Chart(NamedTuple):
 
 
 def analysis_charts(analysis: Mapping[str, Any], *, inside: bool = False) -> list[Chart]:
-    """Charts of what analyze.analyze found, those without data left out.
+    """The charts of a result of analyze.analyze, without those that have no data.
 
     Args:
-      inside: names of curves are drawn into the picture, for files of their own.
+      inside: draw the names of curves into the picture, for separate files.
     """
     networks = analysis["networks"]
     charts = []
@@ -36,7 +36,7 @@ def analysis_charts(analysis: Mapping[str, Any], *, inside: bool = False) -> lis
         charts.append(Chart(f"cka_{first}_{second}", title, svg, note + (" Framed: trained on." if marked else "")))
     for key, title, label, note in (
         ("attention_distance", "Attention distance", "pixels", "A dot for each head: mean distance of query and key."),
-        ("attention_entropy", "Attention entropy", "nats", "A dot for each head: 0 looks at one token only."),
+        ("attention_entropy", "Attention entropy", "nats", "A dot for each head: 0 is attention to a single token."),
     ):
         series = [
             Series(

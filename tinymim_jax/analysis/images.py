@@ -1,4 +1,4 @@
-"""A bounded number of images of a split, for analyses that need no more."""
+"""A limited number of images of a split, for analyses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,22 +14,22 @@ from tinymim_jax.data.views.transforms import EvalView
 
 
 def some_of(source: Source, count: int, *, seed: int = 0) -> Source:
-    """`count` records drawn by the seed, in the order of the source; all of them where there are no more."""
+    """`count` random records in the order of the source, or all if there are fewer. The choice depends on the seed."""
     if count >= len(source):
         return source
     return Subset(source, np.sort(permutation(len(source), philox(seed, "subset", 1))[:count]))
 
 
 def batches_of(source: Source, config: ConfigDict, size: int, *, workers: int = 0) -> Any:
-    """All images of `source` as evaluation sees them, in batches of `size`; the last one is padded."""
+    """Batches of `size` with all images of `source`, preprocessed as in evaluation; the last batch is padded."""
     image_size = tuple(config.model.image_size)
-    # A task that evaluates whole images has no size to which it resizes them.
+    # Tasks that evaluate whole images have no eval_resize.
     view = EvalView(image_size, config.data.get("eval_resize") or max(image_size))
     return eval_batches(source, view=view, batch_size=size, upright=config.data.upright, workers=workers)
 
 
 def rows_of(function: Callable[[Batch], Any], batches: Any) -> Any:
-    """`function(batch)`, a tree of arrays [batch, ...], for all images: numpy arrays without the rows of padding."""
+    """`function(batch)`, a tree of arrays [batch, ...], for all batches, concatenated without rows of padding."""
     found = []
     with batches:
         for batch in batches:

@@ -1,4 +1,4 @@
-"""What a run's networks see and do, for its report: views, relation maps, layers, classes; on few images."""
+"""Measures a run's networks on a few images for its report: views, relation maps, layers, classes."""
 
 import functools
 import json
@@ -36,13 +36,13 @@ _TILE = 96  # pixels to which small images are enlarged, so that the frame of a 
 
 
 def look_at(run: epath.Path, *, data_dir: str | None = None, workers: int = 0) -> None:
-    """Writes RUN/analysis/{pictures,analysis,scores}.json for the newest checkpoint, unless they are of it already.
+    """Writes RUN/analysis/{pictures,analysis,scores}.json for the newest checkpoint, unless they exist for it.
 
-    Each is written for itself: what fails (a teacher or data that are gone) is logged, and the others are written.
+    If one of them fails, because the teacher or the data are gone, that is logged and the others are still written.
     """
     saved = newest_checkpoint(run)
     if saved is None:
-        log.info("%s has no checkpoint yet: its networks are not looked at", run)
+        log.info("%s has no checkpoint yet: its networks are not analyzed", run)
         return
     config = from_json(json.loads((run / "config.json").read_text()))
     parts: dict[str, Callable[[], dict[str, Any]]] = {

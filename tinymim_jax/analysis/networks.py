@@ -1,4 +1,4 @@
-"""The encoders of a checkpoint, and the intermediate values of all their blocks for images of a data set."""
+"""The encoders of a checkpoint and its teacher, and their taps of all blocks."""
 
 import dataclasses
 import logging
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """An encoder with its weights and the pixels that it is shown.
+    """An encoder with its weights and preprocessing.
 
-    name: "student", "teacher", or "encoder" of a checkpoint that has no teacher.
-    vit: a Vision Transformer, or a convolutional network, whose stages are its blocks.
-    mean, std: by which its pixels are normalized.
+    name: "student", "teacher", or "encoder" for a checkpoint without a teacher.
+    vit: a Vision Transformer, or a convolutional network, whose stages count as blocks.
+    mean, std: of the normalization of its pixels.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Network:
 
     @property
     def attends(self) -> bool:
-        """Whether its blocks have attention, and so relations of q, k and v."""
+        """Whether its blocks have attention, and thus relations of q, k and v."""
         return isinstance(self.vit, ViT)
 
     def taps(self, params: Any, images: jax.Array, blocks: Sequence[int] | None = None) -> tuple[Tap, ...]:
-        """The taps of all blocks, or of `blocks`; for use under jit, with `params` as an argument.
+        """The taps of all blocks, or of `blocks`. To be called under jit with `params` as an argument.
 
-        Of a convolutional network each stage has a map of its own size, as the output [batch, positions, channels].
+        Stages of a convolutional network have outputs [batch, positions, channels] of different sizes.
 
         Args:
-          images: uint8 [batch, height, width, 3]; resized where the network sees another size.
+          images: uint8 [batch, height, width, 3]; resized if the network's input has another size.
         """
         size = (self.vit.image_size[0], self.vit.image_size[1])
         if images.shape[1:3] != size:
@@ -76,9 +76,9 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The encoders of one checkpoint: its own first, then its teacher's.
+    """The encoder of one checkpoint, and then its teacher's, if there is one.
 
-    compared: the pairs of blocks (student, teacher), counted from 1, that it was trained on; () where unknown.
+    compared: the pairs of blocks (student, teacher), counted from 1, that it was trained on; () if unknown.
     """
 
     members: tuple[Network, ...]
@@ -94,14 +94,15 @@ class Networks:
 
 
 def find_networks(checkpoint: str, *, image_size: tuple[int, int], teacher: str | None = None) -> Networks:
-    """The encoder of a checkpoint and, where it was distilled and the teacher is still there, the teacher's.
+    """The encoder of a checkpoint, and that of its teacher if it was distilled and the teacher still exists.
 
     Args:
       checkpoint: a run, or what `tinymim convert` wrote.
       image_size: (height, width) of the images.
-      teacher: another checkpoint to compare with in place of the recorded teacher.
+      teacher: another checkpoint to compare with in place of the recorded teacher. Of several recorded teachers the
+        first is taken, and the log names the others.
 
-    Raises CheckpointError where the checkpoint, or a `teacher` that is named, cannot be read.
+    Raises CheckpointError if the checkpoint, or the given `teacher`, cannot be read.
     """
     loaded = load(checkpoint, cnn=True)
     record = loaded.model.get("teacher", {})
@@ -109,13 +110,16 @@ def find_networks(checkpoint: str, *, image_size: tuple[int, int], teacher: str 
     pixels = loaded.model.get("preprocessing", {})
     if not path:
         return Networks((_network("encoder", loaded, image_size, pixels),))
+    if not teacher and (others := loaded.model.get("teachers")):
+        paths = ", ".join(each["checkpoint"] for each in others.values())
+        log.info("of several teachers the first, %s, is compared; for the others use --teacher: %s", path, paths)
     student = _network("student", loaded, image_size, pixels)
     try:
         theirs = load(path, cnn=True)
     except CheckpointError as error:
         if teacher:
             raise
-        log.warning("the teacher is not looked at: %s", error)
+        log.warning("the teacher is not compared: %s", error)
         return Networks((dataclasses.replace(student, name="encoder"),))
     if teacher:
         record = {}

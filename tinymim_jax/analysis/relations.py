@@ -17,9 +17,10 @@ RELATIONS = ("qk", "vv")
 
 
 def common_heads(student: Network, teacher: Network, pairs: tuple[tuple[int, int], ...]) -> int:
-    """Relation heads that divide the widths of both: those of the first trained pair, or the largest that both can.
+    """A number of relation heads that divides the widths of both networks.
 
-    Never more than the teacher has in its last block.
+    It is that of the first trained pair of blocks, if they have the same; otherwise the largest one up to the number of
+    heads in the teacher's last block.
     """
     common = math.gcd(*student.vit.widths, *teacher.vit.widths)
     if pairs:
@@ -30,7 +31,7 @@ def common_heads(student: Network, teacher: Network, pairs: tuple[tuple[int, int
 
 
 def comparable(student: Network, teacher: Network) -> tuple[str, ...]:
-    """The RELATIONS that can be compared: rotated q and k of a teacher cannot be brought to another grid of patches."""
+    """The RELATIONS that can be compared. Rotated q and k of the teacher cannot be resized to another grid."""
     rotated = teacher.vit.switches.rope is not None and teacher.vit.grid != student.vit.grid
     return tuple(name for name in RELATIONS if not rotated or name == "vv")
 
@@ -39,7 +40,7 @@ def relation_kl_of_blocks(student: Network, teacher: Network, heads: int) -> Any
     """(student's weights, teacher's weights, images) -> KL(teacher || student) by relation; to be jitted.
 
     Each is float32 [batch, student blocks, teacher blocks, heads]: summed over keys and averaged over queries, as in
-    the loss. Compared are the CLS token, where both have one, and the patches, the teacher's on the student's grid.
+    the loss. The patches are compared on the student's grid, and the CLS token if both networks have one.
     """
 
     def compare(own: Any, theirs: Any, images: jax.Array) -> dict[str, jax.Array]:
@@ -63,7 +64,7 @@ def relation_map(tap: Tap, relation: str, network: Network, queries: jax.Array) 
     """Relation of one patch of each image to all its patches, float32 [batch, patches], mean over the network's heads.
 
     Args:
-      queries: which patch, int [batch].
+      queries: int [batch], the number of the patch in each image.
     """
     left, right = getattr(tap, relation[0]), getattr(tap, relation[1])
     weights = jax.nn.softmax(scaled_products(left, right).astype(jnp.float32), axis=-1)
@@ -80,11 +81,11 @@ def _log_softmax(tap: Tap, relation: str, heads: int, network: Network, grid: Gr
 
 
 def _tokens(features: jax.Array, network: Network, grid: Grid, prefix: int) -> jax.Array:
-    """[batch, tokens, heads, head_dim] with the patches on `grid`, after the CLS token or alone."""
+    """[batch, tokens, heads, head_dim]: `prefix` CLS tokens (0 or 1), then the patches on `grid`."""
     return resize_tokens(without_extra_tokens(features, network.vit.prefix, prefix), network.vit.grid, grid, prefix)
 
 
 def _kl(log_student: jax.Array, log_teacher: jax.Array) -> jax.Array:
-    """[student blocks, batch, heads] from [student blocks, batch, heads, queries, keys] and one block's of those."""
+    """KL [student blocks, batch, heads] of all student blocks and one of the teacher, [..., queries, keys] each."""
     divergence = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
     return jnp.mean(divergence, axis=-1)

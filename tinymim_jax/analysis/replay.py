@@ -1,4 +1,4 @@
-"""Computes a step of a run once more, from the nearest checkpoint before it."""
+"""Computes a step of a run again, starting from the newest checkpoint before it."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 def replay(workdir: str, number: int, *, data_dir: str | None = None, workers: int = 0) -> Step:
-    """Step `number` of a run, counted from 1: its batch, losses and gradients, at the weights that it began with.
+    """The batch, losses and gradients of step `number` of a run, counted from 1.
 
-    A step is a function of the weights and its number. The newest intact checkpoint before it is read (nothing in the
-    workdir is changed), or the initial weights are made anew, and the steps in between are computed again.
+    A step is a function of its number and the weights before it. These are computed again from the newest intact
+    checkpoint before the step, or from the initial weights. Nothing in the workdir is changed.
 
-    Raises ValueError for a step that the run does not have, and where teacher or data are not those of the run.
+    Raises ValueError for a step that the run does not have, and if teacher or data are not those of the run.
     """
     folder = epath.Path(workdir).expanduser()
     path = folder / "config.json"
@@ -76,14 +76,14 @@ def explain_step(
     number: int,
     accumulate: int,
 ) -> str:
-    """A sentence on a step that was not finite, for the message of the run that it stopped; pictures are in a file.
+    """A sentence about a step that was not finite, for the error of the run; writes a page with its images.
 
-    Only the command that shows the step is named in a job of several processes, which would have to do this together,
-    and where the weights are no longer those that the step began with.
+    In a job of several processes, and if the weights have changed since that step, it only names the command that
+    shows the step.
 
     Args:
-      state: as it is now. Skipped updates change nothing; but the step that was dispatched before the error was noticed
-        may have been a finite one.
+      state: the current state. Skipped updates do not change it, but the step after the last one that was checked may
+        have been finite.
     """
     command = f"tinymim replay {workdir} --step {number}"
     if jax.process_count() > 1 or not int(state.skipped_in_a_row):
@@ -99,14 +99,14 @@ def explain_step(
 
 
 def _mesh(rows: int) -> Mesh:
-    """As many of the devices as `rows` can be split over; the run may have had others."""
+    """A mesh of the largest number of local devices that divides `rows`. The run may have had other devices."""
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     return make_mesh(devices=devices[:count])
 
 
 def _nearest(checkpoints: epath.Path, most: int, abstract: Any) -> Any | None:
-    """The state of the newest intact checkpoint of at most `most` steps; None without any."""
+    """The state of the newest intact checkpoint of at most `most` steps; None if there is none."""
     if not checkpoints.is_dir():
         return None
     checkpoints = checkpoints.resolve()  # Orbax takes absolute paths only

@@ -1,4 +1,4 @@
-"""One training step, looked at: its batch as pictures, the loss of each image, and the gradient of each layer."""
+"""One training step in detail: pictures of its batch, the loss of each image, and the gradient of each layer."""
 
 import dataclasses
 import re
@@ -29,13 +29,16 @@ _NAMED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a training step was made of.
+    """The batch, losses and gradients of a training step.
 
-    number: counted from 1. losses: float [batch] by name; records: what each row of the batch is, in words.
-    layers: for each module with trained parameters its name, the norm of its gradient and of its weights; not finite
-      where a value is.
+    number: counted from 1.
+    losses: float [batch] by name.
+    records: a description of the record in each row of the batch.
+    layers: for each module with trained parameters its name and the norms of its gradient and weights; a norm is not
+      finite if one of its values is not.
     tiles: pictures of some rows: {"row", "seen": {network: data URI}}, the largest losses first.
-    repeated: how many steps were computed to arrive there from a checkpoint (or from the start).
+    lr: the learning rate.
+    repeated: number of steps that were computed to reach this one from a checkpoint (or from the start).
     """
 
     number: int
@@ -73,11 +76,11 @@ def look_at_step(
     accumulate: int,
     workers: int = 0,
 ) -> Step:
-    """Computes losses and gradients of training step `number` (from 1) at `params`; in a job of one process.
+    """Computes losses and gradients of training step `number` (from 1) at `params`. For jobs of one process.
 
     Args:
-      params, frozen: placed on `mesh`; params as they are before the step.
-      accumulate: micro-batches of the run.
+      params, frozen: placed on `mesh`; params before the step.
+      accumulate: number of micro-batches.
     """
     with training_batches(experiment, start_step=number - 1, workers=workers) as batches:
         batch = next(batches)
@@ -98,7 +101,7 @@ def look_at_step(
 
 
 def describe_step(step: Step) -> str:
-    """What is not finite in the step, on one line; or its loss and gradient norm where all is."""
+    """A line that says what is not finite in the step; if everything is finite, its loss and gradient norm."""
     rows, layers = step.bad_rows, step.bad_layers
     if not rows and not layers:
         return f"step {step.number}: loss {step.losses['loss'].mean():.4g}, gradient norm {step.gradient_norm:.4g}"

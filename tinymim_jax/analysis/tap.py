@@ -1,4 +1,4 @@
-"""Which block of a teacher to distil from."""
+"""Suggests which block of a teacher to distil from."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ _MEASURES = {
 def suggest_tap(blocks: Sequence[Mapping[str, Any]], network: str, examples: int) -> dict[str, Any]:
     """The block with the best features: {"network", "block", "by", "value", "equal", "text"}.
 
-    By the linear accuracy of the blocks where the data have labels, else by their effective rank. "equal" lists the
-    blocks within one standard error of the best; of these the one nearest to three quarters of the depth is chosen,
-    where the paper found the best block of ViT-L (18 of 24) and ViT-B (9 of 12). No student is distilled for it, so it
-    is where to begin a search.
+    With labels the features are judged by the linear accuracy of the blocks, otherwise by their effective rank. "equal"
+    lists the blocks within one standard error of the best. Of these the one nearest to three quarters of the depth is
+    chosen, where the paper found the best block of ViT-L (18 of 24) and ViT-B (9 of 12). No student is distilled for
+    the suggestion, so it is only a start for a search.
 
     Args:
-      blocks: of analyze.analyze.
-      examples: how many images the accuracies are of.
+      blocks: figures of the blocks, from analyze.analyze.
+      examples: number of images of which the accuracies were measured.
     """
     by, values = _measure(blocks)
     best = max(values)
@@ -38,7 +38,7 @@ def suggest_tap(blocks: Sequence[Mapping[str, Any]], network: str, examples: int
 
 
 def last_stage(blocks: Sequence[Mapping[str, Any]], network: str, _: int) -> dict[str, Any]:
-    """The same for a convolutional network: its last stage, whatever the figures say, as no other can be distilled."""
+    """The same for a convolutional network: always its last stage, since only that one can be distilled."""
     by, values = _measure(blocks)
     text = (
         f"stage {len(values)} of {len(values)} of the {network}, as no other one of a convolutional network can be "
@@ -52,6 +52,6 @@ def last_stage(blocks: Sequence[Mapping[str, Any]], network: str, _: int) -> dic
 
 
 def _measure(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
-    """The figure to go by, and its values: the first of _MEASURES that all blocks have."""
+    """(name, values) of the first of _MEASURES that all blocks have."""
     by = next(key for key in _MEASURES if all(block.get(key) is not None for block in blocks))
     return by, [float(block[by]) for block in blocks]

@@ -23,7 +23,7 @@ def for_host(x: Any) -> bool:
 
 
 def fold(x: jax.Array) -> jax.Array:
-    """The digest of an array, computed where it is. Of one spread over several processes, call it on all of them."""
+    """The digest of an array, computed on its devices. Every process that holds a part of it must call this."""
     return _finish_on_cpu(_fold(x))
 
 

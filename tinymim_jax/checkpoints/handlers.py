@@ -11,7 +11,7 @@ _MIN_SLICE_BYTES = 2**20
 
 
 def make_handlers(failures: list[BaseException]) -> dict[str, ocp.CheckpointHandler]:
-    """Orbax's own handlers, which do not slice small replicated arrays so that each device writes a part of them.
+    """Orbax's handlers, set to write small replicated arrays whole instead of in slices from several devices.
 
     Slicing compiles a program for each shape and device, which takes seconds in the first save and gains nothing.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -17,6 +16,7 @@ from tinymim_jax.checkpoints.format import CheckpointError, Damaged
 from tinymim_jax.checkpoints.handlers import make_handlers
 from tinymim_jax.checkpoints.read_back import read_back
 from tinymim_jax.checkpoints.restoring import read_step
+from tinymim_jax.checkpoints.timer import SaveTimer
 from tinymim_jax.runtime.files import is_remote
 from tinymim_jax.runtime.paths import check_output_path
 
@@ -59,14 +59,11 @@ class Checkpoints:
         check_output_path(directory, "checkpoint directory")
         self._directory = epath.Path(directory).expanduser().resolve()
         self._remote = is_remote(self._directory)
-        self._every_seconds = every_seconds
-        self._clock = clock
-        self._saved_at = clock()
+        self._timer = SaveTimer(every_seconds, clock)
         self._preempted = False
         self._writing = False
         self._failures: list[BaseException] = []
         self._failed_in_a_row = 0
-        self._asked, self._next_check, self._checked_at = 0, 1, self._saved_at
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,
@@ -120,7 +117,7 @@ class Checkpoints:
                 _log.error("CHECKPOINT %d IS DAMAGED, trying the one before it: %s", step, damaged[step])
                 continue
             self._set_aside(damaged)
-            self._saved_at = self._clock()
+            self._timer.restart()
             return state
         if damaged:
             reasons = "".join(f"\n  {step}: {reason}" for step, reason in damaged.items())
@@ -153,7 +150,7 @@ class Checkpoints:
                 self.wait()  # returns at once, or raises the error of the save in the background
         preempted = self._manager.reached_preemption(step)
         self._preempted |= preempted
-        due = self._due()
+        due = self._timer.due(saving=self._manager.is_saving_in_progress())
         if not (force or preempted or due) or step in self._manager.all_steps():
             return False
         args = ocp.args.Composite(
@@ -177,7 +174,7 @@ class Checkpoints:
         with stored.writing(self._directory):
             self._manager.save(step, args=args, force=True)
         self._writing = True
-        self._saved_at = self._clock()
+        self._timer.restart()
         if self._first:
             self._first, self._unread = False, step
 
@@ -235,12 +232,11 @@ class Checkpoints:
             yield
         except CheckpointError as error:
             self._failed_in_a_row += 1
-            # With several processes, each would have to know of the failure of the others.
+            # With several processes, all would have to learn of the failure.
             hopeless = not self._remote or not stored.is_transient(error) or jax.process_count() > 1
             if hopeless or self._failed_in_a_row >= _MAX_FAILED_SAVES:
                 raise
-            soon = min(_RETRY_SECONDS, self._every_seconds)
-            self._saved_at = self._clock() - self._every_seconds + soon
+            soon = self._timer.due_within(_RETRY_SECONDS)
             _log.error("SAVING FAILED (%d in a row), trying again in %.0f s: %s", self._failed_in_a_row, soon, error)
 
     def _repeated(self, action: Callable[[], Any]) -> Any:
@@ -268,22 +264,6 @@ class Checkpoints:
                 f"The first checkpoint of this run, {directory}, is not what was saved: {str(error)[:300]}\n"
                 "This storage does not keep checkpoints. Choose another --workdir."
             ) from error
-
-    def _due(self) -> bool:
-        """Whether the interval has passed by process 0's clock, so that all processes agree."""
-        now = self._clock()
-        due = now - self._saved_at >= self._every_seconds and not self._manager.is_saving_in_progress()
-        if jax.process_count() == 1:
-            return due
-        self._asked += 1
-        if self._asked < self._next_check:
-            return False
-        # Until the next check pass as many calls as take about a twentieth of the interval.
-        rate = self._asked / max(now - self._checked_at, 1e-6)
-        calls = int(np.clip(rate * self._every_seconds / 20, 1, 256))
-        due, calls = multihost_utils.broadcast_one_to_all(np.array([due, calls], np.int32))
-        self._asked, self._next_check, self._checked_at = 0, int(calls), now
-        return bool(due)
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
         if not damaged:

@@ -154,7 +154,7 @@ def _load_export(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _load_run(directory: epath.Path) -> dict[str, Any]:
-    """The parameters of the newest intact step. A run that is training may delete steps meanwhile and save others."""
+    """The parameters of the newest intact step. A training run may delete steps and save new ones while this reads."""
     damaged, deleted = {}, set()
     while steps := set(ocp.utils.checkpoint_steps(directory)) - damaged.keys() - deleted:
         step = max(steps)

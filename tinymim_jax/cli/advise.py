@@ -1,4 +1,4 @@
-"""`tinymim advise`: whether distillation will help, before it is paid for."""
+"""`tinymim advise`: whether distillation will help, from a short trial."""
 
 import argparse
 
@@ -16,12 +16,13 @@ would reach, with a 90 % interval. The answer is
   yes      the whole interval is better than the untrained student, by more than chance
   unclear  otherwise
 
-What the whole would take is measured for these devices, and planned for others (`tinymim plan --help` lists names):
+The cost of the whole distillation is measured for these devices, and planned for others; `tinymim plan --help` lists
+their names:
 
   tinymim advise /data/pets --teacher teachers/mae_vit_base --student Ti --output runs/advice
   tinymim advise /data/pets --teacher teachers/mae_vit_base --output runs/advice --on h100x1 v5e-8
 
-The images need classes: a folder for each. Everything is kept in OUTPUT (advice.json); the same line goes on.
+The images need classes: a folder for each. Everything is kept in OUTPUT (advice.json); the same command continues.
 """
 
 
@@ -31,11 +32,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("data", metavar="DATA", help="folder of images with classes, or what data.source takes")
     command.add_argument("--teacher", required=True, metavar="PATH", help="run, converted checkpoint or PyTorch file")
     command.add_argument("--student", default="S", metavar="SIZE", help=f"{', '.join(STUDENTS)} (default S)")
-    command.add_argument("--output", required=True, metavar="DIR", help="folder of everything")
+    command.add_argument("--output", required=True, metavar="DIR", help="folder for all results")
     command.add_argument("--hours", type=float, help="time for the trial (default 0.25; on a CPU 0.05)")
     command.add_argument("--preset", choices=PRESETS, help="recipe by number of images (default: the nearest)")
     command.add_argument(
-        "--on", nargs="+", default=[], metavar="HARDWARE", help="plan the whole for these: h100x8 v5e-8"
+        "--on", nargs="+", default=[], metavar="HARDWARE", help="plan the whole distillation for these: h100x8 v5e-8"
     )
     command.add_argument("--data_dir", help="where TFDS data sets are")
     command.add_argument("--workers", type=int, metavar="N", help="processes that decode images (default: cores - 1)")
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     """Returns the exit status: 0 advice was given, 1 error, 75 stopped with everything saved."""
     from tinymim_jax.plan.topology import parse_topology
     from tinymim_jax.starter.advise import HOURS, PROBES, advise
-    from tinymim_jax.starter.distill import Request
+    from tinymim_jax.starter.request import Request
     from tinymim_jax.sweeps.points import parse_overrides
 
     if options.hours is not None and not options.hours > 0:

@@ -1,4 +1,4 @@
-"""`tinymim analyze`: what the layers of a student and its teacher know, and how alike they are."""
+"""`tinymim analyze`: features of the layers of a student and its teacher, and their similarity."""
 
 import argparse
 import json

@@ -37,7 +37,9 @@ def run(options: argparse.Namespace) -> int:
     """Prints the table."""
     from tinymim_jax.evaluation.bench import bench, table
     from tinymim_jax.runtime.files import write_json
+    from tinymim_jax.runtime.paths import check_output_file
 
+    file = check_output_file(options.json, "--json") if options.json else None
     if min(options.batch) < 1 or options.seconds <= 0:
         raise ValueError(f"--batch {options.batch} and --seconds {options.seconds}: give numbers above 0")
     runtimes = options.runtime.split(",") if options.runtime else None
@@ -53,6 +55,6 @@ def run(options: argparse.Namespace) -> int:
         options.checkpoint, runtimes=runtimes, int8=options.int8, batches=options.batch, seconds=options.seconds
     )
     print(table(rows))
-    if options.json:
-        write_json(options.json, rows)
+    if file is not None:
+        write_json(file, rows)
     return 0

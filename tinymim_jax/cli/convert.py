@@ -14,7 +14,7 @@ PUBLISHED = (
 )
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 INTERPOLATIONS = ("bicubic", "bilinear")
-# What `tinymim export` wrote, and in the case of the hub what timm saved: these say themselves what they are.
+# Written by `tinymim export` (hub: or by timm): these files describe their own architecture.
 EXPORTS = ("hub", "onnx")
 
 
@@ -80,7 +80,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes --output and prints what it holds and what was assumed."""
+    """Writes --output and prints its content and what was assumed."""
     from tinymim_jax.checkpoints.params import check_free, save_params
     from tinymim_jax.convert import Given, convert_file, described, read_class_names
 

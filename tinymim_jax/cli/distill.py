@@ -1,13 +1,13 @@
-"""`tinymim distill`: from a folder of images and a teacher to a small network, in one line."""
+"""`tinymim distill`: a small network from a folder of images and a teacher, in one command."""
 
 import argparse
 from typing import Any
 
 from tinymim_jax.cli.options import add_compile_cache, add_overrides
 
-HELP = "distil a small network from a teacher on your images: one line, resumed by the same line"
+HELP = "distil a small network from a teacher on your images; the same command continues it"
 
-# Those of starter.choices and starter.helpers, which take seconds to import.
+# Copies of the names in starter.choices and starter.helpers, which take seconds to import.
 STUDENTS = ("pico", "nano", "hybrid", "Ti", "S", "B")
 PRESETS = ("5k", "50k", "1M")
 EXPORTS = ("auto", "onnx", "litert", "stablehlo", "hub", "none")
@@ -21,18 +21,18 @@ wrote, a PyTorch file or a folder of the Hugging Face hub.
   tinymim distill /data/pets --teacher teachers/mae_vit_base --student Ti --output runs/pets --hours 4
   tinymim distill /data/pets --teacher teachers/mae_vit_base --student pico --output runs/pets --dry_run
 
-What is done, each skipped where it is done already:
+Steps; those that are done already are skipped:
   1. images, teacher, disk and memory are checked, and a step of each training is measured, or planned on accelerators
-  2. the images are converted to smaller files, where that saves more time than it takes (OUTPUT/data)
-  3. k-NN accuracy of the teacher and of the untrained student, where there are labels
-  4. the student is distilled (OUTPUT/student), and its k-NN accuracy measured again
-  5. it is fine-tuned, where there are labels (OUTPUT/classifier)
-  6. it is exported (OUTPUT/model.onnx, or model/ where onnx is not installed), and OUTPUT/report.html written
+  2. if it saves more time than it takes, the images are converted to smaller files (OUTPUT/data)
+  3. with labels, the k-NN accuracy of the teacher and of the untrained student is measured
+  4. the student is distilled (OUTPUT/student), and its k-NN accuracy is measured again
+  5. with labels, it is fine-tuned (OUTPUT/classifier)
+  6. it is exported (OUTPUT/model.onnx, or model/ if onnx is not installed), and OUTPUT/report.html is written
 
-What was chosen is printed with reasons, kept in OUTPUT/choices.json, and stands in the config.json of each training.
-KEY=VALUE changes it (configs/base.py has all keys), STAGE.KEY=VALUE in one training: student.optim.base_lr=1e-3.
+Choices are printed with reasons and kept in OUTPUT/choices.json and in the config.json of each training. KEY=VALUE
+changes one (configs/base.py has all keys), STAGE.KEY=VALUE in one training only: student.optim.base_lr=1e-3.
 
-Ctrl-C saves and stops; the same line goes on. Exit status: 0 done, 1 error, 75 stopped with everything saved.
+Ctrl-C saves and stops; the same command continues. Exit status: 0 done, 1 error, 75 stopped with everything saved.
 """
 
 
@@ -42,12 +42,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("data", metavar="DATA", help="folder of images, or what data.source takes")
     command.add_argument("--teacher", required=True, metavar="PATH", help="run, converted checkpoint or PyTorch file")
     command.add_argument("--student", default="S", metavar="SIZE", help=f"{', '.join(STUDENTS)} (default S)")
-    command.add_argument("--output", required=True, metavar="DIR", help="folder of everything")
+    command.add_argument("--output", required=True, metavar="DIR", help="folder for all results")
     command.add_argument(
         "--hours",
         type=float,
-        help="time for everything; trainings are shortened to fit, by steps that are planned on accelerators and "
-        "measured on CPUs (default: as long as the preset takes; on a CPU 0.1)",
+        help="time for everything; trainings are shortened to fit (default: as long as the preset takes; on a CPU 0.1)",
     )
     command.add_argument("--preset", choices=PRESETS, help="recipe by number of images (default: the nearest)")
     command.add_argument("--no_labels", action="store_true", help="ignore labels: no k-NN, no fine-tuning")
@@ -69,7 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def request_of(options: argparse.Namespace) -> Any:
     """The starter's Request for the parsed options."""
-    from tinymim_jax.starter.distill import Request
+    from tinymim_jax.starter.request import Request
     from tinymim_jax.sweeps.points import parse_overrides
 
     if options.hours is not None and not options.hours > 0:

@@ -63,7 +63,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes --output and prints what it is and how far it is from jax."""
+    """Writes --output and prints a description and its largest difference from jax."""
     if options.format in PROGRAMS:
         from tinymim_jax.evaluation.exporting import export
 

@@ -95,7 +95,7 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
 def config_of(options: argparse.Namespace) -> ConfigDict:
     """The experiment of --config or, without it, the one in the config.json beside the checkpoint.
 
-    Raises FileNotFoundError where neither is there.
+    Raises FileNotFoundError if neither is there.
     """
     from etils import epath
 

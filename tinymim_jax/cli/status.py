@@ -36,7 +36,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the status of a run, or of the runs below a folder; returns the exit status.
 
-    Raises FileNotFoundError where there are none.
+    Raises FileNotFoundError if there are none.
     """
     from etils import epath
 
@@ -124,7 +124,10 @@ def _checkpoint(row: dict[str, Any]) -> str:
 
 
 def _figures(figures: dict[str, Any]) -> str:
+    """Figures in a line, without counts and without those of single classes ("eval/iou/wall")."""
     said = (
-        f"{n.split('/', 1)[-1]} {v:.4g}" for n, v in figures.items() if v is not None and not n.endswith("examples")
+        f"{n.split('/', 1)[-1]} {v:.4g}"
+        for n, v in figures.items()
+        if v is not None and not n.endswith("examples") and n.count("/") < 2
     )
     return ", ".join(said)

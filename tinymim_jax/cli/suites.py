@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tinymim_jax.evaluation.suites.registry import SUITES, parse_suites
 from tinymim_jax.runtime import exits
 from tinymim_jax.runtime.files import write_text
+from tinymim_jax.runtime.paths import check_output_file
 
 _OPTIONS = ("output", "batch_size", "dtype")
 
@@ -40,11 +40,7 @@ def check(options: argparse.Namespace) -> None:
         what = "--config" if options.config else options.overrides[0]
         raise ValueError(f"{what}: a --suite is evaluated without a config, as the checkpoint's own record says")
     if options.output is not None:
-        folder = Path(options.output).expanduser().absolute().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f"--output {options.output}: {folder} is not a folder that can be written to")
-        if Path(options.output).expanduser().is_dir():
-            raise ValueError(f"--output {options.output} is a folder: name a file in it, such as results.json")
+        check_output_file(options.output, "--output")
 
 
 def run(options: argparse.Namespace) -> int:

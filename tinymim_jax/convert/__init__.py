@@ -10,7 +10,7 @@ from tinymim_jax.convert.formats import FORMATS
 from tinymim_jax.convert.formats.safetensors import to_safetensors
 from tinymim_jax.convert.preprocessing import INTERPOLATIONS, Given, described, read_class_names
 from tinymim_jax.convert.readers import read
-from tinymim_jax.convert.readers.inert_pickle import Opaque
+from tinymim_jax.convert.readers.pickle_values import Opaque
 
 __all__ = [
     "FAMILIES",

@@ -12,7 +12,7 @@ from tinymim_jax.convert.architecture import Heads, grid_of, make_architecture, 
 from tinymim_jax.convert.errors import ConvertError, printable
 from tinymim_jax.convert.families import FAMILIES
 from tinymim_jax.convert.families.table import Family, Leaf, Shape, leaves, sizes_shown
-from tinymim_jax.convert.readers.inert_pickle import Opaque
+from tinymim_jax.convert.readers.pickle_values import Opaque
 from tinymim_jax.convert.segmentation import check_segmenter, make_segmenter, segmenter_parts, segmenter_sizes
 from tinymim_jax.convert.state_dict import find_state_dict
 from tinymim_jax.errors import unknown
@@ -136,7 +136,7 @@ def to_torch(family: str, model: Mapping, params: Mapping) -> dict[str, np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What a family expects of a state dict, and how that differs from what is there."""
+    """Differences between the tensors that a family expects and those of a state dict."""
 
     parts: set[str]
     sizes: dict[str, int]
@@ -196,7 +196,7 @@ def family_of(name: str) -> Family:
 
 
 def _hint(family: str, state: Mapping[str, Any]) -> str:
-    """What the file may be instead, or what it has that no family here has."""
+    """A hint: what the file may be instead, or which of its parts no family supports."""
     for name in fitting_families(state):
         if name != family:
             return f"\nIt looks like {name!r}: use --from {name}"

@@ -42,7 +42,7 @@ def head_entries() -> tuple[Entry, ...]:
 
 
 def find_head(family: str, state: Mapping[str, Any], flat: Mapping[str, Any], config: Mapping[str, Any]) -> Head | None:
-    """The classifier's head in the file; None where it has none.
+    """The classifier's head in the file; None if it has none.
 
     Args:
       family: in PUBLISHED.

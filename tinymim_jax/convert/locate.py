@@ -72,7 +72,7 @@ def locate(given: str | pathlib.Path) -> Weights:
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file. Raises ConvertError where it is damaged or holds Python objects."""
+    """The arrays of a .npz file. Raises ConvertError if it is damaged or holds Python objects."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

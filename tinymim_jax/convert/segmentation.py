@@ -82,7 +82,7 @@ def segmenter_sizes(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_segmenter(family: str, pyramid: str, model: Mapping[str, Any]) -> None:
-    """Raises ConvertError where `model` is no segmentation network with the names of `family`."""
+    """Raises ConvertError if `model` is no segmentation network with the names of `family`."""
     if "segmenter" not in model:
         raise ConvertError(f"{family!r} names segmentation networks, and this is none")
     record, heads = model["segmenter"], model["encoder"]["heads"]

@@ -37,7 +37,7 @@ class Sidecar:
 
 
 def read_sidecar(weights: pathlib.Path, config: str | pathlib.Path | None = None) -> Sidecar:
-    """Reads config.json and preprocessor_config.json in the folder of `weights`, as far as they are there.
+    """Reads config.json and preprocessor_config.json in the folder of `weights`, if they exist.
 
     Args:
       config: read this file (and preprocessor_config.json in its folder) instead; 'none' reads nothing.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tinymim_jax.convert.errors import ConvertError, printable
-from tinymim_jax.convert.readers.inert_pickle import Opaque
+from tinymim_jax.convert.readers.pickle_values import Opaque
 
 _MAX_NESTING = 4
 _MAX_LISTED = 8

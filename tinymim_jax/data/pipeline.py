@@ -242,7 +242,7 @@ def _read_ahead(rows: Rows, first_part: int, workers: int, threads: int, prefetc
 
 
 def _check_shared_memory(workers: int, part_bytes: int) -> None:
-    """Raises RuntimeError where /dev/shm cannot hold one part of each worker: writing to it would kill the worker."""
+    """Raises RuntimeError if /dev/shm cannot hold one part of each worker: writing to it would kill the worker."""
     try:
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:  # no Linux: shared memory lies elsewhere

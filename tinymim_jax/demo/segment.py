@@ -1,4 +1,4 @@
-"""`tinymim demo --segment`: learns the shapes in generated pictures, scores it, and draws what it predicts."""
+"""`tinymim demo --segment`: trains a segmentation on generated pictures, evaluates it and draws predictions."""
 
 import json
 import os

@@ -15,7 +15,7 @@ _TOLERANCE = 1e-3  # published values are rounded to three digits
 
 
 def check_preprocessing(config: ConfigDict, record: Mapping[str, Any], checkpoint: str) -> None:
-    """Raises ValueError where `config` normalizes pixels otherwise than the checkpoint's record says.
+    """Raises ValueError if `config` normalizes pixels otherwise than the checkpoint's record says.
 
     What `tinymim convert` merely assumed is not compared. Other interpolation or orientation is a warning: figures then
     differ a little.

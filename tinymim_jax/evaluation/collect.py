@@ -56,7 +56,7 @@ def collect(step: RowStep, arguments: Any, batches: Batches, mesh: Mesh, *, exam
       batches: padded batches with `valid`; closed at the end.
       examples: length of the split.
 
-    Raises RuntimeError where another number of examples was counted, or more than 0.1 % of them were substituted.
+    Raises RuntimeError if another number of examples was counted, or more than 0.1 % of them were substituted.
     """
     found: list[Any] = []
     before, counted = None, 0

@@ -42,7 +42,7 @@ def evaluate(
       seed: for tasks whose loss is random (which patches are hidden).
       on_batch: called after each batch.
 
-    Raises RuntimeError where more than 0.1 % of the images cannot be decoded; in place of fewer others are counted.
+    Raises RuntimeError if more than 0.1 % of the images cannot be decoded; in place of fewer others are counted.
     """
     root = jax.random.key(seed)
     tally = Tally(metric)

@@ -202,7 +202,7 @@ def _smallest_cosine(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def _check(path: pathlib.Path, network: Network, to: str, int8: bool, views: np.ndarray, named: str) -> str:
-    """What the comparison gave, in words; ValueError where a float32 file differs too much."""
+    """What the comparison gave, in words; ValueError if a float32 file differs too much."""
     try:
         runner = RUNNERS[to](path, None)
     except ImportError as error:

@@ -53,7 +53,7 @@ class Features(NamedTuple):
 def labelled_splits(config: ConfigDict, *, data_dir: str | None, purpose: str) -> LabelledSplits:
     """The training and the evaluation split of `config.data`.
 
-    Raises LabelError, with `purpose`, where one lacks labels, and ValueError where the evaluation split has a class
+    Raises LabelError, with `purpose`, if one lacks labels, and ValueError if the evaluation split has a class
     that the training split does not have.
     """
     data = config.data

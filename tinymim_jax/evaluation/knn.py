@@ -46,7 +46,7 @@ def evaluate_knn(
       temperature: each neighbor's vote has the weight exp(cosine similarity / temperature).
       pool: 'mean' of the patch tokens, or 'cls'.
 
-    Raises ValueError where a split has no labels, where the training split has fewer images than the largest k, and
+    Raises ValueError if a split has no labels, where the training split has fewer images than the largest k, and
     for values out of range.
     """
     if not neighbors or min(neighbors) < 1 or temperature <= 0:

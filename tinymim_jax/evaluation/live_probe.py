@@ -32,7 +32,7 @@ class LiveProbe:
     Args:
       history: k-NN accuracies of earlier probes of this run, in order.
 
-    Raises ValueError where the task has no encoder of its own, or `train.probe_patience` is set for images without
+    Raises ValueError if the task has no encoder of its own, or `train.probe_patience` is set for images without
     labels.
     """
 
@@ -149,7 +149,7 @@ class _Kept:
 
 
 def _spaced(source: Source, count: int) -> Source:
-    """`count` examples at equal distances, so that sources in the order of their classes give all of them."""
+    """`count` examples at equal distances, so that all classes occur even if the source is sorted by class."""
     if len(source) <= count:
         return source
     return Subset(source, np.linspace(0, len(source) - 1, count).astype(np.int64))

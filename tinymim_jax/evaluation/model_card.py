@@ -52,7 +52,7 @@ def licence_of(checkpoint: str, given: str | None = None) -> str:
     if given:
         return given
     known = [step["licence"] for step in lineage(checkpoint) if "licence" in step]
-    # Of ancestors that are not on this machine, the checkpoint's own record knows.
+    # Ancestors that are not on this machine are listed in the checkpoint's own record.
     record = _json(epath.Path(checkpoint).expanduser() / "model.json")
     known += [item["licence"] for item in record.get("lineage", ()) if item.get("licence")]
     restricted = [each for each in known if "nc" in each.split("-") or each in _RESTRICTED]

@@ -24,7 +24,7 @@ def find_pictures(
     images: Sequence[str] = (),
     data_dir: str | None = None,
 ) -> tuple[np.ndarray, str]:
-    """(views uint8 [images, height, width, 3] as `model` sees them, what they are, in words).
+    """(views uint8 [images, height, width, 3], preprocessed for `model`; a description of them).
 
     Args:
       checkpoint: a run's evaluation split is used where nothing else is given and it is there.

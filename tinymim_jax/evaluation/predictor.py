@@ -41,7 +41,7 @@ class Prediction(NamedTuple):
 def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> "Model":
     """The model in `path`: the workdir of a run, or what `tinymim convert` wrote.
 
-    Raises CheckpointError where there is no checkpoint, or it is damaged.
+    Raises CheckpointError if there is no checkpoint, or it is damaged.
     """
     record, params = load_params(path)
     return Model(str(path), record, params, dtype)
@@ -75,7 +75,7 @@ class Model:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; empty where there is no classifier, or the checkpoint does not name its classes."""
+        """Names of the classes; empty if there is no classifier, or the checkpoint does not name its classes."""
         return tuple(self.preprocessing["class_names"]) if self._classifier or self.labels_pixels else ()
 
     @property
@@ -109,7 +109,7 @@ class Model:
     def classifier(self) -> Callable[[Any, jax.Array], jax.Array]:
         """(params, normalised pixels `[batch, height, width, 3]`) -> logits `[batch, classes]`: a function to jit.
 
-        Raises ValueError where the checkpoint has no classifier.
+        Raises ValueError if the checkpoint has no classifier.
         """
         if self._classifier is None:
             raise ValueError(
@@ -135,7 +135,7 @@ class Model:
 
         windows: how images are shown to the network; None: as in the evaluation of its training.
 
-        Raises ValueError where the checkpoint does not label pixels.
+        Raises ValueError if the checkpoint does not label pixels.
         """
         if not self.labels_pixels:
             raise ValueError(

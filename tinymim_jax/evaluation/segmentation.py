@@ -215,7 +215,7 @@ def score_split(
     A class that occurs neither in the masks nor in the predictions has no IoU and does not count in the mean, as in
     mmsegmentation. `on_image` is called after each round of one image for each device.
 
-    Raises RuntimeError where more than 0.1 % of the images cannot be decoded; in place of fewer others are counted.
+    Raises RuntimeError if more than 0.1 % of the images cannot be decoded; in place of fewer others are counted.
     """
     total, substituted = count_split(labeller, params, frozen, source, mesh, upright=upright, on_image=on_image)
     return figures(total, source.class_names) | {"examples": len(source), "substituted": substituted}

@@ -21,7 +21,7 @@ class Segmented:
     """The class of every pixel of an image.
 
     labels: uint8 `[height, width]`, uint16 with more than 254 classes.
-    class_names: empty where the checkpoint does not name its classes.
+    class_names: empty if the checkpoint does not name its classes.
     colours: RGB of each class.
     """
 

@@ -1,1 +1,1 @@
-"""Networks (flax.linen): they know no task, no data and no configuration file."""
+"""Networks (flax.linen), independent of tasks, data and configuration files."""

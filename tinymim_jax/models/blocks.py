@@ -54,7 +54,7 @@ class Tap:
 
 @flax.struct.dataclass
 class OutputTap(Tap):
-    """A Tap of a network without attention: only `output` is there, all else is None."""
+    """A Tap of a network without attention: everything except `output` is None."""
 
     q: Any = None
     k: Any = None

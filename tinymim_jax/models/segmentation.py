@@ -93,7 +93,7 @@ class SegmentationNetwork(nn.Module):
         return self.decode_head(maps, train=False)
 
     def both(self, images: Images, *, train: bool, drop_key: jax.Array | None = None) -> tuple[Logits, Logits | None]:
-        """float32 logits of the head and of the auxiliary head; None where there is none.
+        """float32 logits of the head and of the auxiliary head; None if there is none.
 
         Args:
           train: normalize by the batch's statistics; STATISTICS must then be mutable.

@@ -1,4 +1,4 @@
-"""The plot of a chart: its place in the drawing, scales with ticks, and axes."""
+"""The plot area of a chart: its place in the drawing, scales with ticks, and axes."""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from typing import NamedTuple
 from tinymim_jax.pages.svg import short_number, text_at, text_turned
 
 WIDTH, HEIGHT = 420, 250
-"""Of a chart in units of the drawing."""
+"""Size of a chart in units of the drawing."""
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 36
 """Margins between its border and the plot."""
 
 
 class Scale(NamedTuple):
-    """Maps values to 0..1, and the values at which the axis has labels."""
+    """A mapping of values to 0..1, and the values at which the axis has labels."""
 
     low: float
     high: float
@@ -27,7 +27,7 @@ class Scale(NamedTuple):
 
 
 def make_scale(values: Sequence[float], *, log: bool, tight: bool) -> Scale:
-    """A scale with about five ticks for finite values. tight: it ends at the values and not at the next ticks."""
+    """A scale with about five ticks for finite values. tight: it ends at the outermost values, not at ticks."""
     low, high = min(values), max(values)
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -49,7 +49,7 @@ def make_scale(values: Sequence[float], *, log: bool, tight: bool) -> Scale:
 
 
 def _nice(step: float) -> float:
-    """The nearest of 1, 2, 2.5, 5 or 10 times a power of ten that is not smaller."""
+    """The smallest of 1, 2, 2.5, 5 or 10 times a power of ten that is at least as large."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
 

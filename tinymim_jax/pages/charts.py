@@ -21,7 +21,7 @@ _MOST_POINTS = 400  # of a line; more than pixels would show nothing more
 
 
 class Series(NamedTuple):
-    """Points with a name. y may hold None or values that are not finite: there the line has a gap."""
+    """Named points. Where y is None or not finite, the line has a gap."""
 
     name: str
     x: Sequence[float]
@@ -38,7 +38,7 @@ def line_chart(
     log: bool = False,
     inside: bool = False,
 ) -> str:
-    """An SVG of lines, or of dots, below a legend of several; "" where no series has a finite point.
+    """An SVG of lines or dots, with a legend if there are several; "" if no series has a finite point.
 
     Args:
       log: the y axis is logarithmic if all values are positive and the largest is more than 100 times the smallest.
@@ -126,7 +126,7 @@ def heat_map(
 
 
 def stacked_bar(title: str, shares: Mapping[str, float]) -> str:
-    """One horizontal bar whose parts have the widths of `shares`, which sum to 1, and its legend."""
+    """A horizontal bar with a legend. The widths of its parts are `shares`, which sum to 1."""
     parts, left = [], 0.0
     for number, (name, share) in enumerate(shares.items()):
         parts.append(
@@ -154,7 +154,7 @@ def interval(value: float, spread: float, low: float, high: float, text: str) ->
 
 
 def legend(names: Sequence[str], *, filled: bool = False) -> str:
-    """Names with the colours and dashes of their lines, or of their bars."""
+    """A legend: names with the colours and dashes of their lines or bars."""
     drawn = []
     for number, name in enumerate(names):
         key = (
@@ -167,7 +167,7 @@ def legend(names: Sequence[str], *, filled: bool = False) -> str:
 
 
 def standalone(svg: str) -> str:
-    """The SVG as a file of its own, with its style and a background."""
+    """The SVG as a complete file with style and background."""
     style = (pathlib.Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     head, rest = svg.split(">", 1)
     style += " svg { background: var(--back) }"
@@ -181,7 +181,7 @@ def _key(number: int, name: str) -> str:
 
 
 def _finite(series: Series) -> list[tuple[float, float] | None]:
-    """Points in their order, None for gaps; [] where nothing is finite."""
+    """Points in their order, None for gaps; [] if nothing is finite."""
     points = [
         (float(x), float(y)) if y is not None and math.isfinite(y) else None
         for x, y in zip(series.x, series.y, strict=True)
@@ -190,7 +190,7 @@ def _finite(series: Series) -> list[tuple[float, float] | None]:
 
 
 def _thinned(points: list[tuple[float, float] | None]) -> list[tuple[float, float] | None]:
-    """At most about _MOST_POINTS: of each stretch its lowest and its highest point, so that spikes remain."""
+    """About _MOST_POINTS of the points: the lowest and the highest of each section, so that spikes remain."""
     if len(points) <= _MOST_POINTS:
         return points
     kept: list[tuple[float, float] | None] = []

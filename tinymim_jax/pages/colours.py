@@ -15,23 +15,23 @@ _PHOTOGRAPH = 64  # sides from which JPEG is smaller and shows no blocks
 
 
 def viridis(share: float) -> str:
-    """The colour #rrggbb of a value in 0..1; values outside take the nearer end."""
+    """The colour #rrggbb of a value in 0..1; other values are clipped."""
     return "#" + "".join(f"{round(channel):02x}" for channel in _colours(np.asarray(share)))
 
 
 def coloured(values: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] of values [height, width] between their smallest and largest."""
+    """uint8 [height, width, 3]: the values [height, width] in colours, scaled to their minimum and maximum."""
     low, high = float(np.min(values)), float(np.max(values))
     return np.round(_colours((values - low) / (high - low or 1.0))).astype(np.uint8)
 
 
 def pixels_of(image: np.ndarray) -> np.ndarray:
-    """uint8 of values in 0..1; what is not a number becomes 0."""
+    """Values in 0..1 as uint8; NaN becomes 0."""
     return np.round(255 * np.clip(np.nan_to_num(image), 0.0, 1.0)).astype(np.uint8)
 
 
 def data_uri(image: np.ndarray) -> str:
-    """An image uint8 [height, width, 3] as a data URI: JPEG for photographs, PNG for images of few pixels."""
+    """An image uint8 [height, width, 3] as a data URI: PNG if it is small, JPEG otherwise."""
     buffer = io.BytesIO()
     if min(image.shape[:2]) >= _PHOTOGRAPH:
         Image.fromarray(image).save(buffer, "JPEG", quality=85)

@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: style, script, charts and pictures. It makes no request to any address."""
+"""A self-contained HTML file with style, script, charts and pictures. It makes no network requests."""
 
 import html
 import pathlib
@@ -34,7 +34,7 @@ def page(title: str, sections: Sequence[tuple[str, str]], *, intro: str = "") ->
 
 
 def figure(caption: str, body: str, note: str = "") -> str:
-    """A titled figure; "" where the body is. `note` is a line of text below it."""
+    """A titled figure; "" if the body is empty. `note` is a line of text below it."""
     below = f'<p class="note">{html.escape(note)}</p>' if note else ""
     return f"<figure><figcaption>{html.escape(caption)}</figcaption>{body}{below}</figure>" if body else ""
 
@@ -66,13 +66,13 @@ class Raw(str):
 
 
 def picture(uri: str, alt: str, caption: str = "") -> str:
-    """An image from a data URI, with a text for those who do not see it."""
+    """An image from a data URI, with an alternative text."""
     below = f"<span>{html.escape(caption)}</span>" if caption else ""
     return f'<span class="tile"><img src="{uri}" alt="{html.escape(alt)}">{below}</span>'
 
 
 def details(summary: str, body: str) -> str:
-    """A part that is closed until it is clicked; "" where the body is."""
+    """A section that opens when it is clicked; "" if the body is empty."""
     return f"<details><summary>{html.escape(summary)}</summary>{body}</details>" if body else ""
 
 
@@ -82,7 +82,7 @@ def paragraph(text: str) -> str:
 
 
 def number(value: Any) -> str:
-    """A figure for a table: four significant digits, thousands separated; "-" for None."""
+    """A number for a table: four significant digits, thousands separated; "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -35,7 +35,7 @@ def text_turned(text: str, y: float) -> str:
 
 
 def short_number(value: float) -> str:
-    """A figure with few digits: 4 significant ones, or 3 with an exponent if it is very small or large."""
+    """A number with 4 significant digits, or 3 and an exponent if it is very small or large."""
     value = float(value)
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -44,7 +44,7 @@ def short_number(value: float) -> str:
 
 
 def line_path(number: int, places: Sequence[tuple[float, float] | None]) -> str:
-    """A line with gaps; a point without neighbours is a dot, since a path of one point draws nothing."""
+    """A line with gaps. An isolated point is a dot, since a path of one point is invisible."""
     commands, alone, pen = [], [], False
     for i, place in enumerate(places):
         if place is None:
@@ -58,7 +58,7 @@ def line_path(number: int, places: Sequence[tuple[float, float] | None]) -> str:
 
 
 def dot_marks(number: int, places: Sequence[tuple[float, float] | None]) -> str:
-    """A dot at each place, in the colour of curve `number`."""
+    """A dot at each point, in the colour of curve `number`."""
     return "".join(
         f'<circle class="dot s{number % 8}" cx="{p[0]:.1f}" cy="{p[1]:.1f}" r="3"/>' for p in places if p is not None
     )

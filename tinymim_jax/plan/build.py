@@ -56,7 +56,7 @@ class Planned:
 
     @functools.cached_property
     def phases(self) -> tuple[tuple[int, str, float], ...]:
-        """(number of steps, what differs, FLOPs of a step) of each phase; () where the task has none."""
+        """(number of steps, what differs, FLOPs of a step) of each phase; () if the task has none."""
         phases = self.experiment.task.phases
         if not phases:
             return ()

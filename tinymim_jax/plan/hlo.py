@@ -106,7 +106,7 @@ class _Program:
             return _dot_flops(each.shape, shapes[0], _numbers(each.attributes, r"lhs_contracting_dims=\{([\d,]*)\}"))
         if each.opcode == "convolution" and len(shapes) == 2:
             return _convolution_flops(each, *shapes)
-        if "tpu_custom_call" in each.attributes:  # a Pallas kernel, which says what it costs
+        if "tpu_custom_call" in each.attributes:  # a Pallas kernel, whose cost estimate is among its attributes
             stated = re.search(r'"cost_estimate":\{"flops":"?(\d+)', each.attributes)
             return float(stated[1]) if stated else 0.0
         if _CUDNN_ATTENTION in each.attributes:

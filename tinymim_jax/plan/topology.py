@@ -1,4 +1,4 @@
-"""Names of hardware topologies: v5e-64, v5e:8x8, v4-32, h100x8, h100x8x4; and the topology of devices that are here."""
+"""Names of hardware topologies: v5e-64, v5e:8x8, v4-32, h100x8, h100x8x4; the topology of this machine's devices."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What `tinymim analyze` found, as a section of a report."""
+"""The results of `tinymim analyze` as a section of a report."""
 
 from collections.abc import Mapping
 from typing import Any

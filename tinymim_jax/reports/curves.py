@@ -1,4 +1,4 @@
-"""Curves of a run from the lines of its metrics.jsonl, whatever figures they hold."""
+"""Curves of all figures in a run's metrics.jsonl."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from tinymim_jax.pages.charts import Series, line_chart
 from tinymim_jax.pages.page import figure, grid
 
-# Figures that a table or the goodput shows better than a curve.
+# Figures that are shown in a table or as goodput instead.
 _OMITTED = re.compile(
     r"step|time|skipped|substituted|eta_seconds|longest_data_wait_seconds|goodput|lost/.*|.*/(examples|substituted)"
 )
@@ -23,9 +23,9 @@ _LOG = ("Training loss", "Evaluation loss", "Gradient norm")  # where values dif
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A figure for each group of figures that belong together, side by side; "" without any.
+    """A chart for each group of related figures, side by side; "" if there are none.
 
-    What was recorded at one step only is no curve.
+    Figures that were recorded at a single step are omitted.
     """
     drawn = [(title, series) for title, series in panels(rows) if any(len(set(one.x)) > 1 for one in series)]
     return grid(figure(title, line_chart(title, series, log=title in _LOG)) for title, series in drawn)
@@ -52,7 +52,7 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Series]]]:
 
 
 def overlaid(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str) -> str:
-    """One figure with the curve of `key` for each run; "" where no run has it."""
+    """One figure with the curve of `key` for each run; "" if no run has it."""
     series = []
     for name, rows in runs.items():
         found = [row for row in rows if key in row]

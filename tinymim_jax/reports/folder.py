@@ -14,7 +14,7 @@ from tinymim_jax.reports.record import RunRecord, read_json
 from tinymim_jax.reports.run import run_intro, run_sections
 
 IN_FULL = 4
-"""Of so many runs at most the report shows everything; of more, their curves and links to their own reports."""
+"""A report shows up to this many runs in full; of more runs only their curves, and links to their own reports."""
 _CURVES_OF = 24  # runs; a page with the curves of more would be slow
 _TOGETHER = 8  # curves in one chart
 
@@ -34,7 +34,7 @@ def folder_sections(folder: epath.Path, runs: Sequence[RunRecord]) -> list[tuple
 
 
 def _result(summary: Any, chosen: Any) -> str:
-    """What `tinymim distill` has found and chosen; "" for other folders."""
+    """Results and choices of `tinymim distill`; "" for other folders."""
     if not isinstance(summary, Mapping) or "knn" not in summary:
         return ""
     names = {"teacher": "teacher", "before": "student before distillation", "after": "student after distillation"}
@@ -79,7 +79,7 @@ def _losses(runs: Sequence[RunRecord]) -> str:
 
 
 def _sweep(found: Mapping[str, Any]) -> str:
-    """The rows of table.json, best first, with mean and deviation drawn; its notes hold the paper's figures."""
+    """The rows of table.json, best first, with a drawing of mean and deviation. Notes are the paper's figures."""
     rows = found.get("rows", [])
     if not rows:
         return ""

@@ -1,4 +1,4 @@
-"""What the files of a run say, read once for its report."""
+"""The contents of a run's files, read once for its report."""
 
 import contextlib
 import dataclasses
@@ -17,14 +17,14 @@ from tinymim_jax.runtime.workdir import ANALYSIS, CONFIG, REPLAY
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """The files of a run; what is missing or unreadable is empty.
+    """The contents of a run's files; missing and unreadable files are empty.
 
     known: from runtime.runs.read_run: stage, step, goodput, last figures.
     status: status.json; config: config.json with defaults filled in; model: model.json; inputs: resume.json.
     rows: the lines of metrics.jsonl.
-    analysis, pictures, scores: what `tinymim_jax.analysis` left in the folder ANALYSIS.
+    analysis, pictures, scores: results of `tinymim_jax.analysis` in the folder ANALYSIS.
     suites: results of `tinymim evaluate --suite ... --output` in the workdir, by file name.
-    replays: what `tinymim replay` found, by step.
+    replays: results of `tinymim replay`, in the order of their steps.
     """
 
     name: str
@@ -105,7 +105,7 @@ def is_suites(content: Mapping[str, Any]) -> bool:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none, or it is unreadable or no object."""
+    """The object in a JSON file; {} if there is none, or it is unreadable or no object."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text())
         return content if isinstance(content, dict) else {}

@@ -18,7 +18,7 @@ _IMAGENET = "imagenet2012"
 
 
 def run_sections(run: RunRecord) -> list[tuple[str, str]]:
-    """(heading, HTML) of all that is known about a run."""
+    """(heading, HTML) of all sections about a run."""
     return [
         ("Curves", curves(run.rows)),
         ("Result", _result(run)),
@@ -35,7 +35,7 @@ def run_sections(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def run_intro(run: RunRecord) -> str:
-    """The facts on top of the page, and why the run ended where it is not finished."""
+    """The facts at the top of the page, and the error if the run did not finish."""
     known, facts = run.known, {"state": run.known["stage"]}
     facts |= {"task": run.config.get("task")}
     if "step" in known:
@@ -71,7 +71,7 @@ def _result(run: RunRecord) -> str:
 
 
 def _paper(run: RunRecord, figures: Mapping[str, Any]) -> str:
-    """The paper's top-1 of the model of this width, beside ours where the data are the same."""
+    """The paper's top-1 of the model of this width, beside ours if the data are the same."""
     width = run.model.get("encoder", {}).get("embed_dim")
     if "top1" not in figures or width not in PAPER_MODELS:
         return ""

@@ -17,8 +17,8 @@ from tinymim_jax.runtime.runs import find_runs
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
-# A shorter run gets a report of its files alone: to look at its networks takes about a thousand images forward and some
-# programs to compile, as much as the run itself.
+# The report of a shorter run is made of its files only: measuring its networks compiles several programs and needs a
+# thousand images, which may take as long as the run itself.
 LOOKED_AT_SECONDS, LOOKED_AT_IMAGES = 60.0, 20_000
 
 
@@ -35,10 +35,10 @@ def write_report(
     Args:
       path: a workdir, a folder with workdirs up to two levels below, or a JSON file of `tinymim evaluate --suite`.
       output: the file; by default report.html in the folder, or beside the JSON file.
-      look: also looks at the networks of up to four runs that were not looked at since their last checkpoint
-        (analysis/look.py), which computes. What fails there is logged, and the report is written without it.
+      look: first measure the networks of up to four runs, unless that was done for their newest checkpoint
+        (analysis/look.py). If a measurement fails, that is logged and the report is written without it.
 
-    Returns the file that was written. Raises FileNotFoundError where there is neither a run nor a result.
+    Returns the file that was written. Raises FileNotFoundError if there is neither a run nor a result.
     """
     folder = epath.Path(path).expanduser()
     if folder.is_file():
@@ -78,12 +78,11 @@ def write_at_end(
     data_dir: str | None = None,
     workers: int = 0,
 ) -> None:
-    """Writes the report of a run, sweep or chain that has just ended; what goes wrong is logged and never raised.
+    """Writes the report of a run, sweep or chain that has just ended. Errors are logged and not raised.
 
     Args:
-      seconds, images: how long a run took, and how many images it trained on. The report of one under a minute or
-        20,000 images, of a job of several processes, or of a folder is made of its files alone; `tinymim report` adds
-        the rest.
+      seconds, images: duration of a run, and number of images it trained on. Networks are measured only after runs of
+        at least a minute and 20,000 images, in jobs of one process; `tinymim report` does it for the others.
     """
     look = seconds >= LOOKED_AT_SECONDS and images >= LOOKED_AT_IMAGES and jax.process_count() == 1
     try:
@@ -91,7 +90,7 @@ def write_at_end(
     except Exception as error:
         log.warning("the report could not be written: %s: %s", type(error).__name__, error)
         return
-    more = "" if look else f"; `tinymim report {workdir}` adds what the networks see and do"
+    more = "" if look else f"; `tinymim report {workdir}` adds pictures and measurements of the networks"
     log.info("%s%s", path, more)
 
 

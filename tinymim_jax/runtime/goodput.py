@@ -16,7 +16,7 @@ _STEPS = "steps"
 
 
 class Goodput:
-    """Seconds by kind. The loop marks what it does beside its steps; all other time counts as steps.
+    """Seconds by kind. The loop marks everything it does besides steps; the remaining time counts as steps.
 
     The host runs ahead of the device, so waiting for the next batch costs nothing while a step is running. A thread
     records when each step ends, and only the part of a wait after that is counted.

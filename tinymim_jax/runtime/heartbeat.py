@@ -158,13 +158,13 @@ class Heartbeat:
 
 
 def read_status(workdir: epath.PathLike) -> dict[str, Any]:
-    """The facts in status.json, "time" (of its writing) among them; {} where there are none or they are unreadable."""
+    """The facts in status.json, "time" (of its writing) among them; {} if there are none or they are unreadable."""
     facts = _read_json(epath.Path(workdir) / STATUS)
     return facts if isinstance(facts.get("time"), float) else {}
 
 
 def read_owner(workdir: epath.PathLike) -> dict[str, Any]:
-    """Which process claimed a bucket: {"claim": token, "pid": ..., "host": ...}; {} where that cannot be read."""
+    """Which process claimed a bucket: {"claim": token, "pid": ..., "host": ...}; {} if that cannot be read."""
     return _read_json(epath.Path(workdir) / OWNER)
 
 

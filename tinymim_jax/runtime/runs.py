@@ -55,7 +55,7 @@ def read_run(workdir: Any) -> dict[str, Any]:
 
 
 def newest_checkpoint(workdir: Any) -> dict[str, Any] | None:
-    """{"step", "seconds_ago"} of a run's newest complete checkpoint; None where there is none."""
+    """{"step", "seconds_ago"} of a run's newest complete checkpoint; None if there is none."""
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         return None

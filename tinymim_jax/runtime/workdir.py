@@ -37,7 +37,7 @@ class RunState:
     """How far a run has come.
 
     name: finished | running | interrupted | failed | stalled | pruned | not started.
-    detail: which process runs it, or why it ended; "" where nothing is known.
+    detail: which process runs it, or why it ended; "" if nothing is known.
     result: figures of the last evaluation; None unless finished.
     """
 
@@ -74,7 +74,7 @@ def read_state(workdir: epath.PathLike) -> RunState:
 
 
 def read_result(workdir: epath.PathLike) -> dict[str, float] | None:
-    """The figures in result.json; None where there is none, or one that is empty or damaged (by a full disk)."""
+    """The figures in result.json; None if there is none, or one that is empty or damaged (by a full disk)."""
     try:
         result = json.loads((epath.Path(workdir) / RESULT).read_text())
     except (OSError, ValueError):
@@ -122,7 +122,7 @@ def claimed(workdir: epath.Path, config: dict[str, Any]) -> Iterator[None]:
 
 
 def owner(workdir: epath.PathLike) -> str | None:
-    """Which process runs in the folder, such as "process 12 on node3"; None where none does.
+    """Which process runs in the folder, such as "process 12 on node3"; None if none does.
 
     Where locks cannot be seen (a bucket, a file system without locks), a recent status.json counts instead.
     """

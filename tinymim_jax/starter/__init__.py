@@ -1,1 +1,1 @@
-"""From a folder of images to a small network: what `tinymim distill` looks at, chooses, checks and runs."""
+"""`tinymim distill` and `tinymim advise`: checks, choices, measurements and the commands that they run."""

@@ -1,4 +1,4 @@
-"""`tinymim advise`: whether distillation will help on these images, found out by a short one."""
+"""`tinymim advise`: predicts from a short distillation whether a whole one will help on given images."""
 
 import dataclasses
 import math
@@ -17,36 +17,38 @@ from tinymim_jax.runtime.locks import locked
 from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.runtime.startup import print_line
 from tinymim_jax.starter.choices import STUDENT
-from tinymim_jax.starter.distill import Decided, Request, check_same, decided_for, measured_knn, runs_to_do
+from tinymim_jax.starter.decisions import Decided, decided_for, runs_to_do
+from tinymim_jax.starter.distill import measured_knn
 from tinymim_jax.starter.forecast import FEWEST_POINTS, Forecast, forecast
 from tinymim_jax.starter.helpers import Failed, Helpers, Stopped
+from tinymim_jax.starter.request import Request, check_same
 from tinymim_jax.sweeps.running import ONE_BY_ONE, require_one_process
 
 ADVICE = "advice.json"
 HOURS = (0.05, 0.25)
-"""Of the short distillation: on a CPU, elsewhere."""
+"""Default hours of the short distillation: on a CPU, and elsewhere."""
 PROBES = 8
-"""Points of its curve of accuracies."""
+"""Number of accuracies that are measured during it."""
 
 _CERTAIN = 2.0  # standard errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """answer: "yes", "no" or "unclear"; why: in words."""
+    """answer: "yes", "no" or "unclear". why: the reason, for the user."""
 
     answer: str
     why: str
 
 
 def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
-    """Looks at the teacher, distils for a short time, prints the advice, and returns the exit status.
+    """Measures the teacher, distils for a short time, prints the advice, and returns the exit status.
 
     Args:
-      request: with `finetune`=False and `prepare`="never"; its `hours` are those of the short distillation.
-      topologies: hardware on which the whole distillation is planned.
+      request: with finetune=False and prepare="never"; `hours` are those of the short distillation.
+      topologies: names of hardware for which the whole distillation is planned.
 
-    Raises ValueError for images without labels, and what `run_distill` raises.
+    Raises ValueError for images without labels, and the errors of `run_distill`.
     """
     output = pathlib.Path(request.output).expanduser().absolute()
     require_one_process("tinymim advise", str(output), ONE_BY_ONE)
@@ -67,7 +69,7 @@ def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
             print_line(f"\n{as_text(found)}")
             return DONE
         except Stopped:
-            print_line(f"stopped; what is done is kept in {output}: run the same command again to go on")
+            print_line(f"stopped; finished work is kept in {output}: run the same command again to continue")
             return PREEMPTED
         except Failed as error:
             print_line(f"\ntinymim advise: {error}")
@@ -78,8 +80,8 @@ def judge(*, teacher: float, before: float, expected: Forecast, examples: int) -
     """The advice, from k-NN accuracies (0 to 1) on `examples` images.
 
     Args:
-      teacher, before: of the teacher, and of the student before any training.
-      expected: of the student after the whole distillation.
+      teacher, before: accuracies of the teacher, and of the untrained student.
+      expected: accuracy of the student after the whole distillation.
     """
     margin = _CERTAIN * math.sqrt(max(before * (1 - before), 1 / examples) / examples)
     bar = before + margin
@@ -109,7 +111,7 @@ def judge(*, teacher: float, before: float, expected: Forecast, examples: int) -
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The advice with its figures, as Markdown."""
+    """The content of advice.json as Markdown."""
     expected = found["expected"]
     rows = [
         ["teacher", f"{found['teacher']:.1%}"],
@@ -172,7 +174,7 @@ def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
 
 
 def _plan(helpers: Helpers, topology: str, config: ConfigDict, data_dir: str | None) -> dict[str, Any]:
-    """See child.plan; {"topology", "error"} where there is no plan, such as without the compiler for it."""
+    """See child.plan. {"topology", "error"} if planning fails, for example without the compiler for that hardware."""
     try:
         return helpers.plan(topology, config, data_dir)
     except Failed as error:
@@ -180,7 +182,7 @@ def _plan(helpers: Helpers, topology: str, config: ConfigDict, data_dir: str | N
 
 
 def _whole(decided: Decided) -> ConfigDict:
-    """The whole distillation as an accelerator would do it: with the preset's batch and duration."""
+    """The config of the whole distillation on an accelerator: with the batch size and duration of the preset."""
     (stage,) = [row for row in decided.stages if row[0] == STUDENT]
     kept = ("data.", "distill.", "model.image_size=", "model.patch_size=")
     return load_config(stage[1], [word for word in stage[2] if word.startswith(kept)])

@@ -11,6 +11,7 @@ from typing import Any
 
 from tinymim_jax.runtime.exits import DONE, PREEMPTED, Interrupted
 from tinymim_jax.runtime.parent import PARENT_VARIABLE
+from tinymim_jax.runtime.startup import print_line
 from tinymim_jax.starter.distill import SUMMARY
 from tinymim_jax.sweeps.children import failure_reason
 from tinymim_jax.sweeps.points import format_override
@@ -25,14 +26,14 @@ def distill(
     overrides: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Distils a small network on images of your own, as `tinymim distill`; called again, it goes on or returns at once.
+    """Distils a small network on your own images, like `tinymim distill`. A second call continues, or returns at once.
 
-    It runs in processes of its own, so this one may use its devices before and after, but hardly meanwhile.
+    It runs in processes of its own. This one may use the devices before and after the call, but not during it.
 
     Args:
       data: folder of images, or what data.source takes.
       teacher: workdir of a run, converted checkpoint, PyTorch file or folder of the Hugging Face hub.
-      output: folder of everything.
+      output: folder of all results.
       student: pico, nano, Ti, S or B.
       overrides: keys of the configs, or STAGE.KEY, with values: {"train.batch_size": 64}.
       options: those of `tinymim distill --help`: hours=4, no_labels=True, export="onnx", data_dir="/data".
@@ -41,8 +42,8 @@ def distill(
     of their last evaluations), "export" and "report" (paths).
 
     Raises:
-      ValueError: it cannot be done as asked; the message is that of the command.
-      Interrupted: it was stopped with everything saved; the same call goes on.
+      ValueError: the command failed; the message is the command's.
+      Interrupted: it was stopped with everything saved; the same call continues.
     """
     words = ["distill", os.fspath(data), "--teacher", os.fspath(teacher), "--student", student]
     words += ["--output", os.fspath(output)]
@@ -67,16 +68,16 @@ def distill(
             process.send_signal(signal.SIGINT)
     code = process.wait()
     if code == PREEMPTED:
-        raise Interrupted(f"stopped; everything in {output} is saved, and the same call goes on")
+        raise Interrupted(f"stopped; everything in {output} is saved, and the same call continues")
     if code != DONE:
         raise ValueError(failure_reason(lines, code))
     return json.loads((pathlib.Path(output).expanduser() / SUMMARY).read_text())
 
 
 def _copy(process: subprocess.Popen, lines: list[str]) -> None:
-    """Prints what the process says until it ends."""
+    """Prints the output of the process until it ends. All of it is read even if nobody reads what is printed."""
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line.rstrip())
-        print(line, end="", flush=True)
+        print_line(line.rstrip())
     process.stdout.close()

@@ -1,4 +1,5 @@
-"""What `tinymim distill` computes in processes of their own, as its own must leave the devices to the trainings.
+"""Computations of `tinymim distill` that need devices. They run in processes of their own, so that the devices are free
+for the trainings afterwards.
 
 python -m tinymim_jax.starter.child FUNCTION REQUEST.json RESULT.json
 """
@@ -39,7 +40,7 @@ _MEASURED_STEPS = (3, 30)  # at least, at most
 
 
 def hardware() -> dict[str, Any]:
-    """The devices that are here, as fields of choices.Hardware."""
+    """The devices of this machine, as fields of choices.Hardware."""
     devices = jax.devices()
     memory = device_memory(make_mesh()) or 0
     return {
@@ -53,7 +54,7 @@ def hardware() -> dict[str, Any]:
 def measure(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[str, Any]:
     """Times a few steps of the training of `config`, after compiling, as fields of choices.Measured.
 
-    Micro-batches are as few as fit into memory; on CPUs that is the memory of the machine that is free.
+    The batch is split into the smallest number of micro-batches that fits into memory (on CPUs, into free memory).
     """
     locked = from_json(config)
     experiment = build_experiment(locked, data_dir=data_dir)
@@ -95,7 +96,7 @@ def measure(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[
 def knn(
     config: dict[str, Any], checkpoint: str, neighbors: int, data_dir: str | None, workers: int, untrained: bool = False
 ) -> dict[str, Any]:
-    """The k-NN figures of a checkpoint; with `untrained`, that of the initial weights is written to its path first."""
+    """The k-NN figures of a checkpoint. With `untrained`, the initial weights are first saved as that checkpoint."""
     locked = from_json(config)
     if untrained and not os.path.exists(checkpoint):
         task = build_experiment(locked, data_dir=data_dir).task
@@ -105,7 +106,7 @@ def knn(
 
 
 def read(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[str, Any]:
-    """{"seconds"}: in which the input pipeline makes a batch of the training, without any device."""
+    """{"seconds"}: how long the input pipeline takes to make a batch of the training; no device is used."""
     jax.config.update("jax_platforms", "cpu")
     experiment = build_experiment(from_json(config), data_dir=data_dir)
     with training_batches(experiment, start_step=0, workers=workers) as batches:
@@ -120,15 +121,17 @@ def read(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[str
 def plan(
     config: dict[str, Any], topology: str, data_dir: str | None, memory: int | None = None, cache: str = CACHE
 ) -> dict[str, Any]:
-    """What the training needs on hardware of that name, from compiling its step for it; see plan.plan.make_plan.
+    """Duration and memory of the training on other hardware, from compiling its step for it; see plan.plan.make_plan.
 
-    "hours" and "chip_hours" of all steps, with waiting for images on a host of Google's; "seconds" of a step on the
-    devices alone; "micro_batches", the fewest that fit; "steps", "parameters" and "trained" as in choices.Measured.
+    Returns "hours" and "chip_hours" of all steps, including the time in which devices wait for images from the usual
+    host of a Google Cloud machine; "seconds" of a step on the devices alone; "micro_batches", the smallest number that
+    fits; "steps", "parameters" and "trained" as in choices.Measured.
 
     Args:
-      memory: bytes that a program may use on each device; None: as the chip's row in CHIPS has it.
+      topology: its name, such as v5e-8.
+      memory: bytes that a program may use on each device; None: the value in CHIPS.
 
-    Raises ValueError for an unknown topology, or where not even one image a device fits.
+    Raises ValueError for an unknown topology, or if not even one image fits on each device.
     """
     jax.config.update("jax_platforms", "cpu")
     wanted, locked = parse_topology(topology), from_json(config)
@@ -151,9 +154,9 @@ def plan(
         more = [n for n in counts if n > parts]
         if not more:
             raise ValueError(
-                f"{topology}: no part of a batch of {locked.train.batch_size} fits, not even one image on each device"
+                f"{topology}: a batch of {locked.train.batch_size} does not fit, not even one image on each device"
             )
-        # What stays between steps keeps its size, and the rest shrinks at best with the micro-batch.
+        # Parameters and optimizer state keep their size; temporaries shrink in proportion to the micro-batch at best.
         rest = sum(size for name, size in found.parts.items() if name.startswith("temporaries"))
         least = max(2 * parts, parts * rest / max(limit - (found.needed - rest), 1))
         parts = next((n for n in more if n >= least), more[-1])
@@ -169,7 +172,7 @@ FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(words: list[str]) -> None:
-    """Calls a function with the arguments in a JSON file, and writes what it returns to another."""
+    """Calls a function with the arguments in one JSON file and writes its result to another."""
     end_with_parent_of_environment()
     start_logging()
     name, request, result = words
@@ -181,7 +184,7 @@ def main(words: list[str]) -> None:
         sys.exit(130)
     except Exception as error:
         if not isinstance(error, ValueError | OSError | ImportError | CheckpointError):
-            traceback.print_exc()  # not a mistake of the user; the log is where it can be found
+            traceback.print_exc()  # probably a bug: the log needs the traceback
         print(f"tinymim distill: {error}", flush=True)
         sys.exit(ERROR)
     write_json(result, found)

@@ -1,4 +1,4 @@
-"""What `tinymim distill` chooses for given images, teacher, student and hardware: keys of the configs, with reasons."""
+"""The config values that `tinymim distill` chooses for given images, teacher, student and hardware, with reasons."""
 
 import dataclasses
 import math
@@ -17,11 +17,11 @@ STUDENTS = {"pico": "pico", "nano": "nano", "hybrid": "hybrid", "Ti": "t", "S": 
 """Values of --student, and their names in configs/distill_images.py and configs/own_images.py."""
 
 PRESETS = {"5k": 5_000, "50k": 50_000, "1M": 1_000_000}
-"""Values of --preset, those of configs/distill_images.py, and the numbers of images that they are for."""
+"""Values of --preset (see configs/distill_images.py), and the number of images that each is made for."""
 
 CPU_HOURS = 0.1
 SHARES = {STUDENT: 0.65, CLASSIFIER: 0.25}
-"""Shares of --hours; the rest is for starting, evaluating and exporting. Without labels the student has both."""
+"""Shares of --hours; the rest is for starting, evaluating and exporting. Without labels the student gets both."""
 
 _FEWEST_STEPS = 20
 _CPU_BATCH = 64
@@ -32,9 +32,11 @@ _MOST_PROBED = 4000
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What trains: platform (cpu, gpu, tpu), number and kind of devices, and the bytes that a program may use on each.
+    """The devices that train.
 
-    memory: 0 if unknown.
+    platform: cpu, gpu or tpu.
+    devices, kind: how many, and their name, such as "NVIDIA A100".
+    memory: bytes that a program may use on each device; 0 if unknown.
     """
 
     platform: str
@@ -59,12 +61,12 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A training on the devices that are here, see timing.step_time.
+    """A training on the devices of this machine; see timing.step_time.
 
-    seconds: of a step, with reading its images.
-    micro_batches: into which a step must be split to fit into memory.
-    steps: of the whole training as configured.
-    parameters: of the checkpoint, their number.
+    seconds: duration of a step, including reading its images.
+    micro_batches: number of parts into which a batch must be split to fit into memory.
+    steps: number of steps of the whole training as configured.
+    parameters: number of parameters in the checkpoint.
     trained: how many of them are trained.
     by: how `seconds` was found: "measured", or "planned for ..." with the plan's figure.
     """
@@ -78,7 +80,7 @@ class Measured:
 
 
 def find_student(name: str) -> str:
-    """The key of STUDENTS that `name` means, in upper or lower case."""
+    """The key of STUDENTS that equals `name`, ignoring case. Raises ValueError for unknown names."""
     known = {each.lower(): each for each in STUDENTS}
     if name.lower() not in known:
         raise unknown("--student", name, STUDENTS)
@@ -98,10 +100,10 @@ def config_specs(student: str, preset: str, data: Data) -> dict[str, str]:
 
 
 def choose(data: Data, teacher: Teacher, hardware: Hardware, configs: Mapping[str, Any]) -> list[Choice]:
-    """The choices that need no measuring.
+    """The choices that need no measurement.
 
     Args:
-      configs: of each training, as its config file has it.
+      configs: the unchanged config of each training.
     """
     chosen, width = [], SIZES[configs[STUDENT].model.variant]["embed_dim"]
     for stage, config in configs.items():
@@ -110,7 +112,7 @@ def choose(data: Data, teacher: Teacher, hardware: Hardware, configs: Mapping[st
         chosen += [Choice(stage, *row) for row in _of_batch(data, hardware, config)]
         if hardware.platform == "cpu":
             chosen.append(Choice(stage, "model.dtype", "float32", "CPUs compute bfloat16 slowly"))
-        chosen.append(Choice(stage, "checkpoint.every_minutes", 2.0, "little is lost where a process is killed"))
+        chosen.append(Choice(stage, "checkpoint.every_minutes", 2.0, "little is lost if a process is killed"))
     chosen += [Choice(STUDENT, *row) for row in _of_teacher(teacher, width)]
     return chosen
 
@@ -122,10 +124,10 @@ def fit_hours(
 
     Args:
       config: with all other choices made.
-      hours: for everything; None for as many as the preset takes.
+      hours: time for everything; None: as long as the preset takes.
       alone: there is no other training.
 
-    Raises ValueError where hardly a step could be done.
+    Raises ValueError if there is time for hardly any steps.
     """
     chosen, steps = [], measured.steps
     if measured.micro_batches != config.train.accumulate:
@@ -159,26 +161,26 @@ def fit_hours(
 
 
 def short_finetuning(data: Data, config: Any, steps: int) -> list[Choice]:
-    """Choices for a fine-tuning too short for strong augmentation."""
+    """Choices for a fine-tuning that is too short for strong augmentation; none if it is long enough."""
     epochs = steps * config.train.batch_size / data.train_images
     if epochs >= _MIXING_EPOCHS and steps >= 1000:
         return []
-    why = f"{epochs:.0f} epochs, {steps} steps are too few to learn from mixed images"
+    why = f"{epochs:.0f} epochs ({steps} steps) are too few to learn from mixed images"
     every = f"{max(1, steps // 4)} steps"
     return [
         *(Choice(CLASSIFIER, f"classify.{key}", 0.0, why) for key in ("mixup", "cutmix", "erase")),
         Choice(CLASSIFIER, "data.rand_augment", "", why),
-        Choice(CLASSIFIER, "train.ema", 0.0, "an average over a thousand updates would hold the beginning"),
+        Choice(CLASSIFIER, "train.ema", 0.0, "an average over a thousand updates would hold initial weights"),
         Choice(CLASSIFIER, "train.eval_every", every, "four times in all"),
     ]
 
 
 def probes(data: Data, config: Any, measured: Measured, steps: int, wanted: int | None) -> list[Choice]:
-    """Choices of the probes of the student's features.
+    """Choices that set how often the student's features are probed.
 
     Args:
-      wanted: how many; None: up to ten, in below _PROBED_SHARE of the time. An image of a probe takes at most half the
-        time of one in a training step, which computes a gradient and the teacher as well.
+      wanted: number of probes; None: up to ten, as long as they take less than _PROBED_SHARE of the time. An image in a
+        probe takes at most half as long as one in a training step, which also runs the teacher and the gradient.
     """
     if wanted is not None:
         images = min(data.train_images, _MOST_PROBED)
@@ -186,14 +188,14 @@ def probes(data: Data, config: Any, measured: Measured, steps: int, wanted: int 
             Choice(STUDENT, "train.probe_images", images, "all images up to some thousands"),
             Choice(STUDENT, "train.probe_every", f"{max(1, steps // wanted)} steps", f"{wanted} points of a curve"),
         ]
-    # Neighbors, and half as many images that are classified or, without labels, measured by their rank alone.
+    # The neighbors, and half as many images that are classified. Without labels only the latter, for their rank.
     images = min(config.train.probe_images, data.train_images) * (1.5 if data.class_names else 0.5)
     affordable = _PROBED_SHARE * steps * config.train.batch_size / (0.5 * images)
     count = min(10, int(affordable))
     if count < 1:
         return []
     what = "k-NN accuracy and effective rank" if data.class_names else "effective rank of the features"
-    why = f"{what} {count} times during the distillation, in below {_PROBED_SHARE:.0%} of its time"
+    why = f"{what} {count} times during the distillation, in less than {_PROBED_SHARE:.0%} of its time"
     return [Choice(STUDENT, "train.probe_every", f"{max(1, steps // count)} steps", why)]
 
 

@@ -1,4 +1,4 @@
-"""The images that `tinymim distill` is given: how they are read, split and labelled."""
+"""The images for `tinymim distill`: how they are read, split and labelled."""
 
 import dataclasses
 import logging
@@ -16,7 +16,7 @@ from tinymim_jax.data.views.decoding import Picture, Undecodable
 log = logging.getLogger(__name__)
 
 FEWEST = 20
-"""Images below which nothing is distilled."""
+"""Smallest number of training images."""
 
 _TRAIN = ("train", "training", "trn")
 _EVALUATED = ("validation", "val", "valid", "dev", "test", "testing", "tst")
@@ -30,8 +30,8 @@ _ARCHIVES = (".zip", ".tgz", ".gz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 class Data:
     """A source of images with its splits.
 
-    source, train_split, eval_split: as the config's data.source, data.train_split and data.eval_split.
-    train_images, eval_images: how many there are.
+    source, train_split, eval_split: values of data.source, data.train_split and data.eval_split.
+    train_images, eval_images: numbers of images.
     class_names: empty for images without labels.
     per_class: median number of training images of a class; 0 without labels.
     short_side: median over a sample of the images, in pixels.
@@ -58,10 +58,10 @@ def find_data(
 
     Args:
       given: a folder, with a folder for each class or without classes; a folder of shards; what data.source takes.
-      labels: False ignores labels that are there.
+      labels: False ignores labels.
       overrides: data.train_split and data.eval_split in it replace the splits that would be chosen.
 
-    Raises ValueError or OSError, saying what to do, where there are no images, too few, no readable ones, or one class.
+    Raises ValueError or OSError, with a remedy, for no images, too few, none that can be decoded, or only one class.
     """
     source = source_name(given)
     train, evaluated, why = _splits(source, data_dir)
@@ -95,7 +95,7 @@ def find_data(
 
 
 def source_name(given: str) -> str:
-    """data.source for what a user calls his data; absolute, so that it does not depend on the working directory."""
+    """The value of data.source for a folder, file, URL or name. Paths become absolute."""
     if is_place(given) or "://" in given:
         return given if is_place(given) else f"folder:{given}"
     path = pathlib.Path(given).expanduser()
@@ -112,7 +112,7 @@ def source_name(given: str) -> str:
 
 
 def _kind_of(folder: pathlib.Path) -> str:
-    """'folder', unless shards are what lies in the folder."""
+    """'folder', or the kind of shards if the folder contains shards and no images."""
     for path in sorted(folder.rglob("*"))[:10_000] if _only_shards(folder) else ():
         if path.suffix.lower() in _SHARDS:
             return _SHARDS[path.suffix.lower()]
@@ -161,7 +161,7 @@ def _classes(given: str, train: Source, held_out: Source) -> tuple[tuple[str, ..
 
 
 def _sample(source: Source) -> tuple[tuple[bytes, ...], list[int]]:
-    """(encoded images, their short sides) of a few examples; ValueError where none of them can be decoded."""
+    """(encoded images, their short sides) of a few examples. Raises ValueError if none can be decoded."""
     images, sides, reason = [], [], ""
     for index in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int).tolist():
         try:

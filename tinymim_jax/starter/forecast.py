@@ -1,4 +1,4 @@
-"""Continues a learning curve of accuracies to more steps, with an interval."""
+"""Extrapolates a curve of accuracies to more steps, with a 90 % interval."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 FEWEST_POINTS = 3
-"""Of a curve that can be continued."""
+"""Smallest number of points of a curve that can be extrapolated."""
 
 _EXPONENTS = np.linspace(0.1, 1.5, 15)
 _RESAMPLED = 400
@@ -27,13 +27,14 @@ def forecast(
 ) -> Forecast:
     """The accuracy after `at` steps, from a power law A - B * steps^-c that is fitted by least squares.
 
-    The interval comes from fits to resampled curves: each accuracy is drawn anew as that of `examples` images, and the
-    residuals of the fit, which also tell how far the curve is from a power law, are added to the result.
+    The interval comes from fits to resampled curves: each accuracy is drawn from the binomial distribution of
+    `examples` images, and a residual of the original fit is added to each result. Residuals show how well a power law
+    describes the curve.
 
     Args:
       steps, accuracies: at least three points, at different steps above 0.
-      examples: images on which each accuracy was measured.
-      ceiling: A is at most this (a student hardly surpasses its teacher), unless the curve is above it already.
+      examples: number of images on which each accuracy was measured.
+      ceiling: upper bound of A (a student is rarely better than its teacher), unless the curve exceeds it already.
 
     Raises ValueError for fewer than three points.
     """
@@ -59,7 +60,7 @@ def _fitted(x: np.ndarray, curves: np.ndarray, at: float, ceiling: np.ndarray) -
         centred = falling - falling.mean()
         b = -(curves @ centred) / (centred @ centred)
         a = means + b * falling.mean()
-        # Where A would be too large: the best B for the largest A.
+        # If A would be above the ceiling, it is the ceiling, and B is fitted for that.
         capped = ((ceiling[:, None] - curves) @ falling) / (falling @ falling)
         a, b = np.where(a > ceiling, ceiling, a), np.where(a > ceiling, capped, b)
         a, b = np.where(b < 0, means, a), np.maximum(b, 0.0)

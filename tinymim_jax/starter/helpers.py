@@ -1,4 +1,4 @@
-"""The commands that `tinymim distill` runs one after another, as child processes that stop when it is stopped."""
+"""The child processes that `tinymim distill` runs one after another; they are stopped when it is."""
 
 import importlib.util
 import json
@@ -24,24 +24,24 @@ log = logging.getLogger(__name__)
 EXPORTS = {"onnx": "model.onnx", "litert": "model.tflite", "stablehlo": "model.stablehlo", "hub": "model"}
 """Formats of the exported model, and the file or folder that it is written to."""
 
-# What has to be installed for a format, and may not be.
+# Optional packages that a format needs.
 _NEEDED = {"onnx": "onnx", "litert": "litert_converter", "stablehlo": "flatbuffers"}
 WORK = "work"
 _MOST_WORKERS = 16
 
 
 class Failed(Exception):
-    """A command has failed; the message says which and why."""
+    """A child process failed; the message says which and why."""
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM; what is done is kept."""
+    """Ctrl-C or SIGTERM; finished work is kept."""
 
 
 class Helpers:
-    """A context manager. Results of what is computed lie in OUTPUT/work, logs in OUTPUT/log.txt.
+    """Runs child processes with results in OUTPUT/work and a log in OUTPUT/log.txt. Use it as a context manager.
 
-    Every method raises Failed or Stopped where its command does not end well.
+    Methods that run a process raise Failed if it fails, and Stopped if it was asked to stop.
     """
 
     def __init__(self, output: pathlib.Path, compile_cache: str):
@@ -56,7 +56,7 @@ class Helpers:
         self._children.__exit__(*error)
 
     def compute(self, function: str, name: str = "", **arguments: Any) -> dict[str, Any]:
-        """What a function of starter/child.py returns."""
+        """Runs a function of starter/child.py and returns its result, which is kept in work/NAME.json."""
         work = self._output / WORK
         work.mkdir(parents=True, exist_ok=True)
         name = name or function
@@ -76,7 +76,7 @@ class Helpers:
     def knn(
         self, name: str, config: ConfigDict, checkpoint: str, neighbors: int, data_dir: str | None, workers: int
     ) -> dict[str, Any]:
-        """See child.knn; computed once."""
+        """See child.knn. An earlier result of that name is returned at once."""
         known = self._output / WORK / f"knn_{name}.json"
         if known.exists():
             return json.loads(known.read_text())
@@ -92,13 +92,13 @@ class Helpers:
         )
 
     def prepare(self, source: str, folder: pathlib.Path, name: str, short_side: int, data_dir: str | None) -> None:
-        """Converts the images; returns at once where that is done."""
+        """Converts the images; returns at once if that is done."""
         words = ["prepare", source, "--output", str(folder), "--name", name, "--short_side", str(short_side)]
         words += ["--upright", *(["--data_dir", data_dir] if data_dir else [])]
         self._run(["tinymim_jax", *words], "prepare")
 
     def train(self, run: Run, options: Sequence[str]) -> None:
-        """Trains to the end; returns at once where that is done."""
+        """Trains to the end; returns at once if that is done."""
         self._children.options = tuple(options)
         state = self._children.run_point(Point("", 0, None, {}, {}, (run,)))
         if self._children.stopping or state.name == "interrupted":
@@ -118,7 +118,7 @@ class Helpers:
         return str(path)
 
     def report(self, output: pathlib.Path, data_dir: str | None) -> str:
-        """Writes report.html; a failure is only logged, as everything else is done."""
+        """Writes report.html. A failure is only logged, since all other results exist."""
         words = ["report", str(output), *(["--data_dir", data_dir] if data_dir else [])]
         try:
             self._run(["tinymim_jax", *words, "--compile_cache", self._compile_cache], "report")
@@ -137,7 +137,7 @@ class Helpers:
         return self.compute("plan", name, **arguments)
 
     def reading(self, name: str, config: ConfigDict, data_dir: str | None, workers: int) -> float:
-        """Seconds in which a batch is read and augmented, see child.read."""
+        """Seconds to read and augment a batch; see child.read."""
         arguments = {"config": as_json(config), "data_dir": data_dir, "workers": workers}
         return self.compute("read", f"read_{name}", **arguments)["seconds"]
 
@@ -147,7 +147,7 @@ class Helpers:
         return [*words, *(["--data_dir", data_dir] if data_dir else [])]
 
     def workers(self, platform: str) -> int:
-        """Processes that decode images: beside a CPU that trains, threads of its own process do as well."""
+        """Number of processes that decode images; 0 where the CPU trains, since threads of that process do as well."""
         return 0 if platform == "cpu" else min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1))
 
     def _run(self, words: Sequence[str], name: str) -> None:
@@ -159,7 +159,7 @@ class Helpers:
 
 
 def export_format(given: str) -> str:
-    """The format that `given` names; "auto": onnx where it is installed, else hub."""
+    """The format for a value of --export; "auto" is onnx if it is installed, else hub."""
     if given == "auto":
         return "onnx" if importlib.util.find_spec("onnx") else "hub"
     if given not in EXPORTS:
@@ -168,10 +168,11 @@ def export_format(given: str) -> str:
 
 
 def check_export(given: str, student: str) -> None:
-    """Raises ValueError or ImportError, before long work, where the student cannot be exported so.
+    """Raises ValueError or ImportError if the student cannot be exported in the format. Call it before long work.
 
     Args:
-      given: the value of --export; student: that of --student.
+      given: the value of --export.
+      student: the value of --student.
     """
     if given == "none":
         return

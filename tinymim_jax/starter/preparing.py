@@ -1,4 +1,4 @@
-"""Whether converting the images to smaller files, once, takes less time than it saves."""
+"""Whether converting the images to smaller files once saves more time than it takes."""
 
 import dataclasses
 import statistics
@@ -17,7 +17,13 @@ _WORTH_FACTOR = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether to convert, the short side of the copies in pixels, the reason, and about how many bytes they take."""
+    """The result of `judge`.
+
+    pays: whether to convert.
+    short_side: of the copies, in pixels.
+    why: the reason, for the user.
+    needed: approximate size of all copies in bytes; 0 if they are not made.
+    """
 
     pays: bool
     short_side: int
@@ -30,10 +36,10 @@ def judge(sample: Sequence[bytes], images: int, views: int, size: tuple[int, int
 
     Args:
       sample: encoded images.
-      images: how many are to be converted.
-      views: how many are decoded in all trainings together.
+      images: number of images to convert.
+      views: number of images that all trainings decode.
       size: (height, width) of the network's input.
-      resize: short side that evaluation needs, and the copies get.
+      resize: short side that evaluation needs; the copies get it.
     """
     view, rng = Augment(size, crop_scale=(0.2, 1.0)), np.random.default_rng(0)
     as_they_are = _median_seconds(lambda data: view(Picture(data), rng), sample)

@@ -1,4 +1,4 @@
-"""Disk space that `tinymim distill` will need, compared with what is free."""
+"""The disk space that `tinymim distill` needs, compared with the free space."""
 
 import os
 import pathlib
@@ -11,11 +11,11 @@ _SPARE = 100 * 2**20  # logs, metrics, reports
 
 
 def check_space(output: pathlib.Path, runs: Iterable[tuple[Measured, int]], prepared: int) -> int:
-    """Raises OSError, saying what to do, where `output` has less free space than its runs need; returns that need.
+    """Returns the bytes that the runs need. Raises OSError, with a remedy, if less is free at `output`.
 
     Args:
       output: need not exist yet.
-      runs: of each training what was measured, and checkpoint.keep.
+      runs: for each training its measurements, and its checkpoint.keep.
       prepared: bytes of a converted copy of the images.
     """
     needed = _SPARE + prepared
@@ -34,7 +34,7 @@ def check_space(output: pathlib.Path, runs: Iterable[tuple[Measured, int]], prep
 
 
 def free_bytes(output: pathlib.Path) -> int:
-    """Free space where `output` is, or will be."""
+    """Free bytes on the disk of `output`, which need not exist yet. Raises OSError if it cannot be written to."""
     folder = output.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""The teacher that `tinymim distill` is given: converted where it is a PyTorch file, and which block is tapped."""
+"""The teacher for `tinymim distill`: converts PyTorch files and chooses the block whose relations are learned."""
 
 import dataclasses
 import json
@@ -15,16 +15,16 @@ from tinymim_jax.tasks.distill.teachers import TEACHERS, how_to_get
 
 log = logging.getLogger(__name__)
 
-_DEEP = 12  # of deeper teachers, the last blocks are left out
+_DEEP = 12  # deeper teachers are not tapped at their last blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     """A teacher that can be loaded.
 
-    path: of the run or converted checkpoint.
+    path: path of the run or converted checkpoint.
     record: content of its model.json.
-    tap, why_tap: the block whose relations are learned, counted from 1, and the reason in words.
+    tap, why_tap: the block whose relations are learned, counted from 1, and the reason.
     """
 
     path: str
@@ -34,7 +34,7 @@ class Teacher:
 
     @property
     def encoder(self) -> dict[str, Any]:
-        """Its architecture."""
+        """The record of its encoder."""
         return self.record["encoder"]
 
 
@@ -42,10 +42,10 @@ def find_teacher(given: str, converted: pathlib.Path) -> Teacher:
     """Reads a run or converted checkpoint, or converts a PyTorch file or a folder of the Hugging Face hub.
 
     Args:
-      converted: where the converted checkpoint is written, with a file beside it that says what was converted. What an
-        earlier call wrote there is used if it is of the same files, unchanged.
+      converted: folder for the converted checkpoint. A JSON file beside it names the files it was made from; if they
+        are unchanged, the checkpoint of an earlier call is used.
 
-    Raises ValueError or OSError, saying what to do, where it is no Vision Transformer that can be read.
+    Raises ValueError or OSError, with a remedy, if it is not a Vision Transformer that can be read.
     """
     path = pathlib.Path(given).expanduser()
     if not path.exists():
@@ -83,9 +83,10 @@ def find_teacher(given: str, converted: pathlib.Path) -> Teacher:
 
 
 def choose_tap(record: dict[str, Any]) -> tuple[int, str]:
-    """(block, reason) of a teacher by its depth and training.
+    """(block, reason) for a teacher with this record.
 
-    The paper's: of ViT-L the 18th of 24, of ViT-B the last. The last blocks of a deep one serve its own task.
+    The paper uses block 18 of 24 of ViT-L and the last block of ViT-B: the last blocks of a deep network are
+    specialized for its own task.
     """
     depth = record["encoder"]["depth"]
     if depth > _DEEP:
@@ -106,7 +107,7 @@ def _files_of(path: pathlib.Path) -> list[list[Any]]:
 
 
 def _convert(path: pathlib.Path) -> tuple[dict, dict]:
-    """The record and parameters of a file or folder of others; its family is found by the names of the tensors."""
+    """(record, parameters) of a PyTorch file or a hub folder, whose family is detected by the names of its tensors."""
     if path.suffix == ".onnx":
         from tinymim_jax.convert.formats.onnx import read_file
 

@@ -1,4 +1,4 @@
-"""How long a training step takes on the devices that are here: planned on accelerators, measured on CPUs."""
+"""The duration of a training step on the devices of this machine: planned on accelerators, measured on CPUs."""
 
 import json
 import logging
@@ -15,13 +15,12 @@ from tinymim_jax.starter.helpers import Failed, Helpers
 log = logging.getLogger(__name__)
 
 RESERVE = 1.5
-"""A step is taken to last this many times what a plan says: the roofline's efficiencies are assumed and were measured
-on no chip, and real steps are longer (float32 products on GPUs, many small kernels). `real_step` shows the error later.
-"""
+"""Planned steps are multiplied by this. The roofline assumes efficiencies that were not measured on any chip, and real
+steps are longer (float32 products on GPUs, many small kernels). `real_step` shows the error afterwards."""
 
 
 def topology_here(hardware: Hardware) -> Topology | None:
-    """The topology to plan for; None where a step has to be measured: on CPUs, and on chips that plan does not know."""
+    """The topology to plan for; None if a step has to be measured: on CPUs, and on chips that plan does not know."""
     if hardware.platform == "cpu":
         return None
     return topology_of(hardware.kind, hardware.devices, hardware.memory)
@@ -30,10 +29,10 @@ def topology_here(hardware: Hardware) -> Topology | None:
 def step_time(
     helpers: Helpers, name: str, config: ConfigDict, hardware: Hardware, data_dir: str | None, workers: int
 ) -> Measured:
-    """The time of a step of the training `name`, and the micro-batches that fit into memory.
+    """The time of a step of the training `name`, and the number of micro-batches that fits into memory.
 
-    On an accelerator that plan knows: the longer of the planned step, with RESERVE, and of the time in which this
-    machine reads and augments a batch, measured. Elsewhere a few steps are run.
+    On an accelerator that can be planned for, it is the longer of two times: the planned step times RESERVE, and the
+    measured time in which this machine reads and augments a batch. Elsewhere a few steps are run and timed.
     """
     topology = topology_here(hardware)
     if topology is not None:
@@ -47,7 +46,7 @@ def step_time(
 
 
 def real_step(workdir: pathlib.Path) -> float | None:
-    """Seconds of a step of a training that has run, the median over its reports; None without any."""
+    """Seconds of a step of a finished training: the median over the rows of metrics.jsonl. None without rows."""
     path = workdir / "metrics.jsonl"
     speeds = [row["images_per_second"] for row in read(path) if row.get("images_per_second")] if path.exists() else []
     batch = json.loads((workdir / "config.json").read_text())["train"]["batch_size"] if speeds else 0

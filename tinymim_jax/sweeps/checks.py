@@ -29,7 +29,7 @@ def check_points(
       need_data: if False, missing data is replaced by the length and classes of the task's usual data set.
       extend: runs may be trained for longer than their workdirs say.
 
-    Returns the names of the figures in each point's result, by the name of the point; () where a task computes its own.
+    Returns the names of the figures in each point's result, by the name of the point; () if a task computes its own.
     """
     # This process only checks, and must leave the devices to the runs.
     jax.config.update("jax_platforms", "cpu")
@@ -48,7 +48,7 @@ def check_points(
 
 
 def check_overrides(points: Iterable[Point]) -> None:
-    """Raises ValueError, with the point's name, where the overrides do not fit the config."""
+    """Raises ValueError, with the point's name, if the overrides do not fit the config."""
     for point, run in _runs(points):
         try:
             load_config(run.config, run.overrides)

@@ -140,7 +140,7 @@ class _Watch:
 def _open_study(optuna, workdir: pathlib.Path, name: str, metric: str, direction: str) -> Any:
     """The study in `workdir`, which is created if it does not exist.
 
-    Raises ValueError where it compares another metric, or in another direction: its values so far would mean nothing.
+    Raises ValueError if it compares another metric, or in another direction: its values so far would mean nothing.
     """
     backend = optuna.storages.journal.JournalFileBackend(str(workdir / "study.journal"))
     study = optuna.create_study(

@@ -1,4 +1,4 @@
-"""Trains the points that a config file yields, all of them here or one of them, and writes their table."""
+"""Trains all points that a config file yields, or one of them, and writes their table."""
 
 import concurrent.futures
 import dataclasses
@@ -52,7 +52,7 @@ class Settings:
 def read_points(
     spec: str, name: str, workdir: pathlib.Path, words: Mapping[str, Any], seeds: int | None = None
 ) -> list[Point]:
-    """The points of a sweep, those of seed 0 first; `words` hold for all of them.
+    """The points of a sweep, those of seed 0 first; `words` apply to all of them.
 
     Raises ValueError for a key that no config has, with the number of the point.
     """

@@ -110,7 +110,7 @@ class PixelPrediction:
 
 
 def pixel_prediction(distill: ConfigDict, student: ViT) -> PixelPrediction | None:
-    """The loss that `distill.mim_weight` and `distill.mim` configure; None where the weight is 0."""
+    """The loss that `distill.mim_weight` and `distill.mim` configure; None if the weight is 0."""
     weight, ratio = distill.mim_weight, distill.mask_ratio
     normalize_pixels, decoder = distill.mim.normalize_pixels, build_decoder(distill.mim, student)
     if weight < 0:

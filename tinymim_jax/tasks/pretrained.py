@@ -161,7 +161,7 @@ def teacher_pixels(loaded: Loaded, mean: Any, std: Any, key: str) -> tuple[Numbe
     Those of the config, or else what the checkpoint's model.json records under "preprocessing", or else ImageNet's.
 
     Args:
-      mean, std: the config's, None where it leaves them to the checkpoint.
+      mean, std: the config's, None if it leaves them to the checkpoint.
       key: the config's section that has both, for messages.
     """
     recorded = loaded.model.get("preprocessing", {})
@@ -189,7 +189,7 @@ def teacher_record(loaded: Loaded, pixels: tuple[Numbers, Numbers]) -> dict[str,
 def class_order(loaded: Loaded, class_names: Sequence[str], data: str) -> np.ndarray:
     """int32 `[len(class_names)]`: for each class of the data set `data` the output of the loaded classifier's head.
 
-    Raises ClassMismatch where they are not the same classes; see `class_names.match_classes`.
+    Raises ClassMismatch if they are not the same classes; see `class_names.match_classes`.
     """
     known = loaded.model.get("preprocessing", {}).get("class_names", ())
     classes = loaded.model["classifier"]["classes"]
@@ -259,7 +259,7 @@ def fill_encoder(
 
 
 def _other_sizes(loaded: Loaded, encoder: ViT) -> str:
-    """The overrides that give the config's encoder the sizes of the loaded one; '' where they are equal."""
+    """The overrides that give the config's encoder the sizes of the loaded one; '' if they are equal."""
     record = ViT.from_record(loaded.model["encoder"])
     names = ("embed_dim", "depth", "patch_size", "mlp_ratio")
     words = [

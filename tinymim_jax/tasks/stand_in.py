@@ -1,4 +1,4 @@
-"""Zeros in place of checkpoints that are not here, so that `tinymim plan` can compile a training without them."""
+"""Zeros in place of missing checkpoints, so that `tinymim plan` can compile a training without them."""
 
 import dataclasses
 from typing import Any

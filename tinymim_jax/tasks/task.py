@@ -1,4 +1,4 @@
-"""Task: everything that training and evaluation know about what is trained. TaskType: what makes one from a config."""
+"""Task: a model with its losses, as training and evaluation use it. TaskType: builds a Task from a config."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ class Task:
     metric: what evaluation computes; None averages the values of `losses` over the examples.
     segmenter: for a task that labels pixels. Evaluation then shows it whole images, of any size, and computes mean IoU
       (evaluation/segmentation.py) in place of `metric`.
-    phases: of a training whose losses change with the step, in order; () where they do not. `losses` are then those of
+    phases: of a training whose losses change with the step, in order; () if they do not. `losses` are then those of
       the last phase, by which every evaluation is done.
     remark: this process's rows of the first batch -> lines for the log, which training writes when it starts or goes
       on. None: there is nothing to say.

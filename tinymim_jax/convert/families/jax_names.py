@@ -81,7 +81,7 @@ def _blocks(own: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def _block(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A block with timm's names; ConvertError where arrays are missing, or others are there."""
+    """A block with timm's names. Raises ConvertError for missing or unexpected arrays."""
     rest = {re.sub(r"^(?!LayerNorm)(\w+?)_\d+/", r"\1/", name): x for name, x in arrays.items()}
     norms = sorted({name.partition("/")[0] for name in arrays if name.startswith("LayerNorm")})
     try:

@@ -151,7 +151,7 @@ def _mlp_entries(name: str) -> tuple[Entry, ...]:
 
 
 def fits(found: Entry, state: Mapping[str, Any], i: int) -> bool:
-    """Whether the tensors of an entry are there, and are what it describes."""
+    """Whether the tensors of an entry exist and have the described shapes."""
     tensors = [state.get(name.format(i=i)) for name in found.torch]
     if not all(isinstance(tensor, np.ndarray) for tensor in tensors):
         return False

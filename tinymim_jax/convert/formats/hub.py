@@ -77,7 +77,7 @@ def read_folder(path: str | pathlib.Path, **given: Any) -> tuple[dict[str, Any],
     Args:
       given: further arguments of `convert_file`.
 
-    Raises ConvertError where the folder is another model's.
+    Raises ConvertError if the folder is another model's.
     """
     from tinymim_jax.convert import convert_file
 
@@ -170,7 +170,7 @@ def _own_config(record: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> 
     names = names or [f"LABEL_{i}" for i in range(record.get("classifier", {}).get("classes", 0))]
     module = _CODE.removesuffix(".py")
     return {
-        # For timm, which then says that it does not know this model.
+        # timm then reports that the model is unknown.
         "architecture": "tinymim",
         "model_type": "tinymim",
         "architectures": ["TinyMIMForImageClassification"],

@@ -48,7 +48,7 @@ def _stablehlo(network: Network, batch: int) -> str:
     pixels = jax.ShapeDtypeStruct((batch, *network.image_size, 3), jnp.float32)
     with compiling_for("litert"), jax.default_matmul_precision(None):
         text = jax.jit(network.function()).lower(pixels).as_text()
-    # The converter does not know these attributes of the module.
+    # The converter does not support these attributes of the module.
     return re.sub(r"mhlo\.num_(?:partitions|replicas) = \d+ : i32(?:, )?", "", text)
 
 

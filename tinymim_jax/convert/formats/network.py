@@ -81,7 +81,7 @@ class Network:
 
     @property
     def class_names(self) -> list[str]:
-        """What the outputs are called; empty where they have no names, or are features."""
+        """What the outputs are called; empty if they have no names, or are features."""
         return list(self.preprocessing.get("class_names", [])) if self.output in ("logits", "class_map") else []
 
     @property
@@ -187,7 +187,7 @@ def without_training_parts(
 
 
 def check_params(record: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    """Raises ConvertError where `params` are not those of the network that `record` describes."""
+    """Raises ConvertError if `params` are not those of the network that `record` describes."""
     encoder: Any = ViT.from_record(dict(record["encoder"]))
     pixels = jax.ShapeDtypeStruct((1, *encoder.image_size, 3), jnp.float32)
     network: Any = encoder

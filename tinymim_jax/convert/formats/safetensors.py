@@ -119,7 +119,7 @@ def to_safetensors(
 
 
 def _shown(heads: tuple[int, int] | list[int], depth: int) -> str:
-    """'12', or '12 x 11, 16' where the last block differs, or all of them."""
+    """'12'; '12 x 11, 16' if only the last block differs; otherwise the number of each block."""
     first, last = heads[0], heads[-1]
     if set(heads) == {first}:
         return str(first)

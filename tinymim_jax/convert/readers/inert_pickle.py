@@ -2,22 +2,20 @@
 
 A pickle is a program, and `pickle.Unpickler` runs it. This interpreter follows the same instructions (decoded by
 pickletools, of the standard library) but has no operation that could execute anything: classes, functions and instances
-become `Opaque` records, except for the names in `_CONTAINERS` and in the caller's table. Work and memory are bounded by
-the limits below, whatever the pickle says.
+become `Opaque` records, except for the names in `CONTAINERS` and in the caller's table. Work and memory are bounded by
+the limits below and in pickle_values, whatever the pickle says.
 """
 
-import dataclasses
 import pickletools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tinymim_jax.convert.errors import ConvertError, printable
+from tinymim_jax.convert.readers.pickle_values import COLLECTIONS, CONTAINERS, Opaque, check_depth, named
 
 # One unit is an instruction or a copied element. A tensor takes about 40 instructions, an MAE of ViT-L with its
 # optimizer 50,000.
 MAX_WORK = 1_000_000
-MAX_DEPTH = 200
-_MAX_NAME_LENGTH = 1024  # of a class or function: joining its two parts copies them
 _MAX_INTEGER_BITS = 4096
 # Keys are hashed and compared, which must take a short time: equal strings are compared character by character. The
 # hashes of integers are known (the value modulo 2^61 - 1), so long ones can be made to collide, thousands in one dict.
@@ -26,25 +24,8 @@ _MAX_KEY_PARTS = 16
 _MAX_KEY_BITS = 64
 # Tuples of integers can be made to collide too: each tuple counts as so much work that 2,000 of them are the limit.
 _TUPLE_KEY_WORK = 500
-
-
-@dataclasses.dataclass(eq=False, slots=True, repr=False)
-class Opaque:
-    """What a pickle says about something that is not plain data.
-
-    name: dotted name of the class or function.
-    args: the arguments of the call; None where the pickle means the class or function itself.
-    state: what unpickling would have set as attributes of the instance.
-    items: what unpickling would have appended to it, or set as (key, value).
-    """
-
-    name: str
-    args: tuple | None = None
-    state: Any = None
-    items: list = dataclasses.field(default_factory=list)
-
-    def __repr__(self) -> str:
-        return f"Opaque({printable(self.name)})"
+# Every use of a class joins the two parts of its name into a new text.
+_CHARACTERS_PER_WORK = 32
 
 
 def load(
@@ -71,7 +52,7 @@ def load(
         raise
     except (ValueError, IndexError, KeyError) as error:  # pickletools, an empty stack, an absent memo
         raise ConvertError(f"the pickle inside is damaged: {printable(error)}") from error
-    _check_depth(value)
+    check_depth(value)
     return value
 
 
@@ -164,10 +145,10 @@ class _Machine:
     def call(self, function: Any, args: Any) -> None:
         if not isinstance(function, Opaque) or not isinstance(args, tuple):
             raise ConvertError("the pickle inside calls something that is not a function")
-        container = _CONTAINERS.get(function.name) if function.args is None else None
+        container = CONTAINERS.get(function.name) if function.args is None else None
         rebuild = self.rebuild.get(function.name) if function.args is None else None
         if container is not None:
-            self.spend(sum(len(part) for part in args if isinstance(part, _COLLECTIONS)))
+            self.spend(sum(len(part) for part in args if isinstance(part, COLLECTIONS)))
             self.stack.append(container(self.key, args))
         elif rebuild is not None:
             self.stack.append(rebuild(args))
@@ -183,13 +164,17 @@ class _Machine:
 
     def push_global(self, dotted: str) -> None:
         """The argument of GLOBAL and INST as pickletools gives it: module and name with a space between them."""
-        self.stack.append(_named(*dotted.split(" ", 1)))
+        self.stack.append(self.named(*dotted.split(" ", 1)))
 
     def stack_global(self, _: None) -> None:
         module, name = self.pop(2)
         if not isinstance(module, str) or not isinstance(name, str):
             raise ConvertError("the pickle inside names a class by something else than text")
-        self.stack.append(_named(module, name))
+        self.stack.append(self.named(module, name))
+
+    def named(self, module: str, name: str) -> Opaque:
+        self.spend((len(module) + len(name)) // _CHARACTERS_PER_WORK)
+        return named(module, name)
 
     def key(self, value: Any) -> Any:
         """`value`, if it can be hashed and compared as a dictionary key or set member in a short, fixed time."""
@@ -207,68 +192,6 @@ class _Machine:
                 raise ConvertError(f"the pickle inside has an integer of {part.bit_length()} bits in a key")
         return value
 
-
-_COLLECTIONS = (list, tuple, dict, set, frozenset)
-
-
-def _named(module: str, name: str) -> Opaque:
-    if len(module) > _MAX_NAME_LENGTH or len(name) > _MAX_NAME_LENGTH:
-        raise ConvertError(f"the pickle inside names a class by {len(module) + len(name)} characters")
-    return Opaque(f"{module}.{name}")
-
-
-def _check_depth(root: Any) -> None:
-    """Refuses nesting so deep that recursive code would overflow the stack. Shared parts are visited once."""
-    level, seen = [root], {id(root)}
-    for _ in range(MAX_DEPTH):
-        below = {id(child): child for value in level for child in _children(value)}
-        level = [child for key, child in below.items() if key not in seen]
-        seen.update(below)
-        if not level:
-            return
-    raise ConvertError(f"the pickle inside is nested more than {MAX_DEPTH} deep")
-
-
-def _children(value: Any) -> Iterable:
-    if isinstance(value, dict):
-        return (*value.keys(), *value.values())
-    if isinstance(value, Opaque):
-        return (value.args, value.state, value.items)
-    return value if isinstance(value, _COLLECTIONS) else ()
-
-
-def _content(args: tuple) -> Any:
-    """The argument of a call that builds a container."""
-    match args:
-        case ():
-            return ()
-        case (list() | tuple() | dict() | set() | frozenset() as content,):
-            return content
-    raise ConvertError("the pickle inside builds a container from something else")
-
-
-def _dict(key: Callable[[Any], Any], args: tuple) -> dict:
-    content = _content(args)
-    pairs = list(content.items() if isinstance(content, dict) else content)
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise ConvertError("the pickle inside builds a dict from something else than pairs")
-    return {key(name): value for name, value in pairs}
-
-
-# Containers that pickles build by a call: functions of (check of keys, arguments). A default factory is dropped.
-_CONTAINERS: dict[str, Callable[[Callable[[Any], Any], tuple], Any]] = {
-    "collections.OrderedDict": _dict,
-    "collections.defaultdict": lambda key, args: _dict(key, args[1:]),
-    "torch.Size": lambda key, args: tuple(_content(args)),
-}
-for _module in ("builtins", "__builtin__"):  # the latter up to protocol 2
-    _CONTAINERS |= {
-        f"{_module}.dict": _dict,
-        f"{_module}.list": lambda key, args: list(_content(args)),
-        f"{_module}.tuple": lambda key, args: tuple(_content(args)),
-        f"{_module}.set": lambda key, args: set(map(key, _content(args))),
-        f"{_module}.frozenset": lambda key, args: frozenset(map(key, _content(args))),
-    }
 
 # Instructions whose argument, as pickletools decodes it, is the value itself.
 _LITERALS = """
@@ -309,7 +232,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], object]] = {
     "REDUCE": lambda m, _: m.call(*m.pop(2)),
     "NEWOBJ": lambda m, _: m.call(*m.pop(2)),
     "NEWOBJ_EX": _Machine.call_with_keywords,
-    "INST": lambda m, dotted: m.call(_named(*dotted.split(" ", 1)), tuple(m.pop_mark())),
+    "INST": lambda m, dotted: m.call(m.named(*dotted.split(" ", 1)), tuple(m.pop_mark())),
     "OBJ": lambda m, _: m.call(m.stack[0], tuple(m.pop_mark()[1:])),
     "BUILD": _Machine.build,
     "BINPERSID": lambda m, _: m.push(m.resolve(*m.pop(1))),

@@ -13,8 +13,8 @@ import numpy as np
 
 from tinymim_jax.convert.errors import ConvertError, printable
 from tinymim_jax.convert.readers import inert_pickle
-from tinymim_jax.convert.readers.inert_pickle import Opaque
 from tinymim_jax.convert.readers.mapped import DTYPES, counts, map_file
+from tinymim_jax.convert.readers.pickle_values import Opaque
 from tinymim_jax.convert.readers.torch_file import MAX_PICKLE, REBUILD, STORAGES, Storage
 
 _COUNT = struct.Struct("<q")

@@ -16,8 +16,8 @@ import numpy as np
 
 from tinymim_jax.convert.errors import ConvertError, printable
 from tinymim_jax.convert.readers import inert_pickle
-from tinymim_jax.convert.readers.inert_pickle import Opaque
 from tinymim_jax.convert.readers.mapped import DTYPES, counts, map_file, view
+from tinymim_jax.convert.readers.pickle_values import Opaque
 
 # PyTorch 2.6 and later load plain tensors only unless told otherwise, and training checkpoints hold more than that.
 SAVE_AGAIN = (
@@ -28,7 +28,7 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ENCRYPTED = 0x1
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 MAX_PICKLE = 1 << 26
-# torch.save does not compress; a file that was packed again may be compressed, but weights hardly shrink.
+# torch.save does not compress. A file that was packed again may be compressed, but weights shrink little.
 _MAX_UNPACKED = 1 << 26
 _MAX_RATIO = 20
 # Tensors may share a storage (a flat parameter and its views; strides of 0), so that their sizes add up to more than

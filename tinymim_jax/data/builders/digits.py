@@ -64,7 +64,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out(labels: np.ndarray, count: int) -> np.ndarray:
-    """The mask of the test split: bool `[examples]`, exactly `count` of them True.
+    """The mask of the test split: bool `[examples]`, with exactly `count` True values.
 
     The test examples are evenly spaced among the examples sorted by class, so each class is represented proportionally
     to within one example, without depending on a random generator that may change.

@@ -35,7 +35,7 @@ class _Sample:
 def describe_masks(source: Source, rules: MaskRules, names: Sequence[str]) -> str:
     """A report on some of the masks, for the log.
 
-    Raises LabelError, with the name of a file and a remedy, where they do not fit `rules`: a missing mask, one of
+    Raises LabelError, with the name of a file and a remedy, if they do not fit `rules`: a missing mask, one of
     another size than its image, values that are no class, masks of 0 and 255, and only one class.
     """
     if rules.classes == 1:

@@ -19,13 +19,13 @@ class MaskRules:
     """How stored values become classes.
 
     classes: their number, 1 to 65,534.
-    colours: the classes with their colours, for masks that are coded by colours (RGB).
+    colours: all classes with their colours, for masks that are coded by colours (RGB); empty without colours.
     ignore: stored values of pixels to ignore.
     label_map: (stored value, class) pairs, class -1 for pixels to ignore; a value that is not in it is an error. Empty:
       the stored values are the classes.
     reduce_zero_label: stored 0 is ignored, and stored k is class k - 1.
 
-    For masks that are coded by colours, the stored value is the number of the colour's class.
+    For masks that are coded by colours, the stored value is the number of the colour's class (classes.class_numbers).
     """
 
     classes: int
@@ -100,7 +100,7 @@ class MaskRules:
             raise
 
     def meaning(self, value: int) -> int | None:
-        """The class of a stored value; -1 where it is ignored, None where it is no class."""
+        """The class of a stored value; -1 if it is ignored, None if it is no class."""
         found = int(self._table[value])
         return IGNORED if found == self.ignored else None if found == self._wrong else found
 

@@ -2,7 +2,9 @@
 
 import logging
 
-from tinymim_jax.data.masks.classes import KNOWN, KnownSet, class_colours, class_names, known_set, read_classes
+from tinymim_jax.data.masks.class_files import read_classes
+from tinymim_jax.data.masks.classes import class_colours, class_names, numbered_from_one
+from tinymim_jax.data.masks.known import KNOWN, KnownSet, known_set
 from tinymim_jax.data.masks.report import describe_masks
 from tinymim_jax.data.masks.rules import MaskRules
 from tinymim_jax.data.sources import files
@@ -63,12 +65,12 @@ def open_masks(
     """`source` with its masks read as classes; some of them are read now and reported.
 
     Args:
-      classes: a well-known set (`masks.classes.KNOWN`), a file (`masks.classes.read_classes`), a number of classes, or
-        empty for the classes that a file beside the data names.
+      classes: a well-known set (`known.KNOWN`), a file (`class_files.read_classes`), a number of classes, or empty for
+        the classes that a file beside the data names.
       ignore, label_map, reduce_zero_label: see MaskRules; None: as the well-known set says, or else 255 is ignored and
-        stored values are classes.
+        stored values are classes; stored 0 is ignored where a file numbers the classes from 1.
 
-    Raises ValueError where the source has no masks or the classes are not known, and LabelError, with the name of a
+    Raises ValueError if the source has no masks or the classes are not known, and LabelError, with the name of a
     file and a remedy, where the masks that were read do not fit the classes.
     """
     base = source.name.partition(":")[0].partition("/")[0]
@@ -84,7 +86,7 @@ def open_masks(
         reduce_zero_label = known.reduce_zero_label and not label_map
     rules = MaskRules(
         classes=len(names),
-        colours=tuple(each for each in found if each.colour is not None),
+        colours=found if any(each.colour is not None for each in found) else (),
         ignore=default_ignore if ignore is None else (ignore,) if isinstance(ignore, int) else tuple(ignore),
         label_map=tuple((int(stored), int(number)) for stored, number in label_map),
         reduce_zero_label=bool(reduce_zero_label),
@@ -99,7 +101,7 @@ def _classes(source: Source, classes: str | int) -> tuple[tuple[MaskClass, ...],
     if text.isdigit() and int(text):
         numbered = tuple(MaskClass(str(number), None) for number in range(int(text)))
         return numbered, KnownSet(numbered)
-    if "/" in text or "." in text or (text and files.matches(files.absolute(text))):
+    if text not in KNOWN and ("/" in text or "." in text or (text and files.matches(files.absolute(text)))):
         try:
             named = read_classes(text)
         except FileNotFoundError:
@@ -107,14 +109,22 @@ def _classes(source: Source, classes: str | int) -> tuple[tuple[MaskClass, ...],
                 f"data.masks.classes={text!r}: there is no such file. It takes a file with a class a line, a number of "
                 f"classes, or one of {', '.join(KNOWN)}"
             ) from None
-        return named, KnownSet(named)
+        return named, _numbered(named)
     if text:
         known = known_set(text)
         return known.classes, known
     if source.mask_classes:
-        return source.mask_classes, KnownSet(source.mask_classes)
+        return source.mask_classes, _numbered(source.mask_classes)
     raise ValueError(
         f"the classes of the masks of {source.name!r} are not known: set data.masks.classes to a well-known set "
         "(ade20k, cityscapes, voc, camvid), to a file with a class a line, or to their number; or put classes.txt "
         "beside the data"
     )
+
+
+def _numbered(classes: tuple[MaskClass, ...]) -> KnownSet:
+    """The usual rules for the classes in a file."""
+    from_one = numbered_from_one(classes)
+    if from_one:
+        log.info("the file of the classes numbers them from 1: the value 0 is ignored in masks")
+    return KnownSet(classes, reduce_zero_label=from_one)

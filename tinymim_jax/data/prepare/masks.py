@@ -21,7 +21,7 @@ _TRIED = 16  # records that are read to find a mask
 def mask_channels(source: Source) -> int:
     """0: the source has no masks; 1: they hold values; 3: they are coded by colours. Judged by the first readable one.
 
-    Raises ValueError where a record has an empty mask.
+    Raises ValueError if a record has an empty mask.
     """
     for index in range(min(_TRIED, len(source))):
         with contextlib.suppress(OSError):  # unreadable records are reported while the shards are written

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from tinymim_jax.data.masks.classes import CLASS_FILES, classes_text
+from tinymim_jax.data.masks.class_files import CLASS_FILES, classes_text
 from tinymim_jax.data.prepare.folder import LOCK, SIDECARS, VERSION, begin, is_done, locked, settings_of, shards_of
 from tinymim_jax.data.prepare.masks import mask_channels
 from tinymim_jax.data.prepare.report import split_report

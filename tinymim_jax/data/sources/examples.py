@@ -28,10 +28,15 @@ class Example(TypedDict):
 
 
 class MaskClass(NamedTuple):
-    """A class of masks: its name, and its colour where masks are coded by colours (RGB, 0 to 255)."""
+    """A class of masks, in the order of the class numbers.
+
+    colour: RGB, 0 to 255, where masks are coded by colours.
+    stored: the value in masks that the file of classes gives for it; None if the file gives no values.
+    """
 
     name: str
     colour: tuple[int, int, int] | None
+    stored: int | None = None
 
 
 class Source(abc.ABC):

@@ -121,7 +121,7 @@ class Index:
     """The stored, read-only form of `Records`; picklable.
 
     `labels`, `shards`, `offsets` and `sizes` have one entry per record, and so have `mask_offsets` and `mask_sizes`,
-    which are None where no record has a mask. `row_labels` has one per row, if records have labelled rows. `meta` holds
+    which are None if no record has a mask. `row_labels` has one per row, if records have labelled rows. `meta` holds
     format-specific data.
     """
 

@@ -26,14 +26,16 @@ _OTHER_KINDS = ("_color", "_instanceids", "_instance", "_panoptic", "_depth", "_
 class Pairs(NamedTuple):
     """What pairing found; paths are relative to the location.
 
-    pairs: (image, mask) by split; "" where there are no splits.
+    pairs: (image, mask) by split; "" if there are no splits.
     unpaired: images without a mask, by split.
-    unused: masks without an image.
+    unused: masks without an image, or of an image that has another one.
+    absent: by split, the stems of images that the list of the split names and that are not there.
     """
 
     pairs: dict[str, list[tuple[str, str]]]
     unpaired: dict[str, list[str]]
     unused: list[str]
+    absent: dict[str, list[str]]
 
 
 class _Item(NamedTuple):
@@ -72,7 +74,7 @@ def find_pairs(found: Mapping[str, list[str]], lists: Mapping[str, frozenset[str
       found: file names by folder, relative to the location.
       lists: stems of the images of each split, where files such as ImageSets/Segmentation/train.txt list them.
 
-    Raises ValueError where there are no masks, or it is unclear which of several masks of an image is meant.
+    Raises ValueError if there are no masks, or it is unclear which of several masks of an image is meant.
     """
     images, masks = _sorted_out(found)
     if not masks:
@@ -90,7 +92,9 @@ def find_pairs(found: Mapping[str, list[str]], lists: Mapping[str, frozenset[str
                 pairs[split].append((image.path, masks_of[image.path]))
             elif lists or not _is_whole_set_without_masks(image, images, masks_of):
                 unpaired[split].append(image.path)
-    return Pairs(dict(pairs), dict(unpaired), unused)
+    there = {stem for image in images for stem in (image.stem, _base(image))}
+    absent = {split: sorted(stems - there) for split, stems in lists.items()}
+    return Pairs(dict(pairs), dict(unpaired), unused, absent)
 
 
 def pair_folders(images: Iterable[str], masks: Iterable[str]) -> Pairs:
@@ -99,7 +103,7 @@ def pair_folders(images: Iterable[str], masks: Iterable[str]) -> Pairs:
     mask_items = [_item(path, "", path) for path in masks]
     masks_of, unused = _matched(image_items, mask_items)
     pairs = [(item.path, masks_of[item.path]) for item in image_items if item.path in masks_of]
-    return Pairs({"": pairs}, {"": [item.path for item in image_items if item.path not in masks_of]}, unused)
+    return Pairs({"": pairs}, {"": [item.path for item in image_items if item.path not in masks_of]}, unused, {})
 
 
 def _sorted_out(found: Mapping[str, list[str]]) -> tuple[list[_Item], list[_Item]]:
@@ -148,7 +152,7 @@ def _matched(images: list[_Item], masks: list[_Item]) -> tuple[dict[str, str], l
         unused = []
         for mask in masks:
             image, suffix = _image_of(mask, of_image, mask.folder if in_folder else "")
-            if image is None:
+            if image is None or suffix in candidates[image.path]:  # the latter: the same name in another file format
                 unused.append(mask.path)
             else:
                 candidates[image.path][suffix] = mask.path

@@ -9,7 +9,7 @@ Pairs are found by names (pair_names.py). Understood are, among others:
     images/a.jpg                     masks/a.png, with or without a folder for each split
     a.jpg                            a_mask.png
 
-Class names and colours are read from `classes.txt` and other files (masks/classes.py) in LOCATION.
+Class names and colours are read from `classes.txt` and other files (masks/class_files.py) in LOCATION.
 """
 
 import fnmatch
@@ -17,7 +17,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 
-from tinymim_jax.data.masks.classes import classes_beside
+from tinymim_jax.data.masks.class_files import classes_beside
 from tinymim_jax.data.sources import files, layout, pair_names
 from tinymim_jax.data.sources.examples import Example, MaskClass, Source
 from tinymim_jax.data.sources.index import Index, Records, cached
@@ -50,10 +50,19 @@ def open_split(name: str, location: str, split: str) -> Source:
         raise ValueError(f"no image of split {split!r} of {name!r} has a mask; choices: {', '.join(_names(pairs))}")
     if pairs.unused:
         log.warning(
-            "%s: %d masks or other files belong to no image and are not used: %s",
+            "%s: %d masks or other files are not used, as they belong to no image or it has another mask: %s",
             name,
             len(pairs.unused),
             _listed(pairs.unused),
+        )
+
+    if absent := {stem for each in pairs.absent if split == ALL or each in splits for stem in pairs.absent[each]}:
+        log.warning(
+            "%s: %d images that the list of split %r names are not there: %s",
+            name,
+            len(absent),
+            split,
+            _listed(sorted(absent)),
         )
 
     def build() -> Records:
@@ -141,7 +150,7 @@ def _find(name: str, location: str, split: str) -> tuple[str, Pairs, str]:
 
 
 def _other_level(root: str) -> str:
-    """A hint where the folders of the splits are not in `root`, but that is one of them, or has them farther down."""
+    """A hint if `root` is itself the folder of a split, or contains the folders of the splits at a deeper level."""
     below = None if files.is_remote(root) else layout.find_split_root(root)
     if below not in (None, root):
         return f". The folders of the splits are in {below}: did you mean pairs:{below}?"

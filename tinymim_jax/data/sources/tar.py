@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinymim_jax.data.masks.classes import classes_beside
+from tinymim_jax.data.masks.class_files import classes_beside
 from tinymim_jax.data.sources import files, shards
 from tinymim_jax.data.sources.examples import Example, MaskClass, Source
 from tinymim_jax.data.sources.files import File

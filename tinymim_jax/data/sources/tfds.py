@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tinymim_jax.data.masks.classes import CLASS_FILES, read_classes
+from tinymim_jax.data.masks.class_files import CLASS_FILES, read_classes
 from tinymim_jax.data.sources.examples import Example, Source
 from tinymim_jax.data.sources.files import raise_open_file_limit
 

@@ -55,7 +55,7 @@ class SegmentationAugment:
         return _arrays(self.size, self.classes)
 
     def make(self, picture: Picture, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """See `View.make`. Raises LabelError where the mask has another size than the image."""
+        """See `View.make`. Raises LabelError if the mask has another size than the image."""
         labels = _labels_of(picture, example)
         size = scaled_size(labels.shape, self.scale, float(rng.uniform(*self.scale_range)))
         rows, columns = nearest(labels.shape[0], size[0]), nearest(labels.shape[1], size[1])
@@ -98,7 +98,7 @@ class SegmentationView:
         return _arrays(self.size, self.classes)
 
     def make(self, picture: Picture, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """See `View.make`. Raises LabelError where the mask has another size than the image."""
+        """See `View.make`. Raises LabelError if the mask has another size than the image."""
         labels = _labels_of(picture, example)
         factor = min(self.size[0] / labels.shape[0], self.size[1] / labels.shape[1])
         height, width = (min(max(1, int(a * factor + 0.5)), b) for a, b in zip(labels.shape, self.size))

@@ -39,7 +39,7 @@ class SuiteClassifier:
       workers: processes that decode images.
       mesh: by default of all devices.
 
-    Raises ValueError where the checkpoint has no classifier.
+    Raises ValueError if the checkpoint has no classifier.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def _part(model: SuiteClassifier, suite: Suite, part: str, data_dir: str | None)
 
 
 def _find(suite: Suite, part: str, data_dir: str | None) -> tuple[str, str]:
-    """(name, split) of the first set that exists. Raises FileNotFoundError where none does."""
+    """(name, split) of the first set that exists. Raises FileNotFoundError if none does."""
     missing = None
     for name in suite.sets[part]:
         if not suite.imagenet and suite.split:

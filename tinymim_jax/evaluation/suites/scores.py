@@ -13,7 +13,7 @@ class Answers(NamedTuple):
     """Predictions for `n` images.
 
     label: int `[n]`, the correct class.
-    best: int `[n, k]`, the k most probable classes, best first; -1 where the logits are not finite, which is wrong.
+    best: int `[n, k]`, the k most probable classes, best first; -1 if the logits are not finite, which is wrong.
     confidence: float `[n]`, the probability of the first of them.
     """
 
@@ -65,7 +65,7 @@ def score(
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
     """Images grouped by confidence into `bins` intervals of equal width that exclude their lower end, given as "above".
 
-    Of each: the number of images, their mean confidence and their top-1, both None where there are no images.
+    Of each: the number of images, their mean confidence and their top-1, both None if there are no images.
     """
     places = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins).astype(int) - 1, 0, bins - 1)
     counts = np.bincount(places, minlength=bins)

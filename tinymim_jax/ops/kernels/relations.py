@@ -17,7 +17,7 @@ from tinymim_jax.ops.kernels.tiles import SHORT, Heads
 def relations_of(names: Sequence[str]) -> Relations:
     """("qk", "vv") as ((0, 1), (2, 2)).
 
-    Raises ValueError where a letter occurs in two relations: its gradient would be a sum of two, and the kernels keep
+    Raises ValueError if a letter occurs in two relations: its gradient would be a sum of two, and the kernels keep
     one for each letter.
     """
     letters = [letter for name in names for letter in set(name)]

@@ -1,4 +1,4 @@
-"""The last block in fine-tuning: distillation of relations has trained nothing of it beyond q, k and v."""
+"""The last block in fine-tuning. Distillation of relations trains only its first norm and q, k and v."""
 
 import dataclasses
 from collections.abc import Callable

@@ -44,7 +44,7 @@ Augmentation = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
-    """The task of `config` for a data set with these classes. Raises ValueError where it has none."""
+    """The task of `config` for a data set with these classes. Raises ValueError if it has none."""
     classes = len(class_names)
     if classes == 0:
         raise ValueError(
@@ -99,7 +99,7 @@ class Classification:
     mean, std: by which the network's pixels are normalized.
     smoothing: label smoothing in training.
     criterion: (logits, soft targets) -> float32 [batch].
-    augment: see _augmentation; None where nothing is erased or mixed.
+    augment: see _augmentation; None if nothing is erased or mixed.
     teacher: None without distillation. With one the loss is (1 - alpha) times that of the labels, on the first head,
       plus alpha times that of the teacher's answers, on the DIST token's head; without a DIST token one head learns
       both.
@@ -167,7 +167,7 @@ def _criterion(classify: ConfigDict, classes: int) -> Callable[[jax.Array, jax.A
 
 
 def _augmentation(classify: ConfigDict) -> Augmentation | None:
-    """Random erasing, then mixup or cutmix; None where all are off.
+    """Random erasing, then mixup or cutmix; None if all are off.
 
     In timm's order: its data loader erases, and batches are mixed after that.
     """
@@ -231,7 +231,7 @@ def _norm_eps(loaded: Loaded | None, pool: str) -> float:
 
 
 def _check_model_heads(config: ConfigDict, heads: tuple[int, ...], path: str) -> None:
-    """Raises ValueError where `model.heads` asks for other heads than the checkpoint's, which classify.heads takes.
+    """Raises ValueError if `model.heads` asks for other heads than the checkpoint's, which classify.heads takes.
 
     One number need not be that of every block: distillation gives some of them the teacher's heads.
     """

@@ -87,7 +87,7 @@ def reorder_heads(params: Params, order: np.ndarray) -> Params:
 def supervised_teacher(config: ConfigDict, class_names: Sequence[str]) -> SupervisedTeacher | None:
     """What `config.classify.distillation` asks for; None for 'none'.
 
-    Raises ValueError where the teacher does not fit the config, and ClassMismatch (a ValueError) where its classes are
+    Raises ValueError if the teacher does not fit the config, and ClassMismatch (a ValueError) where its classes are
     not those of the data. The same classes in another order are put in the order of the data.
     """
     classify, classes = config.classify, len(class_names)

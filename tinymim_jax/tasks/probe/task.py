@@ -36,7 +36,7 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     The encoder is that of `init`. Its features are what a Classifier's head sees: the CLS token after the final norm,
     or the mean of the patch tokens and a norm after that.
 
-    Raises ValueError where there are no classes, or no checkpoint.
+    Raises ValueError if there are no classes, or no checkpoint.
     """
     probe, classes = config.probe, len(class_names)
     if classes == 0:

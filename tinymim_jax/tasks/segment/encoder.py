@@ -46,7 +46,7 @@ def _heads(config: ConfigDict, encoder: ViT, loaded: Loaded | None) -> tuple[int
     if loaded is None:
         return encoder.block_heads
     heads = tuple(loaded.model["encoder"]["heads"])
-    # One number need not be that of every block: distillation gives some of them the teacher's heads.
+    # A single number may be that of some blocks only: distillation gives the tapped blocks the teacher's heads.
     if asked is None or asked in heads or (not isinstance(asked, int) and tuple(asked) == heads):
         return heads
     raise ValueError(
