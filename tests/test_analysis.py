@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import run
+from pictures import encoded
 from runs import DIGITS, small_config
 
 from tinymim_jax.analysis.analyze import analyze
@@ -20,6 +21,7 @@ from tinymim_jax.analysis.relations import common_heads, relation_kl_of_blocks
 from tinymim_jax.analysis.tap import suggest_tap
 from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.convert import convert_file
+from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.evaluation.similarity import (
     attention_distance,
@@ -45,6 +47,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "teachers"
 TEACHER = ViT(embed_dim=32, depth=3, heads=4, patch_size=4, image_size=(16, 16))
 STUDENT = ViT(embed_dim=16, depth=2, heads=(2, 4), patch_size=8, image_size=(16, 16), dist_token=True)
 MEAN = STD = (0.5, 0.5, 0.5)
+PICTURE = encoded(np.full((16, 16, 3), 90, np.uint8), "PNG")
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +284,26 @@ def test_analyze_the_command(folder, data_dir, capsys, tmp_path):
     assert "relation_kl" not in alone
     assert alone["tap"]["by"] == "effective_rank"
     assert "linear" not in alone["networks"]["encoder"]["blocks"][0]
+
+
+class Damaged(Source):
+    """Pictures of which one cannot be decoded."""
+
+    name, split, class_names = "damaged", "test", ()
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {"image": b"no picture" if index == 2 else PICTURE, "label": -1}
+
+
+def test_a_damaged_image_is_not_measured_as_another_one():
+    with (
+        pytest.raises(RuntimeError, match=r"1 of 6 records cannot be decoded, more than the 0\.1 %"),
+        batches_of(Damaged(), small_config("finetune"), 2) as batches,
+    ):
+        list(batches)
 
 
 KINDS = {

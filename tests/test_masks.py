@@ -329,6 +329,17 @@ def test_colours_of_a_file_that_numbers_its_classes_from_one(tmp_path):
     assert masks[0]["pixel_labels"][0].tolist() == [1, 1, 1, 2, 2, 2]
 
 
+def test_a_file_of_other_classes_than_the_well_known_set(tmp_path, caplog):
+    source = made(tmp_path, mask(0, 1))
+    open_masks(source, classes="voc")
+    assert "beside the data" not in caplog.text
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    masks = open_masks(open_source(f"pairs:{tmp_path}", split="all"), classes="voc")
+    assert masks.class_names[0] == "background"
+    assert "data.masks.classes='voc' has 21 classes (background, aeroplane, " in caplog.text
+    assert "names 2 others (sky, road). To use the file, set data.masks.classes=''" in caplog.text
+
+
 def test_a_folder_named_as_a_well_known_set(tmp_path, monkeypatch):
     (tmp_path / "voc").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,7 @@
 """Which network of a checkpoint is converted: wrappers, averages, teachers, prefixes; what is left out is said."""
 
+import re
+
 import numpy as np
 import pytest
 from small_vit import vit_state
@@ -174,6 +176,19 @@ def test_what_was_taken_is_recorded(tmp_path, one, two):
 def test_models_that_cannot_be_converted_are_told_why(one, extra, message):
     with pytest.raises(ConvertError, match=message):
         from_torch("vit", one | {name: np.zeros(shape, np.float32) for name, shape in extra.items()}, heads=3)
+
+
+def test_blocks_in_chunks_are_read_by_their_numbers(one):
+    """DINOv2's training checkpoints: each chunk holds its blocks at their places in the whole network."""
+    number = re.compile(r"^blocks\.(\d+)\.")
+    in_chunks = {number.sub(lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.", name): x for name, x in one.items()}
+    assert any(name.startswith("blocks.0.1.") for name in in_chunks)
+    found = find_state_dict({"teacher": prefixed("backbone.", in_chunks)}, ANCHOR)
+    assert_is(found.state, one)
+    assert found.place == "'teacher', names without 'backbone.', blocks by their numbers, without those of chunks"
+    # Blocks that are counted anew in each chunk cannot be told apart from others.
+    anew = {number.sub(lambda m: f"blocks.{m[1]}.0.", name): x for name, x in one.items()}
+    assert_is(find_state_dict(anew, ANCHOR).state, anew)
 
 
 def test_numpy_arrays_in_a_pickle_get_a_remedy(one):

@@ -21,11 +21,14 @@ def some_of(source: Source, count: int, *, seed: int = 0) -> Source:
 
 
 def batches_of(source: Source, config: ConfigDict, size: int, *, workers: int = 0) -> Any:
-    """Batches of `size` with all images of `source`, preprocessed as in evaluation; the last batch is padded."""
+    """Batches of `size` with all images of `source`, preprocessed as in evaluation; the last batch is padded.
+
+    As in evaluation, more than 0.1 % of damaged images are an error: others would be measured in their place.
+    """
     image_size = tuple(config.model.image_size)
     # Tasks that evaluate whole images have no eval_resize.
     view = EvalView(image_size, config.data.get("eval_resize") or max(image_size))
-    return eval_batches(source, view=view, batch_size=size, upright=config.data.upright, workers=workers)
+    return eval_batches(source, view=view, batch_size=size, upright=config.data.upright, workers=workers, tolerated=0)
 
 
 def rows_of(function: Callable[[Batch], Any], batches: Any) -> Any:

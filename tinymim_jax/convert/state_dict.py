@@ -29,6 +29,8 @@ _ROLES = {
 # Heads of transformers' classifiers and of DINOv2's hub, beside an encoder that has a prefix.
 _HEADS_BESIDE = ("classifier", "linear_head")
 
+_CHUNKED = re.compile(r"^blocks\.(?P<chunk>\d+)\.(?P<block>\d+)\.")
+
 # Without a model to be found, these are taken off so that the names in the error are as short as they can be.
 _NESTS = ("model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
@@ -154,6 +156,7 @@ def _found(taken: _Network, others: list[_Network], data: Any) -> Found:
     if not taken.prefix:
         unnamed = [name for name in taken.tensors if not isinstance(name, str)]
         state |= {f"{printable(name)} (not a text)": taken.tensors[name] for name in unnamed}
+    chunked, state = state, _without_chunks(state)
     projection = set(_projection_head(state))
 
     beside: dict[str, Any] = {}
@@ -168,8 +171,30 @@ def _found(taken: _Network, others: list[_Network], data: Any) -> Found:
     if rest := _other_entries(taken, others, data):
         left_out.append(f"entries that are no weights of a model: {', '.join(rest)}")
     usual = not taken.prefix and not others and set(taken.keys) <= set(_NESTS)
+    place = "" if usual else taken.described()
+    if state is not chunked:
+        place = ", ".join([place] * bool(place) + ["blocks by their numbers, without those of chunks"])
     state = {name: value for name, value in state.items() if name not in projection}
-    return Found(state, "" if usual else taken.described(), left_out, beside)
+    return Found(state, place, left_out, beside)
+
+
+def _without_chunks(state: dict[str, Any]) -> dict[str, Any]:
+    """`state` with blocks.CHUNK.BLOCK. as blocks.BLOCK.; `state` itself if its blocks are not in chunks.
+
+    DINOv2 trains in chunks, whose blocks keep their numbers in the whole network. Other numbers are left as they are.
+    """
+    parts = {name: _CHUNKED.match(name) for name in state if name.startswith("blocks.")}
+    found = [match for match in parts.values() if match]
+    chunk_of = {int(match["block"]): match["chunk"] for match in found}
+    pairs = {(match["chunk"], match["block"]) for match in found}
+    if (
+        not parts
+        or len(found) < len(parts)
+        or len(pairs) > len(chunk_of)
+        or sorted(chunk_of) != [*range(len(chunk_of))]
+    ):
+        return state
+    return {_CHUNKED.sub(r"blocks.\g<block>.", name): value for name, value in state.items()}
 
 
 def _outside(taken: _Network) -> str:

@@ -9,7 +9,7 @@ from tinymim_jax.data.masks.report import describe_masks
 from tinymim_jax.data.masks.rules import MaskRules
 from tinymim_jax.data.sources import files
 from tinymim_jax.data.sources.examples import Example, MaskClass, Source
-from tinymim_jax.data.sources.labels import LabelError
+from tinymim_jax.data.sources.labels import LabelError, shown
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ def _classes(source: Source, classes: str | int) -> tuple[tuple[MaskClass, ...],
         return named, _numbered(named)
     if text:
         known = known_set(text)
+        _compare_with_file(source, text, class_names(known.classes))
         return known.classes, known
     if source.mask_classes:
         return source.mask_classes, _numbered(source.mask_classes)
@@ -128,3 +129,19 @@ def _numbered(classes: tuple[MaskClass, ...]) -> KnownSet:
     if from_one:
         log.info("the file of the classes numbers them from 1: the value 0 is ignored in masks")
     return KnownSet(classes, reduce_zero_label=from_one)
+
+
+def _compare_with_file(source: Source, known: str, names: tuple[str, ...]) -> None:
+    """Warns of a file of classes beside the data that names others than the well-known set that is to be used."""
+    beside = class_names(source.mask_classes)
+    if beside and (len(beside) != len(names) or len({*beside} & {*names}) < len(names) / 2):
+        log.warning(
+            "%s: data.masks.classes=%r has %d classes (%s), and the file of classes beside the data names %d others "
+            "(%s). To use the file, set data.masks.classes=''",
+            source.name,
+            known,
+            len(names),
+            shown(names),
+            len(beside),
+            shown(beside),
+        )
