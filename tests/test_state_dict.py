@@ -181,13 +181,15 @@ def test_models_that_cannot_be_converted_are_told_why(one, extra, message):
 def test_blocks_in_chunks_are_read_by_their_numbers(one):
     """DINOv2's training checkpoints: each chunk holds its blocks at their places in the whole network."""
     number = re.compile(r"^blocks\.(\d+)\.")
-    in_chunks = {number.sub(lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.", name): x for name, x in one.items()}
-    assert any(name.startswith("blocks.0.1.") for name in in_chunks)
+    blocks = {name: x for name, x in one.items() if number.match(name)}
+    four = one | {number.sub(f"blocks.{i}.", name): x for i in range(1, 4) for name, x in blocks.items()}
+    in_chunks = {number.sub(lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.", name): x for name, x in four.items()}
+    assert any(name.startswith("blocks.1.3.") for name in in_chunks)
     found = find_state_dict({"teacher": prefixed("backbone.", in_chunks)}, ANCHOR)
-    assert_is(found.state, one)
+    assert_is(found.state, four)
     assert found.place == "'teacher', names without 'backbone.', blocks by their numbers, without those of chunks"
     # Blocks that are counted anew in each chunk cannot be told apart from others.
-    anew = {number.sub(lambda m: f"blocks.{m[1]}.0.", name): x for name, x in one.items()}
+    anew = {number.sub(lambda m: f"blocks.{m[1]}.0.", name): x for name, x in four.items()}
     assert_is(find_state_dict(anew, ANCHOR).state, anew)
 
 
