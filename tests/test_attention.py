@@ -12,7 +12,7 @@ from tinymim_jax.ops import platform
 from tinymim_jax.ops.attention import attention, attention_for_cpu
 from tinymim_jax.ops.gelu import gelu
 from tinymim_jax.ops.layer_norm import layer_norm, layer_norm_for_cpu
-from tinymim_jax.ops.products import add_bias, scaled_products
+from tinymim_jax.ops.products import add_bias, linear_product, linear_product_for_cpu, scaled_products
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -173,3 +173,30 @@ def test_the_gradient_of_a_bias_before_a_kernel_is_summed_in_float32():
     np.testing.assert_array_equal(d_x, jnp.full_like(x, 1 / 64))
     assert d_bias.dtype == jnp.float32
     np.testing.assert_allclose(d_bias, 64.0, rtol=1e-6)
+
+
+def test_linear_products_of_bfloat16_are_sums_in_float32_rounded_once():
+    rows, kernel, cotangent = (
+        jnp.asarray(RNG.normal(size=shape), jnp.bfloat16) for shape in ((2, 9, 40), (40, 24), (2, 9, 24))
+    )
+    product, gradient = jax.vjp(linear_product_for_cpu, rows, kernel)
+    by_rows, by_kernel = gradient(cotangent)
+    x, w, g = (np.asarray(each, np.float64) for each in (rows, kernel, cotangent))
+    wanted = {"product": x @ w, "by rows": g @ w.T, "by kernel": x.reshape(-1, 40).T @ g.reshape(-1, 24)}
+    for (name, want), got in zip(wanted.items(), (product, by_rows, by_kernel)):
+        assert got.dtype == jnp.bfloat16, name
+        # Half a unit in the last of 8 places, and rounding of the float32 sum.
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-5, err_msg=name)
+
+
+def test_on_cpus_no_operand_of_a_linear_product_is_converted_to_float32():
+    """XLA has a product of bfloat16 with a float32 result; any other is one of float32 after a conversion."""
+    rows, kernel = jnp.ones((6, 8), jnp.bfloat16), jnp.ones((8, 4), jnp.bfloat16)
+    made = jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum(linear_product(x, w).astype(jnp.float32)), (0, 1)))(
+        rows, kernel
+    )
+    products = [each for each in equations(made.jaxpr) if each.primitive.name == "dot_general"]
+    assert len(products) >= 2
+    for product in products:
+        assert {value.aval.dtype for value in product.invars} == {jnp.dtype(jnp.bfloat16)}
+        assert product.outvars[0].aval.dtype == jnp.float32

@@ -12,7 +12,7 @@ from tinymim_jax.ops.int8 import int8_product
 from tinymim_jax.ops.layer_norm import EPS, layer_norm
 from tinymim_jax.ops.placement import split_batch
 from tinymim_jax.ops.platform import on_cpu
-from tinymim_jax.ops.products import add_bias, full_precision
+from tinymim_jax.ops.products import add_bias, linear_product
 
 
 class Dense(nn.Module):
@@ -37,7 +37,7 @@ class Dense(nn.Module):
         if self.has_variable("params", "kernel_scale"):
             product = int8_product(rows, kernel, self.get_variable("params", "kernel_scale"))
         else:
-            product = jnp.matmul(rows, kernel.astype(self.dtype), precision=full_precision(self.dtype))
+            product = linear_product(rows, kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             product = add_bias(product, bias) if self.into_kernel else product + bias.astype(self.dtype)

@@ -128,6 +128,7 @@ def attention_for_cpu(
     """The same with a custom gradient and with barriers that keep XLA from recomputing the exponentials.
 
     The products have the heads axis before the tokens: in the other order XLA's CPU products take up to twice as long.
+    Their results are float32 first, see `products.linear_product_for_cpu`.
     """
     return _forward(q, k, v, bias)[0]
 
@@ -152,13 +153,13 @@ def _backward(saved: tuple, cotangent: Array) -> tuple[Array, Array, Array, Arra
     # The softmax's gradient subtracts each query's mean, which is the dot product of output and cotangent.
     mean = jnp.sum(scaled * output.astype(jnp.float32), axis=-1, keepdims=True)
     scaled = scaled.astype(v.dtype)
-    d_v = jnp.einsum("bhqk,bhqd->bhkd", powers, scaled)
+    d_v = jnp.einsum("bhqk,bhqd->bhkd", powers, scaled, preferred_element_type=jnp.float32).astype(v.dtype)
     d_weights = jnp.einsum("bhqd,bhkd->bhqk", scaled, v, preferred_element_type=jnp.float32)
     d_logits = powers.astype(jnp.float32) * (d_weights - mean)
     d_bias = None if bias is None else d_logits.sum(axis=0).astype(bias.dtype)
     d_logits = jax.lax.optimization_barrier((d_logits * q.shape[-1] ** -0.5).astype(v.dtype))
-    d_q = jnp.einsum("bhqk,bhkd->bhqd", d_logits, k)
-    d_k = jnp.einsum("bhqk,bhqd->bhkd", d_logits, q)
+    d_q = jnp.einsum("bhqk,bhkd->bhqd", d_logits, k, preferred_element_type=jnp.float32).astype(q.dtype)
+    d_k = jnp.einsum("bhqk,bhqd->bhkd", d_logits, q, preferred_element_type=jnp.float32).astype(k.dtype)
     return _swap(d_q), _swap(d_k), _swap(d_v), d_bias
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tinymim_jax.ops.platform import target
+from tinymim_jax.ops.platform import on_cpu, target
 
 HeadFeatures = Float[Array, "batch tokens heads head_dim"]
 Logits = Float[Array, "batch heads queries keys"]
@@ -20,6 +20,41 @@ def full_precision(dtype: Any) -> jax.lax.Precision | None:
     LiteRT's converter knows no precision; its float32 is float32.
     """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 and target() != "litert" else None
+
+
+def linear_product(
+    rows: Float[Array, "*batch dim"], kernel: Float[Array, "dim features"]
+) -> Float[Array, "*batch features"]:
+    """`rows @ kernel` in the dtype of both."""
+    if on_cpu() and rows.dtype == jnp.bfloat16:
+        return linear_product_for_cpu(rows, kernel)
+    return jnp.matmul(rows, kernel, precision=full_precision(rows.dtype))
+
+
+@jax.custom_vjp
+def linear_product_for_cpu(
+    rows: Float[Array, "*batch dim"], kernel: Float[Array, "dim features"]
+) -> Float[Array, "*batch features"]:
+    """The same for bfloat16, rounded after the product.
+
+    XLA's CPU compiler has fast products of bfloat16 with a float32 result only. For others it converts the operands to
+    float32 first, and so does a gradient of mixed dtypes, hence the gradient of its own. The rounding is the same.
+    """
+    return jnp.matmul(rows, kernel, preferred_element_type=jnp.float32).astype(rows.dtype)
+
+
+def _linear_forward(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return linear_product_for_cpu(rows, kernel), (rows, kernel)
+
+
+def _linear_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    rows, kernel = saved
+    by_rows = jnp.einsum("...f,df->...d", cotangent, kernel, preferred_element_type=jnp.float32)
+    by_kernel = jnp.einsum("...d,...f->df", rows, cotangent, preferred_element_type=jnp.float32)
+    return by_rows.astype(rows.dtype), by_kernel.astype(kernel.dtype)
+
+
+linear_product_for_cpu.defvjp(_linear_forward, _linear_backward)
 
 
 def add_bias(x: Float[Array, "*batch dim"], bias: Float[Array | np.ndarray, "dim"]) -> Float[Array, "*batch dim"]:
