@@ -149,6 +149,9 @@ def distill() -> ml_collections.ConfigDict:
     config.distill.teacher = _teacher()
     # Further teachers in the same step, each named by you: distill.teachers.NAME.path=..., see further_teacher()
     config.distill.teachers = ml_collections.ConfigDict()
+    # Further students of the same teacher pass, each named by you: distill.students.NAME.model.variant=..., see
+    # further_student(). The first one is that of config.model and config.init
+    config.distill.students = ml_collections.ConfigDict()
     return config
 
 
@@ -165,8 +168,35 @@ def further_teacher(**values) -> ml_collections.ConfigDict:
     return teacher
 
 
+def further_student(**values) -> ml_collections.ConfigDict:
+    """An entry of distill.students: `config.distill.students.ti = further_student(model={"variant": "Ti"})`.
+
+    What is None or empty is as for the first student, except where a comment says otherwise.
+    """
+    student = ml_collections.ConfigDict()
+    student.init = ""  # run or converted checkpoint with its initial weights; empty: random weights
+    student.target = ""  # as distill.target, for this student
+    student.student_tap = config_dict.placeholder(object)  # as distill.student_tap
+    student.taps = config_dict.placeholder(object)  # as distill.taps, in place of student_tap and distill.teacher.tap
+    student.lr_scale = 1.0  # its learning rate is that of config.optim times this
+    student.model = ml_collections.ConfigDict()  # as in config.model
+    student.model.variant = config_dict.placeholder(str)
+    # None: those of the variant where that is given here, else as for the first student
+    student.model.embed_dim = config_dict.placeholder(int)
+    student.model.depth = config_dict.placeholder(int)
+    student.model.heads = config_dict.placeholder(object)
+    student.model.patch_size = config_dict.placeholder(int)
+    student.model.stem = config_dict.placeholder(str)
+    student.model.mlp_ratio = config_dict.placeholder(float)
+    student.model.dist_token = config_dict.placeholder(bool)
+    student.model.pos_embed = config_dict.placeholder(str)
+    student.model.drop_path = config_dict.placeholder(float)
+    student.update(values)
+    return student
+
+
 # Sections whose entries get names from the user, and what makes an entry.
-OPEN_SECTIONS = {"distill.teachers": further_teacher}
+OPEN_SECTIONS = {"distill.teachers": further_teacher, "distill.students": further_student}
 
 
 def _teacher() -> ml_collections.ConfigDict:

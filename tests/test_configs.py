@@ -121,17 +121,19 @@ def test_shipped_configs_build_at_full_size(spec, monkeypatch):
     params = jax.eval_shape(experiment.task.init, jax.random.key(0))
     optimizer = build_optimizer(experiment, paths)
     moments = jax.eval_shape(optimizer.init, optim.split(params, paths)[0])
-    # adamw: mu and nu of each, two step counts. Others: momentum of each, a step count.
-    assert len(jax.tree.leaves(moments)) == (2 if config.optim.name == "adamw" else 1) * (len(paths) + 1)
+    # adamw: mu and nu of each, two step counts for each student. Others: momentum of each, a step count.
+    students = 1 + len(config.distill.students) if config.task == "distill" else 1
+    assert len(jax.tree.leaves(moments)) == (2 if config.optim.name == "adamw" else 1) * (len(paths) + students)
     untrained = len(jax.tree.leaves(params)) - len(paths)
     if config.task == "segment":
         frozen = [params["batch_stats"], params["encoder"] if config.segment.frozen_encoder else {}]
         assert untrained == len(jax.tree.leaves(frozen))
         return
-    # TinyMIM: the last block's projection, norm and MLP and the final norm; of a probe the running mean and variance.
+    # TinyMIM, each student: the last block's projection, norm and MLP and the final norm; of a probe the running mean
+    # and variance.
     # MAE's loss beside distillation trains all, and so does a target after the final norm.
     whole = config.task == "distill" and (config.distill.mim_weight or "final=true" in config.distill.target)
-    assert untrained == (0 if whole else {"distill": 10, "probe": 2}.get(config.task, 0))
+    assert untrained == (0 if whole else {"distill": 10 * students, "probe": 2}.get(config.task, 0))
 
 
 class Recorded:

@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from tinymim_jax import optim
+from tinymim_jax.checkpoints.params import STUDENTS
 from tinymim_jax.class_names import ClassMismatch, describe_difference, same_names
 from tinymim_jax.data.pipeline import Batches, eval_batches, train_batches
 from tinymim_jax.data.rows import row_arrays
@@ -174,13 +175,29 @@ def _check_classes(config: ConfigDict, train_source: Source, eval_source: Source
 
 
 def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of the parameters at `paths`, as `config.optim` says."""
-    settings = experiment.config.optim
-    params = jax.eval_shape(experiment.task.init, jax.random.key(0))
-    trained, _ = optim.split(params, paths)
+    """The optimizer of the parameters at `paths`, as `config.optim` says; of several students one for each."""
+    task = experiment.task
+    trained, _ = optim.split(jax.eval_shape(task.init, jax.random.key(0)), paths)
+    if not task.students:
+        return _optimizer(experiment, trained, task.model)
+    others = trained.pop(STUDENTS)
+    return optim.with_others(
+        _optimizer(experiment, trained, task.model),
+        {
+            name: _optimizer(experiment, others[name], student.model, student.lr_scale)
+            for name, student in task.students.items()
+        },
+        STUDENTS,
+    )
+
+
+def _optimizer(
+    experiment: Experiment, trained: Any, model: dict[str, Any], lr_scale: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    settings, schedule = experiment.config.optim, experiment.schedule
     return optim.make_optimizer(
         settings.name,
-        experiment.schedule,
+        schedule if lr_scale == 1 else lambda step: lr_scale * schedule(step),
         trained,
         b1=settings.b1,
         b2=settings.b2,
@@ -191,7 +208,7 @@ def build_optimizer(experiment: Experiment, paths: frozenset[optim.Path]) -> opt
         weight_decay=settings.weight_decay,
         no_decay=settings.no_decay,
         layer_decay=settings.layer_decay,
-        depth=experiment.task.model["encoder"]["depth"],
+        depth=model["encoder"]["depth"],
         clip_norm=settings.clip_norm,
     )
 

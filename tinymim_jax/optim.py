@@ -1,6 +1,6 @@
 """Optimizers, the learning-rate schedule, and the weight decay and learning-rate scale of each parameter."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.traverse_util as traverse
@@ -104,6 +104,34 @@ def make_optimizer(
         scales = layer_scales(params, layer_decay, depth, official=no_decay == "official")
         steps.append(_scale_leaves(scales))
     return optax.with_extra_args_support(optax.chain(*steps))
+
+
+def with_others(
+    first: optax.GradientTransformationExtraArgs,
+    others: Mapping[str, optax.GradientTransformationExtraArgs],
+    key: str,
+) -> optax.GradientTransformationExtraArgs:
+    """`first` for all parameters but params[key][name], which are updated by `others[name]`; each sees its own alone.
+
+    So models side by side are clipped, decayed and scaled as they would be without the others.
+    """
+
+    def apart(tree: Params) -> tuple[Params, Params]:
+        return {name: own for name, own in tree.items() if name != key}, tree[key]
+
+    def init(params: Params) -> Any:
+        own, rest = apart(params)
+        return first.init(own), {name: optimizer.init(rest[name]) for name, optimizer in others.items()}
+
+    def update(updates: Params, state: Any, params: Params, **more: Any) -> tuple[Params, Any]:
+        (own, rest), (own_params, rest_params) = apart(updates), apart(params)
+        own, own_state = first.update(own, state[0], own_params, **more)
+        new, states = {}, {}
+        for name, optimizer in others.items():
+            new[name], states[name] = optimizer.update(rest[name], state[1][name], rest_params[name], **more)
+        return own | {key: new}, (own_state, states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def decay_mask(params: Params, no_decay: str) -> Params:

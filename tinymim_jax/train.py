@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tinymim_jax.analysis.replay import explain_step
 from tinymim_jax.checkpoints.format import digest
 from tinymim_jax.checkpoints.manager import Checkpoints
+from tinymim_jax.checkpoints.params import student_path
 from tinymim_jax.evaluation.evaluate import Evaluation, make_evaluation
 from tinymim_jax.evaluation.live_probe import LiveProbe
 from tinymim_jax.experiment import (
@@ -63,7 +64,8 @@ def train(
     Args:
       config: the experiment; configs/base.py explains every key.
       workdir: holds config.json, model.json, metrics.jsonl, tensorboard/, checkpoints/, status.json and, at the end,
-        result.json and report.html. A folder that all processes see, or gs://BUCKET/PATH.
+        result.json and report.html; students/NAME has config.json and model.json of each further student. A folder
+        that all processes see, or gs://BUCKET/PATH.
       data_dir: folder of the prepared data sets; None: TFDS's default folder.
       workers: number of processes that decode images; 0 decodes in this process.
       fsdp: number of devices over which each large parameter is split.
@@ -143,14 +145,26 @@ def _run(
         check_inputs(workdir, inputs, frozen_before=checkpoints.extra.get("frozen"))
         accept(workdir, config, inputs, changes)
         state = fresh_state() if state is None else state
-        record = task.model | task.origin | {"preprocessing": input_record(experiment)} | lineage_record(config)
-        write_json(workdir / "model.json", record)
+        _write_records(experiment, workdir)
         run_log.begin(experiment, state, paths, mesh, workers)
 
         def explain(state: TrainState, step: int) -> str:
             return explain_step(workdir, experiment, mesh, state, frozen, paths, number=step, accumulate=accumulate)
 
         return _loop(experiment, mesh, state, frozen, train_step, checkpoints, run_log, workers, inputs.frozen, explain)
+
+
+def _write_records(experiment: Experiment, workdir: epath.Path) -> None:
+    """model.json; of each further student model.json and config.json in a folder, as if it were trained alone."""
+    task, config, inputs = experiment.task, experiment.config, {"preprocessing": input_record(experiment)}
+    write_json(workdir / "model.json", task.model | task.origin | inputs | lineage_record(config))
+    for name, student in task.students.items():
+        folder = epath.Path(student_path(workdir, name))
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+        record = student.model | student.origin | inputs | lineage_record(student.config, whose=f"student {name}")
+        write_json(folder / "model.json", record)
+        write_json(folder / "config.json", as_json(student.config))
 
 
 def _loop(

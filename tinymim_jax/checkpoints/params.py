@@ -17,6 +17,9 @@ from tinymim_jax.runtime.paths import check_output_path
 
 _log = logging.getLogger(__name__)
 
+STUDENTS = "students"
+"""Of a run with several students: the key of the parameters of all but the first, and the folder with their records."""
+
 _CONVERT = "tinymim convert --from {{mae,tinymim,tinymim_star,vit}} --input {file} --output DIRECTORY"
 
 
@@ -78,10 +81,12 @@ def load_params(path: epath.PathLike, *, cnn: bool = False) -> tuple[dict[str, A
 
     Of a run, the newest intact checkpoint is used and only its parameters are read, in place of which the moving
     average is taken where there is one. Nothing is changed on disk, so the run may still be training. A linear probe's
-    run holds its head alone; the encoder is read from the checkpoint that was probed.
+    run holds its head alone; the encoder is read from the checkpoint that was probed. Of a run with several students,
+    the parameters are those of the first one, or of the one whose folder RUN/students/NAME is given.
 
     Args:
-      path: a directory written by `save_params` (or `tinymim convert`), or the workdir of a run.
+      path: a directory written by `save_params` (or `tinymim convert`), the workdir of a run, or the folder of a
+        student in it.
       cnn: whether a convolutional network ("backbone" in model.json), which can only be a teacher, is accepted.
 
     Raises:
@@ -99,6 +104,8 @@ def load_params(path: epath.PathLike, *, cnn: bool = False) -> tuple[dict[str, A
     if (path / "checkpoints").is_dir():
         model, params = _read_model(path), _load_run(path / "checkpoints")
         return model, _with_probed_encoder(path, model, params) if "probe" in model else params
+    if _is_student(path):
+        return _read_model(path), _load_run(path.parent.parent / "checkpoints", student=path.name)
     raise CheckpointError(_not_a_checkpoint(path))
 
 
@@ -108,6 +115,11 @@ def load_record(path: epath.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(_not_a_checkpoint(path))
     return _read_model(path)
+
+
+def student_path(run: epath.PathLike, name: str) -> str:
+    """The path of one of the further students of a run; `load_params` reads its parameters from the run."""
+    return f"{run}/{STUDENTS}/{name}"
 
 
 def merge(
@@ -153,13 +165,18 @@ def _load_export(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, params
 
 
-def _load_run(directory: epath.Path) -> dict[str, Any]:
-    """The parameters of the newest intact step. A training run may delete steps and save new ones while this reads."""
+def _load_run(directory: epath.Path, student: str = "") -> dict[str, Any]:
+    """The parameters of the newest intact step. A training run may delete steps and save new ones while this
+    reads.
+
+    Args:
+      student: the name of one of the further students; "": the first one.
+    """
     damaged, deleted = {}, set()
     while steps := set(ocp.utils.checkpoint_steps(directory)) - damaged.keys() - deleted:
         step = max(steps)
         try:
-            return _load_step(directory / str(step))
+            return _load_step(directory / str(step), student)
         except Damaged as error:
             if step not in ocp.utils.checkpoint_steps(directory):
                 deleted.add(step)
@@ -187,11 +204,13 @@ def _with_probed_encoder(path: epath.Path, model: dict[str, Any], params: dict[s
     return frozen | {"head": fold_batch_norm(params["head"], params["batch_norm"])}
 
 
-def _load_step(directory: epath.Path) -> dict[str, Any]:
+def _load_step(directory: epath.Path, student: str) -> dict[str, Any]:
     leaves, _ = stored.read_manifest(directory / "manifest")
-    own = {name.removeprefix("params/"): name for name in leaves if name.startswith("params/")}
-    average = {name.removeprefix("extra/ema/"): name for name in leaves if name.startswith("extra/ema/")}
-    sources = own | average
+    sources: dict[str, str] = {}
+    for tree in ("params/", "extra/ema/"):  # the moving average takes the place of the parameters
+        start = f"{tree}{STUDENTS}/{student}/" if student else tree
+        found = {name.removeprefix(start): name for name in leaves if name.startswith(start)}
+        sources |= {name: source for name, source in found.items() if student or not name.startswith(f"{STUDENTS}/")}
     arrays = stored.read_arrays(directory / "state", dict.fromkeys(sources.values()))
     stored.verify(arrays, leaves)
     return stored.nested({name: arrays[source] for name, source in sources.items()})
@@ -210,8 +229,18 @@ def _read_model(path: epath.Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not an architecture record: {error}. Put back a copy.") from error
 
 
+def _is_student(path: epath.Path) -> bool:
+    return path.parent.name == STUDENTS and path.is_dir() and (path.parent.parent / "checkpoints").is_dir()
+
+
 def _not_a_checkpoint(path: epath.Path) -> str:
     choices = "an export (a directory with model.json and params/) or the --workdir of a run"
+    students = path if path.name == STUDENTS else path.parent
+    run = students.parent
+    if students.name == STUDENTS and (run / "checkpoints").is_dir():
+        names = sorted(student.name for student in students.iterdir()) if students.is_dir() else []
+        others = f"its further students: {', '.join(str(students / name) for name in names)}" if names else ""
+        return f"{path} is not a student of the run {run}. Give {run}" + (f", or one of {others}" if others else "")
     if not path.exists():
         return f"{path} does not exist. Give {choices}; an export is made by\n  {_CONVERT.format(file='FILE.pth')}"
     if path.is_file():

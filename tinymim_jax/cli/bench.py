@@ -19,7 +19,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "  tinymim bench runs/b_finetuned --int8\n"
         "  tinymim bench runs/b_finetuned --runtime jax,onnx --batch 1 32 --json speed.json"
     )
-    command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    command.add_argument("checkpoint", help="workdir of a run, a student in it, or what `tinymim convert` wrote")
     command.add_argument(
         "--runtime",
         metavar="NAMES",

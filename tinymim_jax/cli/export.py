@@ -33,7 +33,7 @@ and a float32 file that differs by more than 2e-6 of the largest output is not k
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of the `export` command."""
     command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, _EPILOG
-    command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    command.add_argument("checkpoint", help="workdir of a run, a student in it, or what `tinymim convert` wrote")
     formats = (*PROGRAMS, *FAMILIES, "original")
     command.add_argument("--to", dest="format", required=True, choices=formats, help="format, see below")
     command.add_argument("--output", required=True, metavar="PATH", help="file to write; for the hub a new folder")

@@ -53,7 +53,7 @@ def training_words(options: argparse.Namespace) -> list[str]:
 
 def add_checkpoint(command: argparse.ArgumentParser) -> None:
     """Adds a checkpoint to evaluate, and the experiment that names its data."""
-    command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    command.add_argument("checkpoint", help="workdir of a run, a student in it, or what `tinymim convert` wrote")
     command.add_argument(
         "--config",
         metavar="FILE[:ARGUMENT]",

@@ -39,7 +39,7 @@ The line, or with --json "shares", says how much of the image each class covers:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of `predict`."""
     command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, _EPILOG
-    command.add_argument("checkpoint", help="workdir of a run, or what `tinymim convert` wrote")
+    command.add_argument("checkpoint", help="workdir of a run, a student in it, or what `tinymim convert` wrote")
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     command.add_argument("--top", type=int, default=5, metavar="N", help="classes for each image (default 5)")
     command.add_argument("--json", action="store_true", help="one line of JSON for each image")

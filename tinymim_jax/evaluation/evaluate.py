@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tinymim_jax.checkpoints.params import load_params
+from tinymim_jax.checkpoints.params import load_params, load_record
 from tinymim_jax.class_names import REMEDY, match_classes
 from tinymim_jax.data.pipeline import Batches
 from tinymim_jax.evaluation.checks import check_preprocessing
@@ -112,13 +112,19 @@ def evaluate_checkpoint(
             f"{checkpoint} has {'a' if model['encoder'].get('dist_token') else 'no'} DIST token, but the config has "
             f"model.dist_token={config.model.dist_token}: change it"
         )
-    for part, record in task.model.items():
-        if part != "encoder" and model.get(part) != record:
-            raise ValueError(
-                f"{checkpoint} has {part} {model.get(part)}, but the experiment needs {record}: give the checkpoint "
-                f"of a {config.task!r} run, or correct the config"
-            )
+    _check_parts(str(checkpoint), model, task.model, config.task)
+    for student in task.students.values():
+        _check_parts(student.config.init, load_record(student.config.init), student.model, config.task)
     assert task.start is not None
     mesh = make_mesh()
     params = place_frozen(task.start(jax.device_get(task.init(jax.random.key(config.seed)))), mesh)
     return make_evaluation(experiment, mesh)(params, place_frozen(task.load_frozen(), mesh), workers=workers)
+
+
+def _check_parts(checkpoint: str, model: dict[str, Any], wanted: dict[str, Any], task: str) -> None:
+    for part, record in wanted.items():
+        if part != "encoder" and model.get(part) != record:
+            raise ValueError(
+                f"{checkpoint} has {part} {model.get(part)}, but the experiment needs {record}: give the checkpoint "
+                f"of a {task!r} run, or correct the config"
+            )

@@ -8,9 +8,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from tinymim_jax.checkpoints.params import STUDENTS
 from tinymim_jax.data.pipeline import eval_batches
 from tinymim_jax.data.sources.examples import Source, Subset
-from tinymim_jax.evaluation.collect import Collected, collect, row_step
+from tinymim_jax.evaluation.collect import Collected, RowStep, collect, row_step
 from tinymim_jax.evaluation.knn import TEMPERATURE, knn_scores
 from tinymim_jax.evaluation.similarity import effective_rank
 from tinymim_jax.experiment import Experiment, evaluation_batch_size
@@ -55,9 +56,28 @@ class LiveProbe:
             )
         self._patience = settings.probe_patience
         self._history = list(history)
-        config = experiment.config
+        self._step = self._extracting(experiment.task.model)
+        self._steps = {name: self._extracting(student.model) for name, student in experiment.task.students.items()}
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """The figures of these parameters: "effective_rank", and "knn" (top-1, 0 to 1) where there are labels.
+
+        Of further students the same after their names: "NAME_knn".
+        """
+        if "encoder" not in params:
+            raise ValueError("train.probe_every: this task trains no encoder; set it to '0 epochs'")
+        figures = self._figures(self._step, params["encoder"])
+        if "knn" in figures:
+            self._history.append(figures["knn"])
+        for name, step in self._steps.items():
+            own = self._figures(step, params[STUDENTS][name]["encoder"])
+            figures |= {f"{name}_{figure}": value for figure, value in own.items()}
+        return figures
+
+    def _extracting(self, model: dict[str, Any]) -> RowStep:
+        config = self._experiment.config
         encoder = ViT.from_record(
-            experiment.task.model["encoder"],
+            model["encoder"],
             image_size=tuple(config.model.image_size),
             dtype=compute_dtype(config.model),
             attention=config.model.get("attention", "auto"),
@@ -68,16 +88,13 @@ class LiveProbe:
             tokens: Any = encoder.apply({"params": params}, normalize(batch["image"], mean, std))
             return pool_tokens(tokens, "mean", encoder), batch["label"]
 
-        self._step = row_step(extract, mesh)
+        return row_step(extract, self._mesh)
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """The figures of these parameters: "effective_rank", and "knn" (top-1, 0 to 1) where there are labels."""
-        if "encoder" not in params:
-            raise ValueError("train.probe_every: this task trains no encoder; set it to '0 epochs'")
-        features, labels = self._features(self._queries, params)
+    def _figures(self, step: RowStep, encoder: Any) -> dict[str, float]:
+        features, labels = self._features(step, self._queries, encoder)
         figures = {"effective_rank": effective_rank(features.astype(np.float64))}
         if self._classes > 1:
-            bank, known = self._features(self._bank, params)
+            bank, known = self._features(step, self._bank, encoder)
             labelled, wanted = known >= 0, labels >= 0
             k = max(1, min(_MOST_NEIGHBORS, int(labelled.sum()) // self._classes))
             scores = knn_scores(
@@ -90,7 +107,6 @@ class LiveProbe:
                 mesh=self._mesh,
             )[k]
             figures["knn"] = float((scores.argmax(axis=1) == labels[wanted]).mean())
-            self._history.append(figures["knn"])
         return figures
 
     def enough(self) -> bool:
@@ -103,9 +119,9 @@ class LiveProbe:
         ended = max(self._history[-self._patience :], default=0.0) <= best_before < np.inf
         return bool(multihost_utils.broadcast_one_to_all(np.array(ended))) if jax.process_count() > 1 else ended
 
-    def _features(self, images: "_Kept", params: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _features(self, step: RowStep, images: "_Kept", encoder: Any) -> tuple[np.ndarray, np.ndarray]:
         batches: Any = images
-        found: Collected = collect(self._step, params["encoder"], batches, self._mesh, examples=images.examples)
+        found: Collected = collect(step, encoder, batches, self._mesh, examples=images.examples)
         features, labels = found.rows
         return np.asarray(features, np.float32), labels
 

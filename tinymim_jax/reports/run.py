@@ -48,6 +48,7 @@ def run_intro(run: RunRecord) -> str:
     if "goodput" in known:
         facts["goodput"] = f"{known['goodput']:.1%}"
     facts |= {"network": _network(run.model.get("encoder", {}))}
+    facts["further students"] = ", ".join((run.config.get(str(run.config.get("task"))) or {}).get("students", ()))
     if known.get("skipped"):
         facts["skipped updates"] = f"{known['skipped']:,}"
     body = "".join(f"<div><dt>{name}</dt><dd>{_escaped(value)}</dd></div>" for name, value in facts.items() if value)

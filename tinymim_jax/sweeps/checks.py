@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import CheckpointError
+from tinymim_jax.checkpoints.params import STUDENTS, student_path
 from tinymim_jax.config import load_config
 from tinymim_jax.experiment import assemble, batch_shapes, build_optimizer, open_sources, preprocessing
 from tinymim_jax.resume import check_same
@@ -41,7 +42,9 @@ def check_points(
                 config = load_config(run.config, run.overrides)
                 check_same(epath.Path(run.workdir), config, extend=extend)
                 found = _check(config, run, kept, seen, data_dir, need_data)
-                kept[str(run.workdir)], figures[point.name] = found
+                made, figures[point.name] = found
+                for student, loaded in made.items():
+                    kept[student_path(run.workdir, student) if student else str(run.workdir)] = loaded
             except (ValueError, TypeError, OSError, AttributeError, KeyError, CheckpointError) as error:
                 raise ValueError(f"{_name(point, run)}: {error}") from error
     return figures
@@ -66,8 +69,8 @@ def _name(point: Point, run: Run) -> str:
 
 def _check(
     config: ConfigDict, run: Run, kept: dict, seen: dict, data_dir: str | None, need_data: bool
-) -> tuple[Loaded, tuple[str, ...]]:
-    """What the run's checkpoint will look like, and the names of its figures."""
+) -> tuple[dict[str, Loaded], tuple[str, ...]]:
+    """What the run's checkpoint will look like ("", and by name for further students), and names of its figures."""
     everything, step = _key(config, kept), _key(config, kept, without=("optim",))
     if everything in seen:
         return seen[everything]
@@ -81,8 +84,12 @@ def _check(
             task.start(zeros)
         seen[step] = trained_paths(task, task.load_frozen(), batch_shapes(experiment))
     build_optimizer(experiment, seen[step])
-    model = task.model | {"preprocessing": preprocessing(config, experiment.train_source.class_names)}
-    seen[everything] = Loaded(str(run.workdir), model, zeros), () if task.metric else task.names
+    inputs = {"preprocessing": preprocessing(config, experiment.train_source.class_names)}
+    others = zeros.pop(STUDENTS, {})
+    made = {"": Loaded(str(run.workdir), task.model | inputs, zeros)}
+    for name, student in task.students.items():
+        made[name] = Loaded(student_path(run.workdir, name), student.model | inputs, others[name])
+    seen[everything] = made, () if task.metric else task.names
     return seen[everything]
 
 

@@ -21,7 +21,8 @@ class Stage:
     """One training of a config file; `name` is "" if the file holds a single experiment.
 
     config: FILE.py[:ARGUMENT].
-    overrides: by dotted key; the value "{b}" is the workdir of the earlier stage b.
+    overrides: by dotted key; the value "{b}" is the workdir of the earlier stage b, "{b}/students/ti" the student ti of
+      it.
     """
 
     name: str
@@ -170,7 +171,7 @@ def _addressed(key: str, keys: Mapping[str, list[str]]) -> list[tuple[str, str]]
 
 
 def _link(value: Any) -> str:
-    match = re.fullmatch(r"\{(\w+)\}", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"\{(\w+)\}(/.*)?", value) if isinstance(value, str) else None
     return match[1] if match else ""
 
 
@@ -180,7 +181,7 @@ def _resolved(key: str, value: Any, folders: Mapping[str, pathlib.Path]) -> Any:
         return value
     if name not in folders:
         raise unknown(f"{key}={value!r}: stage", name, folders)
-    return str(folders[name])
+    return value.replace(f"{{{name}}}", str(folders[name]), 1)
 
 
 def _safe(value: Any) -> str:

@@ -11,12 +11,15 @@ from ml_collections import ConfigDict
 log = logging.getLogger(__name__)
 
 
-def lineage_record(config: ConfigDict) -> dict[str, list[dict[str, str]]]:
+def lineage_record(config: ConfigDict, whose: str = "this model") -> dict[str, list[dict[str, str]]]:
     """{"lineage": ...} for the model.json of a run, with a log line for each entry; {} without published weights.
 
     An entry for each of the published weights behind its teacher and its initial weights: `name` (of the converted
     checkpoint), `role` ("teacher" or "init", where it entered), and `family` and `licence` where they are known. Read
     from the model.json of the checkpoints.
+
+    Args:
+      whose: the model, for the log.
     """
     found: list[dict[str, str]] = []
     for role, paths in ancestors(config).items():
@@ -25,7 +28,7 @@ def lineage_record(config: ConfigDict) -> dict[str, list[dict[str, str]]]:
                 found.append(item)
     for item in found:
         licence = item.get("licence", "unknown")
-        log.info("made from %s (%s), licence %s: it may hold for this model too", item["name"], item["role"], licence)
+        log.info("made from %s (%s), licence %s: it may hold for %s too", item["name"], item["role"], licence, whose)
     return {"lineage": found} if found else {}
 
 

@@ -1,7 +1,7 @@
 """Task: a model with its losses, as training and evaluation use it. TaskType: builds a Task from a config."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,21 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
+class Student:
+    """A model that is trained beside that of the task.
+
+    config: the experiment in which it is the only one, with its own learning rate.
+    model, origin: as of a Task.
+    lr_scale: its learning rate, relative to that of the task's model.
+    """
+
+    config: ConfigDict
+    model: dict[str, Any]
+    origin: dict[str, Any]
+    lr_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A model and how it is trained and evaluated, as pure functions.
 
@@ -65,6 +80,8 @@ class Task:
       the last phase, by which every evaluation is done.
     remark: this process's rows of the first batch -> lines for the log, which training writes when it starts or goes
       on. None: there is nothing to say.
+    students: further models by name, each trained as it would be alone; the parameters of each are
+      params[STUDENTS][name] (checkpoints/params.py), and gradients are clipped for each apart.
     seen: (batch, key) -> what each network is shown in the training step with this key, to be looked at: float32
       [batch, height, width, 3] of 0..1 by the network's name, hidden patches in grey. None: the batch's images.
     """
@@ -80,6 +97,7 @@ class Task:
     segmenter: Segmenter | None = None
     phases: tuple[Phase, ...] = ()
     remark: Callable[[Batch], str] | None = None
+    students: Mapping[str, Student] = dataclasses.field(default_factory=dict)
     seen: Callable[[Batch, jax.Array], dict[str, jax.Array]] | None = None
 
     def __post_init__(self):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from tinymim_jax.models.blocks import Tap
 from tinymim_jax.models.cnn import ConvNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
@@ -84,8 +85,21 @@ class Distillation:
                 params[part] = params.get(part, {}) | ({teaching.name: values} if self.several else values)
         return params
 
-    def losses(self, params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> dict[str, Any]:
-        """See Task.losses; `frozen` are the teacher's weights, or those of each by its name."""
+    def losses(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: jax.Array,
+        train: bool,
+        taught: Mapping[str, Mapping[int, Tap]] | None = None,
+    ) -> dict[str, Any]:
+        """See Task.losses.
+
+        Args:
+          frozen: the teacher's weights, or those of each by its name.
+          taught: of each teacher its taps of this batch, where these are for several students.
+        """
         images, inputs = batch["image"], self.teachings[0].inputs
         view, masking = inputs.student_view(images, key, train), inputs.masking(key, len(images))
         pairs = [pair for teaching in self.teachings for pair in teaching.pairs]
@@ -112,6 +126,7 @@ class Distillation:
                 key,
                 train,
                 by_student,
+                taught[teaching.name] if taught else None,
             )
             for teaching in self.teachings
         }

@@ -54,6 +54,7 @@ def _taps(config: ConfigDict) -> dict[str, Any]:
     """The taps that may move, by their keys."""
     distill = config.distill
     further = {f"distill.teachers.{name}.tap": distill.teachers[name].tap for name in distill.teachers}
+    further |= {f"distill.students.{name}.student_tap": distill.students[name].student_tap for name in distill.students}
     return {"distill.student_tap": distill.student_tap, "distill.teacher.tap": distill.teacher.tap} | further
 
 

@@ -1,7 +1,7 @@
 """What a student is compared with one teacher on, and the losses of it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +67,33 @@ class Teaching:
         """The blocks that are compared in any part of the training, counted from 1."""
         return tuple(sorted({pair.blocks.teacher for pair in self.every}))
 
+    def run(
+        self,
+        frozen: Params,
+        images: jax.Array,
+        key: jax.Array,
+        train: bool,
+        *,
+        blocks: Iterable[int],
+        keep: jax.Array | None,
+    ) -> dict[int, Tap]:
+        """The teacher's taps of this batch, by block.
+
+        Args:
+          frozen: the weights of this teacher.
+          keep: positions of the patches that it is shown, [batch, kept]; None: all.
+        """
+        blocks = tuple(dict.fromkeys(blocks))
+        taps: Any = self.network.apply(
+            {"params": frozen},
+            self.inputs.teacher_view(images, key, train),
+            tap=blocks,
+            keep=keep,
+            drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
+            method="encode",
+        )
+        return dict(zip(blocks, taps, strict=True))
+
     def losses(
         self,
         params: Params,
@@ -75,12 +102,14 @@ class Teaching:
         key: jax.Array,
         train: bool,
         by_student: Seen,
+        taught: Mapping[int, Tap] | None,
     ) -> dict[str, Any]:
         """Those of `compare`, with the teacher's taps of this batch.
 
         Args:
           params: the "adapter" and "statistics" of this comparison.
           frozen: the weights of this teacher.
+          taught: what `run` has returned for several students; None: it is run here.
         """
         prefix, masking, hidden = self.inputs.prefix, by_student.masking, by_student.hidden
         keep, student = masking.keep if masking else None, by_student.student
@@ -90,15 +119,11 @@ class Teaching:
         chosen: Any = self.inputs.chosen(seen[deepest], prefix)
         if chosen is not None:
             seen = [jax.tree.map(lambda tokens: visible_tokens(tokens, chosen, prefix), tap) for tap in seen]
-        seen_by_teacher: Any = self.network.apply(
-            {"params": frozen},
-            self.inputs.teacher_view(images, key, train),
-            tap=tuple(pair.blocks.teacher for pair in self.pairs),
-            keep=keep if self.inputs.teacher_masked else chosen,
-            drop_key=fold_in_name(key, "teacher_drop_path") if train else None,
-            method="encode",
-        )
-        theirs = finished(self.network, frozen, self.pairs, seen_by_teacher)
+        blocks = [pair.blocks.teacher for pair in self.pairs]
+        if taught is None:
+            shown = keep if self.inputs.teacher_masked else chosen
+            taught = self.run(frozen, images, key, train, blocks=blocks, keep=shown)
+        theirs = finished(self.network, frozen, self.pairs, [taught[block] for block in blocks])
         wanted = [self.inputs.aligned(compared(tap, self.network, prefix), masking) for tap in theirs]
         if hidden is not None:
             seen, wanted = (hidden_only(self.pairs, taps, hidden, prefix) for taps in (seen, wanted))

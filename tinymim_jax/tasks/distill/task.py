@@ -1,58 +1,109 @@
 """TinyMIM (arXiv 2301.01296): a small student learns the token relations of a frozen, MIM pre-trained teacher."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from tinymim_jax.checkpoints.params import merge
+from tinymim_jax.checkpoints.params import merge, student_path
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.tasks.decoder import decoder_record, fill_decoder
 from tinymim_jax.tasks.distill.compare import comparison_record
 from tinymim_jax.tasks.distill.distillation import Distillation, build_distillations
 from tinymim_jax.tasks.distill.eight_bit import remark_on_cost
+from tinymim_jax.tasks.distill.family import Family, build_families, own_params, with_own_params
 from tinymim_jax.tasks.distill.hidden import MASK_TOKEN
 from tinymim_jax.tasks.distill.moving import PartOfTraining, parts_of_training
 from tinymim_jax.tasks.distill.one_teacher import Teaching
 from tinymim_jax.tasks.distill.parts import read_parts
-from tinymim_jax.tasks.distill.settings import FIRST, errors_of, key_of, teacher_settings
+from tinymim_jax.tasks.distill.settings import (
+    FIRST,
+    FIRST_STUDENT,
+    errors_of,
+    errors_of_student,
+    key_of,
+    student_settings,
+    teacher_settings,
+)
 from tinymim_jax.tasks.distill.teacher_networks import frozen_weights, load_teacher, used_weights
 from tinymim_jax.tasks.distill.teachers import teacher_stand_in
 from tinymim_jax.tasks.pretrained import Loaded, fill_encoder, load, log_unused, same_part, teacher_record
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
-from tinymim_jax.tasks.task import Batch, Params, Phase, Task, TaskType
+from tinymim_jax.tasks.task import Batch, Params, Phase, Student, Task, TaskType
 
 
 def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     """The task of `config`; labels are not used. Raises ValueError where student, teachers and targets do not fit."""
     del class_names
     parts = parts_of_training(config)
-    settings, loaded = teacher_settings(parts[-1].config), {}
-    for name, own in settings.items():
-        with errors_of(name):
-            read_parts(own.distill.target)  # a misspelled target is reported before a missing teacher
-    for name, own in settings.items():
-        with errors_of(name):
-            loaded[name] = load_teacher(own.distill.teacher)
-    methods = build_distillations([teacher_settings(part.config) for part in parts], loaded)
-    method = methods[-1]
-    model = _record(settings, method)
+    settings = [student_settings(part.config) for part in parts]
+    for name, own in settings[-1].items():
+        with errors_of_student(name):
+            _check_targets(own)  # a misspelled target is reported before a missing teacher
+    loaded, methods = _load_teachers(config), {}
+    for name in settings[-1]:
+        with errors_of_student(name):
+            methods[name] = build_distillations([teacher_settings(own[name]) for own in settings], loaded)
+    students = {
+        name: _student(config, name, own, methods[name][-1], loaded) for name, own in student_settings(config).items()
+    }
+    trained = build_families(methods) if len(methods) > 1 else methods[FIRST_STUDENT]
+    method = trained[-1]
     return Task(
-        model=model,
+        model=students[FIRST_STUDENT].model,
         init=method.init,
         losses=method.losses,
         names=method.names,
         seen=method.seen,
-        load_frozen=lambda: _frozen(method, loaded),
-        start=(lambda params: _filled(params, load(config.init), method, model)) if config.init else None,
-        phases=_phases(parts, methods),
-        remark=_remark(method, loaded),
-        origin=_origin(method, loaded),
+        load_frozen=lambda: _frozen(method.teachings, loaded),
+        start=_start(students, {name: own[-1] for name, own in methods.items()}),
+        phases=_phases(parts, trained),
+        remark=_remark(method.teachings, loaded),
+        origin=students[FIRST_STUDENT].origin,
+        students={name: student for name, student in students.items() if name != FIRST_STUDENT},
     )
 
 
-def _phases(parts: Sequence[PartOfTraining], methods: Sequence[Distillation]) -> tuple[Phase, ...]:
+def _check_targets(config: ConfigDict) -> None:
+    for name, own in teacher_settings(config).items():
+        with errors_of(name):
+            read_parts(own.distill.target)
+
+
+def _load_teachers(config: ConfigDict) -> dict[str, Loaded]:
+    loaded = {}
+    for name, own in teacher_settings(config).items():
+        with errors_of(name):
+            loaded[name] = load_teacher(own.distill.teacher)
+    return loaded
+
+
+def _student(
+    config: ConfigDict, name: str, own: ConfigDict, method: Distillation, loaded: Mapping[str, Loaded]
+) -> Student:
+    """The student of this name; `own` is the config in which it is the only one."""
+    scale = 1.0 if name == FIRST_STUDENT else config.distill.students[name].lr_scale
+    return Student(own, _record(teacher_settings(own), method), _origin(method, loaded), scale)
+
+
+def _start(students: Mapping[str, Student], methods: Mapping[str, Distillation]) -> Callable[[Params], Params] | None:
+    """See Task.start: each student starts from the checkpoint that its own config names."""
+    given = {name: student for name, student in students.items() if student.config.init}
+
+    def start(params: Params) -> Params:
+        for name, student in given.items():
+            with errors_of_student(name):
+                source = load(student.config.init)
+                own = _filled(own_params(params, name), source, methods[name], student.model)
+            params = with_own_params(params, name, own)
+        return params
+
+    return start if given else None
+
+
+def _phases(parts: Sequence[PartOfTraining], methods: Sequence[Distillation | Family]) -> tuple[Phase, ...]:
     if len(parts) == 1:
         return ()
     labels = [", ".join(f"{name} {block}" for name, block in method.taps.items()) for method in methods]
@@ -91,17 +142,17 @@ def _taught(teaching: Teaching, loaded: Loaded) -> dict[str, Any]:
     return record | {"image_size": list(teaching.network.image_size), "blocks": [list(pair) for pair in pairs]}
 
 
-def _frozen(method: Distillation, loaded: Mapping[str, Loaded]) -> Params:
+def _frozen(teachings: Sequence[Teaching], loaded: Mapping[str, Loaded]) -> Params:
     found = {}
-    for each in method.teachings:
+    for each in teachings:
         final = any(pair.target.final for pair in each.every)
         found[each.name] = frozen_weights(loaded[each.name], each.network, each.taps[-1], final=final, int8=each.int8)
-    return found if method.several else found[FIRST]
+    return found if len(teachings) > 1 else found[FIRST]
 
 
-def _remark(method: Distillation, loaded: Mapping[str, Loaded]) -> Callable[[Batch], str] | None:
+def _remark(teachings: Sequence[Teaching], loaded: Mapping[str, Loaded]) -> Callable[[Batch], str] | None:
     """See Task.remark: a line for each teacher of 8 bits."""
-    rounded = [each for each in method.teachings if each.int8]
+    rounded = [each for each in teachings if each.int8]
 
     def remark(batch: Batch) -> str:
         return "\n".join(_cost_of_int8(each, loaded[each.name], batch) for each in rounded)
@@ -143,7 +194,18 @@ def _stand_ins(config: ConfigDict, classes: int) -> list[StandIn]:
     for name, own in teacher_settings(config).items():
         with errors_of(name):
             found += teacher_stand_in(own.distill.teacher, key_of(name))
-    return found + init_stand_in(config)
+    for name, own in student_settings(config).items():
+        key = "init" if name == FIRST_STUDENT else f"distill.students.{name}.init"
+        with errors_of_student(name):
+            found += [dataclasses.replace(each, key=key) for each in init_stand_in(own)]
+    return found
 
 
-TASK = TaskType(build=build, stand_ins=_stand_ins)
+def _for_evaluation(config: ConfigDict) -> ConfigDict:
+    """See TaskType: the checkpoint is a run of all students."""
+    for name in config.distill.students:
+        config.distill.students[name].init = student_path(config.init, name)
+    return config
+
+
+TASK = TaskType(build=build, stand_ins=_stand_ins, for_evaluation=_for_evaluation)
