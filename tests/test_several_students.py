@@ -60,7 +60,7 @@ def students(**entries):
     words = []
     for name, (model, own) in entries.items():
         words += [f"distill.students.{name}.model.{key}={value}" for key, value in model.items()]
-        words += [f"distill.students.{name}.{key}={value}" for key, value in own.items()]
+        words += [f"distill.students.{name}.{key}={value}" for key, value in ({"lr_scale": 1.0} | own).items()]
     return words
 
 
@@ -114,7 +114,7 @@ def test_each_student_is_trained_as_it_would_be_alone(folder, data_dir):
         # Updates are about 0.003, and Adam divides by gradients of about 1e-4.
         close(found, part(first), rtol=0, atol=3e-6)
         close(others["other"], part(second), rtol=0, atol=3e-6)
-    assert float(both.params["students"]["other"]["statistics"]["taps_0"]["output"]["images"]) == 20
+    assert float(both.params["students"]["other"]["statistics"]["taps_1"]["output"]["images"]) == 20
     names = {"student_qk": "qk", "student_vv": "vv", "student": "loss"}
     for row, one, two in zip(rows, first_rows, second_rows, strict=True):
         close({name: row[name] for name in names}, {name: one[own] for name, own in names.items()})
@@ -136,7 +136,7 @@ def test_a_learning_rate_of_ones_own(folder, data_dir):
     assert same_bits(before.params["students"]["slow"]["encoder"], before.params["encoder"])
     for name in kernel:
         slow, moved = slow[name], moved[name]
-    np.testing.assert_allclose(slow, 0.1 * moved, atol=1e-8)  # of weights below 0.5: their last bit
+    np.testing.assert_allclose(slow, 0.1 * moved, rtol=0, atol=3e-8)  # half of the last bit of each of these weights
     assert np.abs(moved).max() > 1e-4
 
 
@@ -279,7 +279,8 @@ def test_students_start_from_checkpoints_of_their_own(run, folder):
     assert same_bits(params["students"]["ti"], load_params(path / "students" / "ti")[1])
     params["students"]["ti"] = fresh["students"]["ti"]
     assert same_bits(params, fresh)
-    task = task_of(distill(folder, *students(ti=({}, {"init": f"{path}/students/ti"}))))
+    model = {"depth": 3, "heads": 2}
+    task = task_of(distill(folder, *students(ti=(model, {"init": f"{path}/students/ti"}))))
     words = r"student 'ti': distill\.students\.ti\.init=(?s:.)*add distill\.students\.ti\.model\.embed_dim=32"
     with pytest.raises(CheckpointError, match=words):
         task.start(jax.device_get(task.init(KEY)))
@@ -319,20 +320,23 @@ def test_a_run_resumes_to_the_same_bits_and_its_steps_can_be_replayed(run, folde
 @pytest.mark.parametrize(
     "words",
     [
-        ["distill.mask_ratio=0.5", "distill.mim_weight=0.5", "distill.teacher.masked=True"],
-        ["distill.target=vv + output(hidden=0.5)"],
-        ["distill.teachers.more.path=WIDE", "distill.teachers.more.weight=0.5", "distill.teachers.more.target=output"],
-        ["distill.teacher.int8=True", "distill.teacher.jitter.contrast=0.4", "distill.teacher.drop_path=0.3"],
-        ["model.scan=True", "model.remat=dots", "distill.wide_last=True"],
+        [
+            *("distill.mask_ratio=0.5", "distill.mim_weight=0.5", "distill.teacher.masked=True"),
+            *(f"distill.mim.decoder_{word}" for word in ("dim=8", "depth=1", "heads=2")),
+            *(f"distill.teachers.more.{word}" for word in ("path=WIDE", "weight=0.5", "target=output")),
+        ],
+        [
+            *("distill.target=output(hidden=0.5)", "distill.wide_last=True", "model.scan=True", "model.remat=dots"),
+            *(f"distill.teacher.{word}" for word in ("int8=True", "jitter.contrast=0.4", "drop_path=0.3")),
+        ],
     ],
 )
 def test_losses_and_gradients_with_the_options_of_distillation(folder, words):
     words = [word.replace("WIDE", str(folder / "wide")) for word in words]
-    words += [f"distill.mim.decoder_{key}={value}" for key, value in (("dim", 8), ("depth", 1), ("heads", 2))]
-    model = {"embed_dim": 24, "depth": 3, "heads": 2}
+    model = {"embed_dim": 24}
     more = (students(b=(model, {})), [], alone(model, {}))
     both, *apart = (task_of(distill(folder, *words, *own)) for own in more)
-    frozen = both.load_frozen()
+    frozen = jax.tree.map(jnp.asarray, both.load_frozen())
     assert same_bits(frozen, apart[0].load_frozen())
 
     def results(task, params):
@@ -347,8 +351,7 @@ def test_losses_and_gradients_with_the_options_of_distillation(folder, words):
     assert set(values) == set(both.names)
     own = {"student": (params, grads), "b": (params.pop("students")["b"], grads.pop("students")["b"])}
     for task, (name, (initial, gradient)) in zip(apart, own.items(), strict=True):
-        want, wanted = results(task, task.init(KEY))
-        close(initial, task.init(KEY), rtol=0)
+        want, wanted = results(task, initial)
         close(gradient, want, atol=2e-5)
         assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(want)) > 1e-3
         close(values[name], wanted.pop("loss"))
