@@ -166,8 +166,7 @@ def _load_export(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _load_run(directory: epath.Path, student: str = "") -> dict[str, Any]:
-    """The parameters of the newest intact step. A training run may delete steps and save new ones while this
-    reads.
+    """The parameters of the newest intact step. A training run may delete steps and save new ones meanwhile.
 
     Args:
       student: the name of one of the further students; "": the first one.
