@@ -23,7 +23,7 @@ def full_precision(dtype: Any) -> jax.lax.Precision | None:
 
 
 def linear_product(
-    rows: Float[Array, "*batch dim"], kernel: Float[Array, "dim features"]
+    rows: Float[Array | np.ndarray, "*batch dim"], kernel: Float[Array | np.ndarray, "dim features"]
 ) -> Float[Array, "*batch features"]:
     """`rows @ kernel` in the dtype of both."""
     if on_cpu() and rows.dtype == jnp.bfloat16:
@@ -33,7 +33,7 @@ def linear_product(
 
 @jax.custom_vjp
 def linear_product_for_cpu(
-    rows: Float[Array, "*batch dim"], kernel: Float[Array, "dim features"]
+    rows: Float[Array | np.ndarray, "*batch dim"], kernel: Float[Array | np.ndarray, "dim features"]
 ) -> Float[Array, "*batch features"]:
     """The same for bfloat16, rounded after the product.
 
