@@ -345,15 +345,16 @@ def segment() -> ml_collections.ConfigDict:
     config.train.eval_every = "16000 steps"
     config.segment = ml_collections.ConfigDict()
     # upernet: pyramid and UPerNet (published) | linear: batch norm and a 1x1 convolution on the patches | light: a
-    # small decoder of ours, without a pyramid
+    # small decoder of ours, without a pyramid | mask: a transformer of patches and a token for each class (Segmenter)
     config.segment.head = "upernet"
     config.segment.num_classes = config_dict.placeholder(int)  # None: as many as the data has
-    # Blocks, counted from 1, that the head sees; None: the last for linear, else 4, 6, 8, 12 of 12 and in proportion
+    # Blocks, counted from 1, that the head sees; None: the last for linear and mask, else 4, 6, 8, 12 of 12 and in
+    # proportion
     config.segment.taps = config_dict.placeholder(object)
-    config.segment.channels = 768  # of the head; linear has none
+    config.segment.channels = 768  # of the head; linear has none, mask usually as many as the encoder is wide
     config.segment.auxiliary_channels = 256  # of the FCN head on the third map that is trained beside upernet
     config.segment.auxiliary_weight = 0.4  # of its loss; 0: no such head
-    config.segment.dropout = 0.1  # of channels, before the last convolution
+    config.segment.dropout = 0.1  # of channels, before the last layer
     config.segment.pyramid = "plain"  # of upernet. plain: published for T, S and B | star: that of TinyMIM*-T
     config.segment.widen = 0  # star: width of the layer between the last block and the pyramid (1280); plain: 0
     config.segment.frozen_encoder = False  # the encoder of init keeps its values

@@ -1,4 +1,8 @@
-"""Golden files of semantic segmentation: $TINYMIM_SEGMENTATION, or tests/golden/segmentation."""
+"""Golden files of semantic segmentation.
+
+They lie in $TINYMIM_SEGMENTATION, or else in $TINYMIM_GOLDEN/segmentation where that exists, or in
+tests/golden/segmentation.
+"""
 
 import json
 import os
@@ -10,9 +14,12 @@ import numpy as np
 
 def segmentation_dir() -> pathlib.Path:
     """The folder of the golden files."""
-    return pathlib.Path(
-        os.environ.get("TINYMIM_SEGMENTATION") or pathlib.Path(__file__).parent / "golden" / "segmentation"
-    )
+    if given := os.environ.get("TINYMIM_SEGMENTATION"):
+        return pathlib.Path(given)
+    beside = pathlib.Path(os.environ.get("TINYMIM_GOLDEN") or ".") / "segmentation"
+    if os.environ.get("TINYMIM_GOLDEN") and beside.is_dir():
+        return beside
+    return pathlib.Path(__file__).parent / "golden" / "segmentation"
 
 
 def segmentation_golden(name: str) -> Any:

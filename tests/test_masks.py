@@ -96,6 +96,18 @@ LAYOUTS = {
         {("images/a.1.jpg", "masks/a.1.png"), ("images/b 2.jpg", "masks/b 2.gif")},
         ["all"],
     ),
+    "own, prefixes": (
+        ["train/images/image_1.jpg", "train/images/image_12.jpg", "train/masks/mask_1.png", "train/masks/mask_12.png"],
+        "train",
+        {(f"train/images/image_{n}.jpg", f"train/masks/mask_{n}.png") for n in (1, 12)},
+        ["train"],
+    ),
+    "side by side, prefixes": (
+        ["img1.jpg", "label1.png", "img02.jpg", "label02.png", "image_x.jpg", "label_x.png"],
+        "all",
+        {("img1.jpg", "label1.png"), ("img02.jpg", "label02.png"), ("image_x.jpg", "label_x.png")},
+        ["all"],
+    ),
     "side by side": (
         ["benign (1).jpg", "benign (1)_mask.png", "10_sat.jpg", "10_mask.png"],
         "all",
@@ -151,6 +163,11 @@ def test_what_is_missing_is_named(tmp_path, caplog):
     assert "it has another mask: masks/z.png" in caplog.text
     with pytest.raises(ValueError, match=r"split='train' .* is unknown, or has no masks; choices: all"):
         open_source(f"pairs:{tmp_path}", split="train")
+    put(tmp_path / "padded", *(f"train/{name}" for name in ("images/001.jpg", "images/002.jpg", "masks/1.png")))
+    with pytest.raises(
+        ValueError, match=r"2 images such as train/images/001.jpg, and 1 masks such as train/masks/1.png. A mask is"
+    ):
+        open_source(f"pairs:{tmp_path / 'padded'}", split="train")
     put(tmp_path / "plain", "a.jpg", "b.jpg")
     with pytest.raises(ValueError, match=r"plain: no masks were found: .* pairs:IMAGES::MASKS"):
         open_source(f"pairs:{tmp_path / 'plain'}", split="all")
@@ -384,6 +401,7 @@ REFUSED = [
     ([mask(0, 1), mask(0, 19)], {"classes": "cityscapes_train_ids"}, r"25.0% of the pixels .* of the 19 classes: 19"),
     ([mask(0, 9), mask(0, 255)], {"classes": 2}, r"map='\(\(0, 0\), \(9, 1\), \(255, 2\)\)' and data.masks.classes=3"),
     ([mask(1, 2)], {"classes": 2}, "begin at 1: data.masks.reduce_zero_label=True"),
+    ([mask(0, 2), mask(1, 1)], {"classes": 2}, "classes: 2. If 0 means unlabelled: data.masks.reduce_zero_label=True"),
     ([mask(0, 1)] * 2, {"classes": 2, "reduce_zero_label": True}, r"only class 0 .*reduce_zero_label is on"),
     ([mask(0, 1)] * 2, {"classes": 2, "ignore": (0,)}, "hold only class 1"),
     ([mask(0, 1)], {"classes": 1}, r"have one class, '0', .* data.masks.classes=2"),
@@ -391,6 +409,12 @@ REFUSED = [
     ([grey(4, 7)], {"classes": 28}, r"masks/0.png: its mask has 7 x 4 pixels, but the image 6 x 4"),
     ([grey(6, 4)], {"classes": 24}, "EXIF orientation"),
     ([grey(4, 6)], {"classes": 3}, "with interpolation, or from JPEG"),
+    ([mask(255)] * 2, {"classes": 2}, r"hold no class at all \(stored values 255\)"),
+    (
+        [mask(0, 1)[:50]] * 2,
+        {"classes": 2},
+        r"none of 2 images .* could be read with its mask: .*[01].jpg with its mask",
+    ),
 ]
 
 
@@ -398,6 +422,14 @@ REFUSED = [
 def test_masks_that_cannot_be_meant_are_refused(masks, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         open_masks(made(tmp_path, *masks), **options)
+
+
+def test_a_class_that_reduce_zero_label_ignores_is_noticed(tmp_path, caplog):
+    for classes, warned in ((3, True), (4, False)):
+        caplog.clear()
+        masks = open_masks(made(tmp_path, mask(0, 1), mask(0, 2)), classes=classes, reduce_zero_label=True)
+        assert ("the masks hold 0 to 2, as if these were the 3 classes" in caplog.text) == warned
+        assert {value for i in range(2) for value in np.unique(masks[i]["pixel_labels"])} == {0, 1, 255}
 
 
 def test_values_beyond_the_sample_are_found_when_they_are_read(tmp_path):
@@ -409,6 +441,13 @@ def test_values_beyond_the_sample_are_found_when_they_are_read(tmp_path):
     masks = open_masks(source, classes=2)
     with pytest.raises(LabelError, match=rf"{source.paths(index)[1]}: its mask holds values that are none"):
         masks[index]
+
+
+def test_an_empty_file_is_no_mask(tmp_path):
+    source = made(tmp_path, mask(0, 1), mask(0, 1))
+    open(source.paths(1)[1], "wb").close()
+    with pytest.raises(LabelError, match=rf"{source.paths(1)[1]} has no mask, or an empty one"):
+        open_masks(source, classes=2)
 
 
 def test_images_without_masks_are_refused(tmp_path):

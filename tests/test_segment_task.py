@@ -95,13 +95,14 @@ def test_the_first_of_equal_values_gets_the_gradient_of_max_pooling():
         (("segment.head=linear",), 16),
         (("segment.head=linear", "segment.taps=(1,2)"), 16),
         (("segment.pyramid=star", "segment.widen=12", "model.dist_token=True"), 4),
+        (("segment.head=mask",), 16),
     ],
 )
 def test_every_head_trains_all_but_its_statistics(words, stride):
     task, batch = build(small(*words), CLASSES), make_batch()
     params = jax.eval_shape(task.init, jax.random.key(0))
     untrained = set(_flat(params)) - trained_paths(task, {}, batch)
-    assert {path[0] for path in untrained} == {STATISTICS}
+    assert {path[0] for path in untrained} == ({STATISTICS} if "segment.head=mask" not in words else set())
     values = jax.eval_shape(lambda p, b: task.losses(p, {}, b, jax.random.key(0), False), params, batch)
     assert {name: x.shape for name, x in values.items()} == dict.fromkeys(task.names, (8,))
     assert task.segmenter is not None
@@ -109,7 +110,14 @@ def test_every_head_trains_all_but_its_statistics(words, stride):
     assert (logits.shape, logits.dtype) == ((8, SIZE // stride, SIZE // stride, 3), np.float32)
 
 
-@pytest.mark.parametrize("words", [("segment.head=light",), ("segment.head=linear", "segment.taps=(1,2)")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("segment.head=light",),
+        ("segment.head=linear", "segment.taps=(1,2)"),
+        ("segment.head=mask", "segment.taps=(1,2)"),
+    ],
+)
 def test_a_head_learns(words):
     task = build(small(*words), CLASSES)
     batch = {name: jnp.asarray(x) for name, x in make_batch().items()}
@@ -121,7 +129,7 @@ def test_a_head_learns(words):
     def step(trained, fixed, moments, key):
         def mean(trained):
             values = task.losses(optim.join(trained, fixed), {}, batch, key, True)
-            return values["loss"].mean(), values[RUNNING]
+            return values["loss"].mean(), values.get(RUNNING, {})
 
         (loss, fixed), gradient = jax.value_and_grad(mean, has_aux=True)(trained)
         updates, moments = optimizer.update(gradient, moments, trained, step=jnp.asarray(0))
@@ -132,7 +140,8 @@ def test_a_head_learns(words):
         trained, fixed, moments, loss = step(trained, fixed, moments, jax.random.key(i))
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
-    assert np.abs(jax.tree.leaves(fixed)[0]).max() > 0  # running means
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(fixed))  # running means
+    assert bool(fixed) == (words[0] != "segment.head=mask")
 
 
 def _flat(params):
@@ -187,6 +196,17 @@ def test_a_frozen_encoder_is_neither_trained_nor_changed(tmp_path):
     assert len(paths) == 4  # scale and bias of the norm, kernel and bias of the classifier
 
 
+def test_classes_of_a_mask_transformer_are_put_in_order(tmp_path):
+    task = build(small("segment.head=mask"), CLASSES)
+    params = fresh(task)
+    save_params(tmp_path / "run", params, task.model | {"preprocessing": {"class_names": ["tree", "sky", "road"]}})
+    again = build(small("segment.head=mask", f"init={tmp_path / 'run'}"), CLASSES)
+    filled = jax.device_put(again.start(fresh(again)))
+    images = jnp.asarray(make_batch(2)["image"])
+    want = np.asarray(task.segmenter.logits(jax.device_put(params), {}, images))[..., [1, 2, 0]]
+    np.testing.assert_allclose(again.segmenter.logits(filled, {}, images), want, atol=1e-5)
+
+
 def test_a_run_starts_from_another_ones_heads(tmp_path, caplog):
     task = build(small("segment.head=light"), CLASSES)
     params = fresh(task)
@@ -228,6 +248,7 @@ def test_bias_tables_follow_the_grid(tmp_path):
         (("segment.heads=official",), "is published for widths"),
         (("segment.dropout=1.0",), "is a probability below 1"),
         (("segment.auxiliary_weight=-1.0",), "choose a positive number, or 0"),
+        (("segment.head=mask", "segment.channels=200"), "choose a multiple of 64, such as 192"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(words, message):
@@ -243,16 +264,19 @@ def test_one_class_is_refused():
 def test_micro_batches_say_what_batch_norm_sees(caplog):
     build(small("train.accumulate=4"), CLASSES)
     assert "batch norm averages over 2 images at a time and not over the batch of 8" in caplog.text
+    caplog.clear()
+    build(small("train.accumulate=8", "segment.head=mask"), CLASSES)  # it has no batch norm
+    assert not caplog.text
 
 
 def test_taps_in_proportion():
     assert default_taps("upernet", 12) == (4, 6, 8, 12)
     assert default_taps("upernet", 24) == (8, 12, 16, 24)
-    assert default_taps("linear", 12) == (12,)
+    assert default_taps("linear", 12) == default_taps("mask", 12) == (12,)
 
 
-def one_step(mesh: Mesh):
-    task = build(small("model.drop_path=0.0", "segment.dropout=0.0", "segment.head=linear"), CLASSES)
+def one_step(mesh: Mesh, head: str):
+    task = build(small("model.drop_path=0.0", "segment.dropout=0.0", f"segment.head={head}"), CLASSES)
     batch = make_batch()
     paths = trained_paths(task, {}, batch)
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -264,9 +288,10 @@ def one_step(mesh: Mesh):
     return jax.device_get(state.params)
 
 
-def test_batch_norm_is_over_the_global_batch(close):
+@pytest.mark.parametrize("head", ["linear", "mask"])
+def test_batch_norm_is_over_the_global_batch(head):
     """Data x fsdp over 8 devices, against one device."""
-    one, many = one_step(make_mesh(devices=jax.devices()[:1])), one_step(make_mesh(fsdp=2))
+    one, many = one_step(make_mesh(devices=jax.devices()[:1]), head), one_step(make_mesh(fsdp=2), head)
     for path, want in _flat(one).items():
         # Gradients of biases before a batch norm are rounding, so not compared relative to themselves.
         assert np.abs(_flat(many)[path] - want).max() <= 1e-4 * max(np.abs(want).max(), 1e-2), path

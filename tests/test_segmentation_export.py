@@ -29,6 +29,7 @@ CLASSES = 5
 HEADS = {
     "linear": {"head": "linear", "taps": (2, 3)},
     "light": {"head": "light", "taps": (1, 2, 3), "channels": 8},
+    "mask": {"head": "mask", "taps": (2, 4), "channels": 12},
     "upernet": {"head": "upernet", "taps": (1, 2, 3, 4), "channels": 8, "auxiliary": 4},
     "star": {"head": "upernet", "taps": (1, 2, 3, 4), "channels": 8, "pyramid": "star", "widen": 24},
 }
@@ -39,7 +40,7 @@ def make(name: str, *, depth: int = 4) -> tuple[dict, dict]:
     head = HEADS[name]
     encoder = ViT(
         embed_dim=16, depth=depth, heads=(2,) * (depth - 1) + (4,), patch_size=8, image_size=SIZE,
-        pos_embed="learned", final_norm=head["head"] == "linear", dist_token=name == "star",
+        pos_embed="learned", final_norm=head["head"] in ("linear", "mask"), dist_token=name == "star",
         switches=Switches(relative_bias=name != "linear", layer_scale=name != "linear"),
     )  # fmt: skip
     network = SegmentationNetwork(encoder, classes=CLASSES, **head)
@@ -77,7 +78,7 @@ def test_onnx_computes_what_jax_does(name, opset, tmp_path):
     runner = RUNNERS["onnx"](tmp_path / "model.onnx", 1)
     for batch in (1, 3):
         wanted = by_jax(network, pixels_of(batch))
-        stride = {"linear": 1}.get(name, 4)
+        stride = {"linear": 1, "mask": 1}.get(name, 4)
         assert wanted.shape == (batch, 3 * stride, 5 * stride, CLASSES)
         assert difference(runner(pixels_of(batch)), wanted) <= LIMIT
     record, params = onnx_format.read_file(tmp_path / "model.onnx")

@@ -1,8 +1,9 @@
 """The segmentation network and its training step against the authors' own classes (float32).
 
-The golden files are those of $TINYMIM_SEGMENTATION, or of tests/golden/segmentation; sizes are read from them.
+segmentation_files.py says where the golden files lie; sizes are read from them.
 """
 
+import re
 import types
 
 import flax.traverse_util as traverse
@@ -17,6 +18,7 @@ from segmentation_networks import golden_leaves, golden_network, golden_params
 from tinymim_jax import optim
 from tinymim_jax.models.convolutions import STATISTICS
 from tinymim_jax.models.segmentation import variables
+from tinymim_jax.models.upernet import Fcn, UperNet
 from tinymim_jax.ops.relative_bias import bias_index, resize_bias_table
 from tinymim_jax.ops.segmentation import ignore_value, resize_bilinear
 from tinymim_jax.tasks.segment import task as segment
@@ -59,6 +61,40 @@ def test_maps_and_logits_in_evaluation(arrays, close):
     clear = best[..., -1] - best[..., -2] > 1e-4 * np.abs(full).max()  # where rounding cannot change the label
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(full.argmax(-1)[clear], arrays["encoder/full_logits_argmax"][clear])
+
+
+def of_transformers(arrays: dict[str, np.ndarray], prefix: str) -> dict:
+    """Variables of a head from the arrays of transformers' UPerNet whose names begin with `prefix`."""
+    spellings = {
+        r"psp_modules\.(\d+)\.1": r"pool_\1",
+        r"(lateral|fpn)_convs\.(\d+)": r"\1_\2",
+        r"^convs\.0": "conv",
+        r"^classifier": "classifier.conv",
+        "batch_norm": "norm",
+        "running_mean": "mean",
+        "running_var": "variance",
+    }
+    found: dict[str, dict] = {"params": {}, STATISTICS: {}}
+    for name, x in arrays.items():
+        if not name.startswith(prefix) or name.endswith("num_batches_tracked"):
+            continue
+        path = name.removeprefix(prefix)
+        for theirs, ours in spellings.items():
+            path = re.sub(theirs, ours, path)
+        path = path.replace("weight", "kernel" if x.ndim == 4 else "scale")
+        part = STATISTICS if path.endswith(("mean", "variance")) else "params"
+        found[part][tuple(path.split("."))] = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x
+    return {part: traverse.unflatten_dict(each) for part, each in found.items()}
+
+
+def test_heads_of_the_port_in_transformers(golden, close):
+    arrays, sizes = golden.arrays("upernet.npz"), golden.meta["upernet"]
+    maps = [jnp.asarray(arrays[name]) for name in sorted(arrays) if name.startswith("feat_")]
+    head = UperNet(sizes["classes"], sizes["channels"], tuple(sizes["pool_scales"]))
+    got = jax.jit(lambda v, x: head.apply(v, x, train=False))(of_transformers(arrays, "head/"), maps)
+    close(got, arrays["logits"], 1e-5, "UPerNet")
+    auxiliary, seen = Fcn(sizes["classes"], sizes["aux_channels"]), maps[sizes["aux_index"]]
+    close(auxiliary.apply(of_transformers(arrays, "aux/"), seen, train=False), arrays["aux_logits"], 1e-5, "FCN")
 
 
 @pytest.fixture(scope="module")

@@ -165,6 +165,14 @@ def test_segmenting_images_by_command(run, pairs, tmp_path, capsys):
     code, out, err = command(capsys, "predict", workdir, paths[0], "--output", tmp_path / "out")
     assert code == 0
     assert "ground" in out and "_overlay.jpg" in out  # noqa: PT018
+    folder = pairs / "val" / "images"
+    code, out, err = command(capsys, "predict", workdir, folder, "--output", tmp_path / "all", "--mode", "whole")
+    assert code == 0
+    assert [line.partition(":")[0] for line in out.splitlines()] == sorted(map(str, folder.iterdir()))
+    assert len(list((tmp_path / "all").glob("*_overlay.jpg"))) == 5
+    code, out, err = command(capsys, "predict", workdir, pairs / "val", "--output", tmp_path / "none")
+    assert code == 1
+    assert "val is a folder without images; images in folders below it are not taken" in err
     code, out, err = command(capsys, "predict", workdir, paths[0], paths[0])
     assert code == 1
     assert "would write the same files" in err

@@ -21,7 +21,7 @@ OPTIMIZERS = ("adamw", "sgd", "lars")
 # `backbone.` that they have there, so all are decayed.
 NO_DECAY = {
     "pretrain": (),
-    "finetune": ("pos_embed", "cls_token", "dist_token", "registers", "relative_bias"),
+    "finetune": ("pos_embed", "cls_token", "dist_token", "registers", "relative_bias", "class_tokens"),
     "official": (),
 }
 SCHEDULES = ("cosine", "poly")

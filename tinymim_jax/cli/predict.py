@@ -14,18 +14,18 @@ from tinymim_jax.runtime.startup import use_compile_cache
 if TYPE_CHECKING:
     from tinymim_jax.evaluation.predictor import Model, Prediction
 
-HELP = "classify image files, or their pixels, with a fine-tuned checkpoint"
+HELP = "classify images, or their pixels, with a fine-tuned checkpoint"
 
 _EPILOG = """\
-Prints a line for each image, in the order given. A file that cannot be read or decoded is reported and the others are
-classified; the exit status is then 1. With --json:
+Prints a line for each image, in the order given, and for those in a folder in the order of their names. A file that
+cannot be read or decoded is reported and the others are classified; the exit status is then 1. With --json:
 
   {"image": "cat.jpg", "predictions": [{"name": "Siamese", "index": 33, "probability": 0.91}, ...]}
 
 "name" is the class name that was recorded in training or by convert --classes, and otherwise the index.
 
   tinymim predict runs/b_finetuned cat.jpg dog.jpg
-  tinymim predict runs/b_finetuned photos/*.jpg --top 1 --json > classes.jsonl
+  tinymim predict runs/b_finetuned photos --top 1 --json > classes.jsonl
 
 With a checkpoint of the task `segment`, images of any size get a class for every pixel. For each, two files are written
 to the folder of --output: NAME.png, class numbers with a palette, and NAME_overlay.jpg, their colours over the image.
@@ -40,7 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of `predict`."""
     command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, _EPILOG
     command.add_argument("checkpoint", help="workdir of a run, a student in it, or what `tinymim convert` wrote")
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     command.add_argument("--top", type=int, default=5, metavar="N", help="classes for each image (default 5)")
     command.add_argument("--json", action="store_true", help="one line of JSON for each image")
     pixels = command.add_argument_group("with a checkpoint that labels pixels")
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     use_compile_cache(options.compile_cache)
     from tinymim_jax.evaluation.predictor import BATCH, load
 
+    options.images = _files(options.images)
     model, status = load(options.checkpoint), exits.DONE
     given = [name for name in _OF_PIXELS if getattr(options, name)]
     if model.labels_pixels:
@@ -80,6 +81,23 @@ def run(options: argparse.Namespace) -> int:
             else:
                 print(f"{image}: " + ", ".join(f"{each.name} {each.probability:.1%}" for each in found))
     return status
+
+
+def _files(arguments: list[str]) -> list[str]:
+    """The arguments, with the images in a folder in place of the folder."""
+    from tinymim_jax.data.sources.layout import is_image
+
+    found = []
+    for argument in arguments:
+        folder = pathlib.Path(argument).expanduser()
+        if folder.is_dir():
+            inside = sorted(str(path) for path in folder.iterdir() if is_image(path.name) and path.name[0] != ".")
+            if not inside:
+                raise ValueError(f"{argument} is a folder without images; images in folders below it are not taken")
+            found += inside
+        else:
+            found.append(argument)
+    return found
 
 
 def _classified(model: "Model", images: list[str], top: int) -> list["list[Prediction] | Exception"]:

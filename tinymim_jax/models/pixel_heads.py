@@ -1,5 +1,6 @@
-"""Decoders without a pyramid, on maps at stride 16: a linear one, and a light one of ours."""
+"""Decoders without a pyramid, on maps at stride 16: a linear one, a light one of ours, and a mask transformer."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinymim_jax.models.convolutions import BatchNorm, ConvNormRelu, PixelClassifier, Upsample
+from tinymim_jax.models.blocks import Block
+from tinymim_jax.models.convolutions import BatchNorm, ChannelDropout, ConvNormRelu, PixelClassifier, Upsample
+from tinymim_jax.models.layers import Dense, LayerNorm
 from tinymim_jax.ops.gelu import gelu
+
+MASK_BLOCKS = 2  # of MaskHead, as published
+_HEAD_DIM = 64
+UNIT_EPS = 1e-12
 
 Maps = Float[Array, "batch rows columns channels"]
 Logits = Float[Array, "batch new_rows new_columns classes"]
@@ -58,3 +65,58 @@ class LightHead(nn.Module):
         x = Upsample(self.channels // 2, self.dtype, name="up_second")(x)
         x = nn.relu(BatchNorm(self.dtype, name="last_norm")(x, train=train))
         return PixelClassifier(self.classes, self.dropout, name="classifier")(x, drop_key)
+
+
+class MaskHead(nn.Module):
+    """The mask transformer of Segmenter (arXiv 2105.05633, decoder.py): a token of each class among the patches.
+
+    Two blocks see the patches and the tokens of the classes together. The logit of a class at a patch is the cosine
+    between both, each behind a linear layer, normalized over the classes. There is no batch norm.
+
+    Attributes:
+      channels: width of the blocks: a multiple of 64, the dimensions of a head, or less, with one head.
+    """
+
+    classes: int
+    channels: int = 192
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+
+    @nn.compact
+    def __call__(self, maps: Sequence[Maps], *, train: bool, drop_key: jax.Array | None = None) -> Logits:
+        """float32. `train` changes nothing."""
+        del train
+        batch, rows, columns, _ = maps[0].shape
+        joined = jnp.concatenate(maps, axis=-1).reshape(batch, rows * columns, -1)
+        patches = Dense(self.channels, self.dtype, name="project")(joined)
+        start = nn.initializers.normal(0.02)
+        own = self.param("class_tokens", start, (1, self.classes, self.channels)).astype(self.dtype)
+        x = jnp.concatenate([patches, jnp.broadcast_to(own, (batch, *own.shape[1:]))], axis=1)
+        block = functools.partial(Block, self.channels, mask_heads(self.channels), attention=self.attention)
+        for i in range(MASK_BLOCKS):
+            x = block(dtype=self.dtype, name=f"blocks_{i}")(x).output
+        x = LayerNorm(self.dtype, name="norm")(x)
+        patches = x[:, : rows * columns].reshape(batch, rows, columns, -1)
+        patches = ChannelDropout(self.dropout)(patches, drop_key)
+        patches = _unit(Dense(self.channels, self.dtype, use_bias=False, name="patches")(patches))
+        own = _unit(Dense(self.channels, self.dtype, use_bias=False, name="queries")(x[:, rows * columns :]))
+        cosines = jnp.einsum("brcd,bkd->brck", patches, own, precision="highest")
+        return LayerNorm(name="mask_norm")(cosines)
+
+
+def mask_heads(channels: int) -> int:
+    """Attention heads of a MaskHead of so many channels. Raises ValueError for numbers that cannot be."""
+    heads = max(1, channels // _HEAD_DIM)
+    if channels > _HEAD_DIM and channels % _HEAD_DIM:
+        raise ValueError(
+            f"segment.channels={channels}: attention heads of segment.head='mask' have {_HEAD_DIM} dimensions, so "
+            f"choose a multiple of {_HEAD_DIM}, such as {heads * _HEAD_DIM}"
+        )
+    return heads
+
+
+def _unit(x: Array) -> Float[Array, "*batch dim"]:
+    """Vectors of length 1, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + UNIT_EPS)

@@ -10,13 +10,14 @@ from jaxtyping import Array, Float
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.convolutions import STATISTICS
 from tinymim_jax.models.heads import Widen
-from tinymim_jax.models.pixel_heads import LightHead, LinearHead
+from tinymim_jax.models.pixel_heads import LightHead, LinearHead, MaskHead
 from tinymim_jax.models.pyramid import PYRAMIDS
 from tinymim_jax.models.upernet import Fcn, UperNet
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.ops.keys import fold_in_name
 
-HEADS = ("upernet", "linear", "light")
+HEADS = ("upernet", "linear", "light", "mask")
+BEHIND_FINAL_NORM = ("linear", "mask")  # heads that see the tapped tokens behind the encoder's final norm
 
 Images = Float[Array, "batch height width 3"]
 AnyMap = Float[Array, "batch _ _ _"]
@@ -24,15 +25,15 @@ Logits = Float[Array, "batch _ _ classes"]  # on grids that differ between the t
 
 
 class SegmentationNetwork(nn.Module):
-    """Logits of every class on a coarse grid of places: stride 4 for 'upernet' and 'light', the patches' for 'linear'.
+    """Logits of every class on a coarse grid of places: stride 4 for 'upernet' and 'light', else that of the patches.
 
-    Its running statistics of batch norm are the collection STATISTICS; see `variables`.
+    Its running statistics of batch norm are the collection STATISTICS, which 'mask' does not have; see `variables`.
 
     Attributes:
-      encoder: its `final_norm` must be True for 'linear', which normalizes the tapped tokens, else False.
-      head: 'upernet' (published), 'linear' or 'light', see models/upernet.py and models/pixel_heads.py.
+      encoder: its `final_norm` must be True for BEHIND_FINAL_NORM, else False.
+      head: 'upernet' (published), 'linear', 'light' or 'mask', see models/upernet.py and models/pixel_heads.py.
       taps: blocks, counted from 1, whose outputs the head sees: four for 'upernet'.
-      channels: of the head's convolutions; 'linear' has none.
+      channels: of the head's convolutions, or of the tokens of 'mask'; 'linear' has none.
       auxiliary: channels of the FCN head that is trained beside 'upernet', on the third map; 0: none.
       dropout: probability of dropping a channel before the last convolution of a head, in training.
       pyramid: 'plain' (published for T, S and B) or 'star' (TinyMIM*-T); used by 'upernet'.
@@ -82,6 +83,8 @@ class SegmentationNetwork(nn.Module):
                 self.auxiliary_head = Fcn(self.classes, self.auxiliary, self.dropout, dtype)
         elif self.head == "light":
             self.decode_head = LightHead(self.classes, self.channels, self.dropout, dtype)
+        elif self.head == "mask":
+            self.decode_head = MaskHead(self.classes, self.channels, self.dropout, dtype, self.encoder.attention)
         else:
             self.decode_head = LinearHead(self.classes, self.dropout)
 
@@ -113,7 +116,7 @@ class SegmentationNetwork(nn.Module):
         """What the head sees: the pyramid's maps, or the tapped tokens as maps."""
         taps: Any = self.encoder.encode(images, tap=self.taps, drop_key=drop_key)
         tokens = [tap.output for tap in taps]
-        if self.head == "linear":
+        if self.head in BEHIND_FINAL_NORM:
             tokens = [self.encoder.finish(each) for each in tokens]
         if self.widen:
             tokens[-1] = self.widened(tokens[-1])
@@ -128,8 +131,8 @@ class SegmentationNetwork(nn.Module):
             raise unknown("segment.pyramid", self.pyramid, PYRAMIDS)
         if self.head == "upernet" and len(self.taps) != 4:
             raise ValueError(f"segment.taps={self.taps}: head 'upernet' takes the outputs of four blocks")
-        if self.encoder.final_norm != (self.head == "linear"):
-            raise ValueError(f"head {self.head!r} needs an encoder with final_norm={self.head == 'linear'}")
+        if self.encoder.final_norm != (self.head in BEHIND_FINAL_NORM):
+            raise ValueError(f"head {self.head!r} needs an encoder with final_norm={self.head in BEHIND_FINAL_NORM}")
         if bool(self.widen) != (self.head == "upernet" and self.pyramid == "star"):
             raise ValueError(
                 f"segment.widen={self.widen}: the layer belongs to head 'upernet' with pyramid 'star', which needs it"

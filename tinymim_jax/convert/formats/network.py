@@ -182,7 +182,8 @@ def without_training_parts(
     unused = {f"blocks_{i}" for i in range(depth, record["encoder"]["depth"])}
     kept = {name: tree for name, tree in params.items() if name != "auxiliary_head"}
     kept["encoder"] = {name: tree for name, tree in params["encoder"].items() if name not in unused}
-    kept[STATISTICS] = {name: tree for name, tree in params[STATISTICS].items() if name != "auxiliary_head"}
+    if STATISTICS in params:
+        kept[STATISTICS] = {name: tree for name, tree in params[STATISTICS].items() if name != "auxiliary_head"}
     return dict(record) | {"encoder": encoder, "segmenter": segmenter}, kept
 
 

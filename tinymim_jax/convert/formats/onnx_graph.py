@@ -41,6 +41,8 @@ class Graph:
         """`path` names the weights; where they are used twice, `suffix` tells the nodes apart."""
         product = self._int8_product if self.int8 else self._product
         y = product(x, np.asarray(params["kernel"]), path, path + suffix)
+        if "bias" not in params:
+            return y
         return self.node("Add", f"{path}{suffix}/add", y, self.weight(f"{path}/bias", params["bias"]))
 
     def _product(self, x: str, kernel: np.ndarray, path: str, name: str) -> str:
@@ -96,6 +98,13 @@ class Graph:
         values = np.ascontiguousarray(values, np.float32)
         digest = hashlib.sha256(values.tobytes()).hexdigest()[:12]
         return self.constant(f"matrix{values.shape[0]}x{values.shape[1]}_{digest}", values, np.float32)
+
+    def unit(self, x: str, name: str, *, eps: float) -> str:
+        """Vectors along the last axis, divided by their length."""
+        y = self.node("Mul", f"{name}/square", x, x)
+        y = self.node("ReduceSum", f"{name}/sum", y, self.constant("last", [-1]), keepdims=1)
+        y = self.node("Add", f"{name}/above_zero", y, self.constant(f"eps{eps}", eps, np.float32))
+        return self.node("Div", f"{name}/unit", x, self.node("Sqrt", f"{name}/length", y))
 
     def slice(self, x: str, name: str, start: int, stop: int) -> str:
         """Tokens start to stop."""

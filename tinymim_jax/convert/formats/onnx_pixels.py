@@ -7,8 +7,10 @@ import numpy as np
 
 from tinymim_jax.convert.formats.network import Network
 from tinymim_jax.convert.formats.onnx_graph import Graph
-from tinymim_jax.convert.formats.onnx_vit import block_outputs, finish, widened
+from tinymim_jax.convert.formats.onnx_vit import block_outputs, finish, transformer_block, widened
 from tinymim_jax.models.convolutions import STATISTICS
+from tinymim_jax.models.pixel_heads import MASK_BLOCKS, UNIT_EPS, mask_heads
+from tinymim_jax.models.segmentation import BEHIND_FINAL_NORM
 from tinymim_jax.ops.pooling import bin_means
 from tinymim_jax.ops.segmentation import labels_dtype
 from tinymim_jax.ops.token_grid import bilinear_matrix
@@ -19,7 +21,7 @@ Grid = tuple[int, int]
 
 def pixel_logits(graph: Graph, network: Network) -> str:
     """As models.segmentation.SegmentationNetwork: [batch, classes, rows, columns], on the head's grid."""
-    heads = {"upernet": _upernet, "light": _light, "linear": _linear}
+    heads = {"upernet": _upernet, "light": _light, "linear": _linear, "mask": _mask}
     return heads[network.segmenter.head](_Layers(graph, network.params), _feature_maps(graph, network), network)
 
 
@@ -71,7 +73,7 @@ def _feature_maps(graph: Graph, network: Network) -> list[str]:
     outputs, maps = block_outputs(graph, network), []
     for number, tap in enumerate(segmenter.taps):
         x, width = outputs[tap - 1], encoder.embed_dim
-        if segmenter.head == "linear":
+        if segmenter.head in BEHIND_FINAL_NORM:
             x = finish(graph, network, x, f"_{number}")
         if segmenter.widen and number == len(segmenter.taps) - 1:
             x, width = widened(graph, network.params["widen"], x), segmenter.widen
@@ -83,8 +85,36 @@ def _feature_maps(graph: Graph, network: Network) -> list[str]:
 
 
 def _linear(layers: _Layers, maps: list[str], network: Network) -> str:
-    x = layers.graph.node("Concat", f"{_HEAD}/concat", *maps, axis=1) if len(maps) > 1 else maps[0]
-    return layers.classifier(layers.norm(x, f"{_HEAD}/norm"))
+    return layers.classifier(layers.norm(_joined(layers.graph, maps), f"{_HEAD}/norm"))
+
+
+def _mask(layers: _Layers, maps: list[str], network: Network) -> str:
+    graph, params, classes = layers.graph, network.params[_HEAD], network.segmenter.classes
+    (rows, columns), width = network.encoder.grid, network.encoder.embed_dim * len(maps)
+    count, channels = rows * columns, params["class_tokens"].shape[-1]
+    x = graph.node("Reshape", f"{_HEAD}/flat", _joined(graph, maps), graph.constant(f"flat{width}", [0, width, count]))
+    x = graph.node("Transpose", f"{_HEAD}/tokens", x, perm=[0, 2, 1])
+    x = graph.linear(x, params["project"], f"{_HEAD}/project")
+    shape = graph.node("Shape", f"{_HEAD}/batch", x, start=0, end=1)
+    shape = graph.node("Concat", f"{_HEAD}/shape", shape, graph.constant("class_tokens", [classes, channels]), axis=0)
+    own = graph.weight(f"{_HEAD}/class_tokens", params["class_tokens"])
+    x = graph.node("Concat", f"{_HEAD}/all", x, graph.node("Expand", f"{_HEAD}/expand", own, shape), axis=1)
+    for i in range(MASK_BLOCKS):
+        name = f"blocks_{i}"
+        x = transformer_block(graph, x, params[name], f"{_HEAD}/{name}", mask_heads(channels), count + classes)
+    x = graph.norm(x, params["norm"], f"{_HEAD}/norm")
+    both = []
+    for name, start, stop in (("patches", 0, count), ("queries", count, count + classes)):
+        part = graph.linear(graph.slice(x, f"{_HEAD}/{name}/slice", start, stop), params[name], f"{_HEAD}/{name}")
+        both.append(graph.unit(part, f"{_HEAD}/{name}/unit", eps=UNIT_EPS))
+    own = graph.node("Transpose", f"{_HEAD}/queries/transpose", both[1], perm=[0, 2, 1])
+    x = graph.norm(graph.node("MatMul", f"{_HEAD}/cosines", both[0], own), params["mask_norm"], f"{_HEAD}/mask_norm")
+    x = graph.node("Transpose", f"{_HEAD}/masks", x, perm=[0, 2, 1])
+    return graph.node("Reshape", f"{_HEAD}/logits", x, graph.constant("masks", [0, classes, rows, columns]))
+
+
+def _joined(graph: Graph, maps: list[str]) -> str:
+    return graph.node("Concat", f"{_HEAD}/concat", *maps, axis=1) if len(maps) > 1 else maps[0]
 
 
 def _light(layers: _Layers, maps: list[str], network: Network) -> str:

@@ -32,7 +32,7 @@ def block_outputs(graph: Graph, network: Network) -> list[str]:
     for i, heads in enumerate(encoder.block_heads):
         block, name = params[f"blocks_{i}"], f"encoder/blocks_{i}"
         bias = _relative_bias(graph, block["attn"]["relative_bias"], f"{name}/attn", places) if places else ""
-        x = _block(graph, x, block, name, heads, network.tokens, bias)
+        x = transformer_block(graph, x, block, name, heads, network.tokens, bias)
         outputs.append(x)
     return outputs
 
@@ -76,6 +76,23 @@ def widened(graph: Graph, params: Mapping[str, Any], x: str, suffix: str = "") -
     return graph.gelu(graph.linear(x, params["linear"], "widen/linear", suffix), f"widen/gelu{suffix}")
 
 
+def transformer_block(
+    graph: Graph, x: str, params: Mapping[str, Any], name: str, heads: int, tokens: int, bias: str = ""
+) -> str:
+    """The output of models.blocks.Block. `bias`: added to the logits of attention; empty for none."""
+    dim = params["attn"]["qkv"]["kernel"].shape[0]
+    y = graph.norm(x, params["norm1"], f"{name}/norm1")
+    y = graph.linear(y, params["attn"]["qkv"], f"{name}/attn/qkv")
+    attend = _attention_operator if graph.opset >= 23 else _attention
+    y = attend(graph, y, f"{name}/attn", heads, dim // heads, tokens, bias)
+    y = graph.linear(y, params["attn"]["proj"], f"{name}/attn/proj")
+    x = graph.node("Add", f"{name}/middle", x, _scaled(graph, y, params, name, "scale1"))
+    y = graph.norm(x, params["norm2"], f"{name}/norm2")
+    y = graph.gelu(graph.linear(y, params["mlp"]["fc1"], f"{name}/mlp/fc1"), f"{name}/mlp/gelu")
+    y = graph.linear(y, params["mlp"]["fc2"], f"{name}/mlp/fc2")
+    return graph.node("Add", f"{name}/output", x, _scaled(graph, y, params, name, "scale2"))
+
+
 def _patches(graph: Graph, params: Mapping[str, Any], size: int, dim: int) -> str:
     """The patch embedding as a convolution, [batch, patches, dim]."""
     kernel = np.asarray(params["patch_embed"]["kernel"]).reshape(size, size, 3, dim).transpose(3, 2, 0, 1)
@@ -106,21 +123,6 @@ def _conv_stem(graph: Graph, params: Mapping[str, Any]) -> str:
             x = graph.node("Transpose", f"{path}/first", x, perm=[0, 3, 1, 2])
     x = graph.node("Reshape", "encoder/stem/flatten", x, graph.constant("flat_last", [0, -1, dim]))
     return graph.linear(x, params["proj"], "encoder/stem/proj")
-
-
-def _block(graph: Graph, x: str, params: Mapping[str, Any], name: str, heads: int, tokens: int, bias: str) -> str:
-    """`bias`: added to the logits of attention; empty for none."""
-    dim = params["attn"]["qkv"]["kernel"].shape[0]
-    y = graph.norm(x, params["norm1"], f"{name}/norm1")
-    y = graph.linear(y, params["attn"]["qkv"], f"{name}/attn/qkv")
-    attend = _attention_operator if graph.opset >= 23 else _attention
-    y = attend(graph, y, f"{name}/attn", heads, dim // heads, tokens, bias)
-    y = graph.linear(y, params["attn"]["proj"], f"{name}/attn/proj")
-    x = graph.node("Add", f"{name}/middle", x, _scaled(graph, y, params, name, "scale1"))
-    y = graph.norm(x, params["norm2"], f"{name}/norm2")
-    y = graph.gelu(graph.linear(y, params["mlp"]["fc1"], f"{name}/mlp/fc1"), f"{name}/mlp/gelu")
-    y = graph.linear(y, params["mlp"]["fc2"], f"{name}/mlp/fc2")
-    return graph.node("Add", f"{name}/output", x, _scaled(graph, y, params, name, "scale2"))
 
 
 def _scaled(graph: Graph, branch: str, params: Mapping[str, Any], name: str, scale: str) -> str:
@@ -162,7 +164,7 @@ def _attention_operator(graph: Graph, qkv: str, name: str, heads: int, head_dim:
 
 
 def _attention(graph: Graph, qkv: str, name: str, heads: int, head_dim: int, tokens: int, bias: str) -> str:
-    shape = graph.constant(f"split{heads}x{head_dim}", [0, tokens, 3, heads, head_dim])
+    shape = graph.constant(f"split{tokens}x{heads}x{head_dim}", [0, tokens, 3, heads, head_dim])
     parts = graph.node("Reshape", f"{name}/reshape", qkv, shape)
     parts = graph.node("Transpose", f"{name}/transpose", parts, perm=[2, 0, 3, 1, 4])  # q|k|v first
     parts = graph.node("Split", f"{name}/split", parts, graph.constant("ones3", [1, 1, 1]), axis=0, outputs=3)
@@ -176,4 +178,5 @@ def _attention(graph: Graph, qkv: str, name: str, heads: int, head_dim: int, tok
     weights = graph.node("Softmax", f"{name}/softmax", logits, axis=-1)
     y = graph.node("MatMul", f"{name}/average", weights, v)  # [batch, heads, tokens, head_dim]
     y = graph.node("Transpose", f"{name}/merge", y, perm=[0, 2, 1, 3])
-    return graph.node("Reshape", f"{name}/merged", y, graph.constant("merged", [0, tokens, heads * head_dim]))
+    shape = graph.constant(f"merged{tokens}x{heads * head_dim}", [0, tokens, heads * head_dim])
+    return graph.node("Reshape", f"{name}/merged", y, shape)

@@ -30,6 +30,7 @@ class _Sample:
     first: dict[int, int] = dataclasses.field(default_factory=dict)  # by stored value: a record that has it
     read: int = 0
     errors: list[str] = dataclasses.field(default_factory=list)
+    damaged: list[str] = dataclasses.field(default_factory=list)
 
 
 def describe_masks(source: Source, rules: MaskRules, names: Sequence[str]) -> str:
@@ -47,13 +48,25 @@ def describe_masks(source: Source, rules: MaskRules, names: Sequence[str]) -> st
     if sample.errors:
         raise LabelError(sample.errors[0])
     if not sample.read:
-        raise LabelError(f"none of {min(SAMPLED, len(source))} masks of {source.name!r} could be decoded")
+        raise LabelError(
+            f"none of {len(sample.damaged)} images of {source.name!r} could be read with its mask: {sample.damaged[0]}"
+        )
     _check_values(source, rules, sample)
     total = sum(sample.counts.values())
     shares: collections.Counter[int] = collections.Counter()
     for value, count in sample.counts.items():
         meaning = rules.meaning(value)
         shares[IGNORED if meaning is None else meaning] += count
+    as_stored = set(range(rules.classes)) <= set(sample.counts) and rules.classes not in sample.counts
+    if rules.reduce_zero_label and as_stored:
+        log.warning(
+            "%s: data.masks.reduce_zero_label is on, which ignores 0 and makes %d the last class; but the masks hold 0 "
+            "to %d, as if these were the %d classes. Then set data.masks.reduce_zero_label=False",
+            source.name,
+            rules.classes,
+            rules.classes - 1,
+            rules.classes,
+        )
     if shares[IGNORED] / total > _MOSTLY_IGNORED:
         log.warning("%s: %.0f %% of the pixels are ignored", source.name, 100 * shares[IGNORED] / total)
     found = sorted((number for number in shares if number != IGNORED), key=lambda number: -shares[number])
@@ -72,9 +85,9 @@ def _read(source: Source, rules: MaskRules) -> _Sample:
     sample = _Sample()
     chosen = np.unique(np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(int)).tolist()
     for index, found in zip(chosen, files.in_threads(lambda index: _read_one(source, rules, index), chosen)):
-        if isinstance(found, str):
-            sample.errors.append(found)
-        elif found is not None:
+        if isinstance(found, Exception):
+            (sample.errors if isinstance(found, LabelError) else sample.damaged).append(str(found))
+        else:
             mode, values, counts = found
             sample.read += 1
             sample.modes[mode] += 1
@@ -84,24 +97,24 @@ def _read(source: Source, rules: MaskRules) -> _Sample:
     return sample
 
 
-def _read_one(source: Source, rules: MaskRules, index: int) -> tuple[str, np.ndarray, np.ndarray] | str | None:
-    """(mode, values, pixels of each), what is wrong, or None for a damaged record, which is left to the pipeline."""
+def _read_one(source: Source, rules: MaskRules, index: int) -> tuple[str, np.ndarray, np.ndarray] | Exception:
+    """(mode, values, pixels of each); a LabelError; or another error of a damaged record, left to the pipeline."""
     try:
         example = source[index]
         if not (mask := example.get("mask")):
-            return (
-                f"{source.describe(index)} has no mask. Segmentation needs images with masks: pairs:LOCATION, a "
-                "Parquet file with a column `mask`, tar files with KEY.jpg and KEY.mask.png, or a TFDS set with "
-                "`segmentation_mask`"
+            return LabelError(
+                f"{source.describe(index)} has {'no mask, or an empty one' if mask == b'' else 'no mask'}. "
+                "Segmentation needs images with masks: pairs:LOCATION, a Parquet file with a column `mask`, tar files "
+                "with KEY.jpg and KEY.mask.png, or a TFDS set with `segmentation_mask`"
             )
         stored, (_, mode) = rules.stored(mask), read_mask(mask)
         height, width = Picture(example["image"]).size
     except LabelError as error:
-        return f"{source.describe(index)}: {error}"
-    except Exception:  # the pipeline names damaged records
-        return None
+        return LabelError(f"{source.describe(index)}: {error}")
+    except Exception as error:  # the pipeline names damaged records
+        return ValueError(f"{source.describe(index)}: {error}")
     if stored.shape != (height, width):
-        return f"{source.describe(index)}: {wrong_size(stored.shape, (height, width))}"
+        return LabelError(f"{source.describe(index)}: {wrong_size(stored.shape, (height, width))}")
     return mode, *np.unique(stored, return_counts=True)
 
 
@@ -121,7 +134,7 @@ def _check_values(source: Source, rules: MaskRules, sample: _Sample) -> None:
     meanings = {value: rules.meaning(value) for value in values}
     wrong = [value for value in values if meanings[value] is None]
     suggestion = ", ".join(f"({value}, {number})" for number, value in enumerate(values))
-    if set(values) <= {0, 255} and 255 in values and not rules.label_map:
+    if values == [0, 255] and not rules.label_map:
         raise LabelError(
             f"{source.describe(sample.first[255])}: the masks of {source.name!r} hold only 0 and 255, so 255 is "
             f"probably a class, and it is {'ignored' if meanings[255] == IGNORED else 'no class'}: set "
@@ -137,6 +150,8 @@ def _check_values(source: Source, rules: MaskRules, sample: _Sample) -> None:
             remedy = f"So many values come from resizing masks with interpolation, or from JPEG. {remedy}"
         if values == list(range(1, rules.classes + 1)):
             remedy = f"They begin at 1: data.masks.reduce_zero_label=True. {remedy}"
+        elif wrong == [rules.classes] and 0 in values and not rules.label_map:
+            remedy = f"If 0 means unlabelled: data.masks.reduce_zero_label=True. {remedy}"
         shown = ", ".join(map(str, wrong[:12])) + ", ..." * (len(wrong) > 12)
         raise LabelError(
             f"{source.describe(sample.first[wrong[0]])}: {share:.1%} of the pixels of the masks of {source.name!r} "

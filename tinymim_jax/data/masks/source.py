@@ -43,7 +43,7 @@ class MaskSource(Source):
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
         if not (mask := example.get("mask")):
-            raise LabelError(f"{self.describe(index)} has no mask")
+            raise LabelError(f"{self.describe(index)} has {'no mask, or an empty one' if mask == b'' else 'no mask'}")
         try:
             labels = self.rules.labels(mask)
         except LabelError as error:

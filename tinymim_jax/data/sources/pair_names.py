@@ -19,6 +19,9 @@ _MASK_SUFFIXES = (
     *("_labelids", "_labeltrainids", "_l", "_mask", "_masks", "_label", "_labels", "_gt", "_seg", "_segmentation"),
     *("_annotation", "_groundtruth", "-mask", "-label", ".mask", "_m"),
 )
+# What may come before the number or name that an image and its mask share: image_12 and mask_12, img12 and label12.
+_MASK_PREFIX = re.compile(r"(?:masks?|labels?|annotations?|gt|segs?|segmentations?|targets?)(?:[-_. ]|(?=\d))", re.I)
+_IMAGE_PREFIX = re.compile(r"(?:images?|imgs?|photos?|pictures?|inputs?|rgb|sat)(?:[-_. ]|(?=\d))", re.I)
 _IMAGE_SUFFIXES = ("_leftimg8bit", "_sat", "_image", "_img", "_rgb")
 _OTHER_KINDS = ("_color", "_instanceids", "_instance", "_panoptic", "_depth", "_edges")
 
@@ -84,6 +87,12 @@ def find_pairs(found: Mapping[str, list[str]], lists: Mapping[str, frozenset[str
             "folders: pairs:IMAGES::MASKS"
         )
     masks_of, unused = _matched(images, masks)
+    if images and not masks_of:
+        raise ValueError(
+            f"no mask has the name of an image: there are {len(images):,} images such as {images[0].path}, and "
+            f"{len(masks):,} masks such as {masks[0].path}. A mask is called as its image, with or without an ending "
+            "such as _mask; or they are called image_NAME and mask_NAME"
+        )
     pairs: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
     unpaired: dict[str, list[str]] = collections.defaultdict(list)
     for image in images:
@@ -119,6 +128,7 @@ def _sorted_out(found: Mapping[str, list[str]]) -> tuple[list[_Item], list[_Item
     if not items["mask"]:
         everything = items["image"] + items[""]
         stems = {(item.folder, item.stem.lower()) for item in everything}
+        stems |= {(item.folder, _without(_IMAGE_PREFIX, item.stem.lower())) for item in everything}
         masks = [item for item in everything if _is_named_as_mask(item, stems)]
         return [item for item in everything if item not in masks], masks
     return items["image"] or items[""], items["mask"]
@@ -131,14 +141,27 @@ def _item(path: str, folder: str, name: str) -> _Item:
 
 
 def _is_named_as_mask(item: _Item, stems: set[tuple[str, str]]) -> bool:
-    """Whether a file is a mask beside its image: its name without a mask's suffix is an image's."""
+    """Whether a file is a mask beside its image: its name without a mask's suffix or prefix is an image's."""
     stem = item.stem.lower()
     bases = [stem.removesuffix(suffix) for suffix in _MASK_SUFFIXES if stem.endswith(suffix)]
+    bases += [_without(_MASK_PREFIX, stem)] if _MASK_PREFIX.match(stem) else []
     return any((item.folder, base + more) in stems for base in bases for more in ("", *_IMAGE_SUFFIXES))
 
 
 def _matched(images: list[_Item], masks: list[_Item]) -> tuple[dict[str, str], list[str]]:
     """(the mask of each image, by their paths; masks without an image).
+
+    Where no names agree, they are compared without prefixes such as `mask_`.
+    """
+    found = _matched_names(images, masks)
+    if found[0]:
+        return found
+    bare_images = [item._replace(stem=_without(_IMAGE_PREFIX, item.stem)) for item in images]
+    return _matched_names(bare_images, [item._replace(stem=_without(_MASK_PREFIX, item.stem)) for item in masks])
+
+
+def _matched_names(images: list[_Item], masks: list[_Item]) -> tuple[dict[str, str], list[str]]:
+    """See `_matched`.
 
     Names are compared within the same folder, or over all folders where no image of a folder has a mask otherwise.
     """
@@ -161,6 +184,12 @@ def _matched(images: list[_Item], masks: list[_Item]) -> tuple[dict[str, str], l
             chosen = {path: found[suffix] for path, found in candidates.items() if suffix in found}
             return chosen, unused
     return {}, [mask.path for mask in masks]
+
+
+def _without(prefix: re.Pattern[str], stem: str) -> str:
+    """`stem` without a prefix, where something is left of it."""
+    match = prefix.match(stem)
+    return stem[match.end() :] or stem if match else stem
 
 
 def _base(item: _Item) -> str:

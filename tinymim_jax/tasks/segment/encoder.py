@@ -5,6 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from tinymim_jax.errors import unknown
+from tinymim_jax.models.segmentation import BEHIND_FINAL_NORM
 from tinymim_jax.models.switches import PLAIN, Switches
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.tasks.pretrained import OFFICIAL_HEADS, Loaded, build_encoder
@@ -19,7 +20,7 @@ def segmentation_encoder(config: ConfigDict, loaded: Loaded | None) -> ViT:
     attention that start at 0, and factors of the branches that start at 1, so that nothing changes at first.
     """
     settings = config.segment
-    encoder = build_encoder(config.model, final_norm=settings.head == "linear")
+    encoder = build_encoder(config.model, final_norm=settings.head in BEHIND_FINAL_NORM)
     switches = Switches.from_record(loaded.model["encoder"].get("switches", {})) if loaded else PLAIN
     if config.model.stem != PLAIN.stem:
         switches = dataclasses.replace(switches, stem=config.model.stem)

@@ -52,6 +52,17 @@ def _loaded_heads(loaded: Loaded, class_names: Sequence[str]) -> Params:
         log.warning("the head of %s is initialized anew: %s", loaded.path, error)
         return {}
     for name in {"decode_head", "auxiliary_head"} & set(heads):
-        last = heads[name]["classifier"]
-        heads[name] = heads[name] | {"classifier": jax.tree.map(lambda leaf: leaf[..., order], last)}
+        heads[name] = _in_order(heads[name], order)
     return heads
+
+
+def _in_order(head: Params, order: np.ndarray) -> Params:
+    """A head whose classes come in another order: the last layer, or the tokens of classes and the norm over them."""
+    changed = {
+        name: jax.tree.map(lambda leaf: leaf[..., order], head[name])
+        for name in ("classifier", "mask_norm")
+        if name in head
+    }
+    if "class_tokens" in head:
+        changed["class_tokens"] = head["class_tokens"][:, order]
+    return head | changed

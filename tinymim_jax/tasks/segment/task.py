@@ -95,9 +95,9 @@ class Segmentation:
         return ("loss", "pixel_accuracy", *(("decode_loss", "auxiliary_loss") if self.network.auxiliary else ()))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters; under STATISTICS the running statistics of batch norm."""
+        """Fresh parameters; under STATISTICS the running statistics of batch norm, where the head has it."""
         image = jnp.zeros((1, *self.network.encoder.image_size, 3))
-        return dict(self.network.init(key, image)["params"]) | {STATISTICS: self._fresh_statistics(image)}
+        return dict(self.network.init(key, image)["params"]) | self._fresh_statistics(image)
 
     def losses(self, params: Params, frozen: Params, batch: Batch, key: jax.Array, train: bool) -> dict[str, Any]:
         """See Task.losses. The batch has "pixel_labels", see ops.pixel_loss."""
@@ -109,7 +109,7 @@ class Segmentation:
         updated: dict[str, Any] = {}
         if train:
             result: Any = apply(drop_key=key, mutable=[STATISTICS])
-            (logits, auxiliary), updated = result[0], {RUNNING: dict(result[1])}
+            (logits, auxiliary), updated = result[0], {RUNNING: dict(result[1])} if result[1] else {}
         else:
             result = apply()
             logits, auxiliary = result
@@ -127,7 +127,8 @@ class Segmentation:
         return result
 
     def _fresh_statistics(self, image: jax.Array) -> Params:
-        shapes = jax.eval_shape(self.network.init, jax.random.key(0), image)[STATISTICS]
+        shapes = dict(jax.eval_shape(self.network.init, jax.random.key(0), image))
+        del shapes["params"]
         fill = {"mean": jnp.zeros, "variance": jnp.ones}
         return jax.tree_util.tree_map_with_path(lambda path, x: fill[path[-1].key](x.shape, x.dtype), shapes)
 
@@ -160,8 +161,10 @@ def _check_training(config: ConfigDict, network: SegmentationNetwork) -> None:
         raise ValueError(f"segment.dropout={settings.dropout} is a probability below 1")
     if settings.auxiliary_weight < 0:
         raise ValueError(f"segment.auxiliary_weight={settings.auxiliary_weight}: choose a positive number, or 0: off")
-    if network.encoder.patch_size != 16 and network.head != "linear":
+    if network.encoder.patch_size != 16 and network.head in ("upernet", "light"):
         log.info("patches of %d pixels: the head's strides are in proportion", network.encoder.patch_size)
+    if network.head == "mask":
+        return  # it has no batch norm
     if parts == 0:
         raise ValueError(
             "train.accumulate=0 would let the memory of the devices decide over how many images batch norm averages: "
