@@ -52,7 +52,7 @@ def by_numpy(params, maps):
 
 def test_logits_are_those_of_segmenter(close):
     rng = np.random.default_rng(0)
-    maps = [rng.normal(size=(2, ROWS, COLUMNS, WIDTH)).astype(np.float32) for _ in range(2)]
+    maps = [jnp.asarray(rng.normal(size=(2, ROWS, COLUMNS, WIDTH)), jnp.float32) for _ in range(2)]
     head = MaskHead(CLASSES, CHANNELS, dropout=0.5)
     shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), maps, train=False))
     params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes["params"])
