@@ -94,8 +94,10 @@ def test_heads_of_the_port_in_transformers(golden, close):
     head = UperNet(sizes["classes"], sizes["channels"], tuple(sizes["pool_scales"]))
     got = jax.jit(lambda v, x: head.apply(v, x, train=False))(of_transformers(arrays, "head/"), maps)
     close(got, arrays["logits"], 1e-5, "UPerNet")
-    auxiliary, seen = Fcn(sizes["classes"], sizes["aux_channels"]), maps[sizes["aux_index"]]
-    close(auxiliary.apply(of_transformers(arrays, "aux/"), seen, train=False), arrays["aux_logits"], 1e-5, "FCN")
+    auxiliary = Fcn(sizes["classes"], sizes["aux_channels"])
+    values = jax.device_put(of_transformers(arrays, "aux/"))
+    got = auxiliary.apply(values, maps[sizes["aux_index"]], train=False)
+    close(got, arrays["aux_logits"], 1e-5, "FCN")
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,18 @@ def without_key_bias(name: str, x: np.ndarray) -> np.ndarray:
     return np.concatenate([q, v])
 
 
+def of_two_values() -> set[str]:
+    """With two images, the names of the block on the map that is pooled to one value for each image.
+
+    Batch norm makes +-1 of two values, so what is left of the gradient is a difference of nearly equal numbers. Against
+    float64, PyTorch's float32 gradient is off by 1e-4 there, and ours by 3e-5.
+    """
+    if len(segmentation_golden("seg_model.npz")["images"]) > 2:
+        return set()
+    scales = segmentation_golden("seg_meta.json")["segmentation"]["pool_scales"]
+    return {name for name in golden_leaves() if name.startswith(f"decode_head.psp_modules.{scales.index(1)}.1.")}
+
+
 def test_losses_of_three_steps(steps, close):
     want = segmentation_golden("seg_step.npz")["losses"]
     for i, row in enumerate(steps.losses):
@@ -165,9 +179,6 @@ def test_every_gradient_of_the_first_step(steps, close):
     want = segmentation_golden("seg_step.npz")
     names = [name.removeprefix("grad/") for name in want if name.startswith("grad/")]
     assert len(names) == len(steps.gradients[0])
-    # Batch norm of the map that is pooled to one value has one value for each image. With two images its gradient is
-    # a difference of nearly equal numbers.
-    tolerance = 1e-4 if len(segmentation_golden("seg_model.npz")["images"]) > 2 else 3e-4
     for name in names:
         if name.endswith(ZERO_GRADIENT):
             assert np.abs(in_torch(steps.gradients[0], name)).max() < 1e-7
@@ -176,7 +187,7 @@ def test_every_gradient_of_the_first_step(steps, close):
         close(
             without_key_bias(name, in_torch(steps.gradients[0], name)),
             without_key_bias(name, expected),
-            tolerance,
+            3e-4 if name in of_two_values() else 1e-4,
             name,
         )
 
@@ -193,7 +204,8 @@ def test_running_statistics_after_one_and_three_steps(steps, close):
         assert len(names) == len(got)
         for name in names:
             if prefix == "stats/" or name not in BEHIND_ZERO_GRADIENT:
-                close(in_torch(got, name), want[prefix + name], 1e-5, name)
+                tolerance = 1e-4 if prefix == "stats3/" and name in of_two_values() else 1e-5
+                close(in_torch(got, name), want[prefix + name], tolerance, name)
                 continue
             weights = BEHIND_ZERO_GRADIENT[name]
             gain = np.abs(in_torch(steps.before, weights)).sum((1, 2, 3)) if weights else 1.0
