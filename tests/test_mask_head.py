@@ -55,7 +55,7 @@ def test_logits_are_those_of_segmenter(close):
     maps = [jnp.asarray(rng.normal(size=(2, ROWS, COLUMNS, WIDTH)), jnp.float32) for _ in range(2)]
     head = MaskHead(CLASSES, CHANNELS, dropout=0.5)
     shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), maps, train=False))
-    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes["params"])
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), shapes["params"])
     assert set(shapes) == {"params"}  # nothing that runs along with the training
     got = head.apply({"params": params}, maps, train=False)
     close(got, by_numpy(jax.tree.map(np.float64, params), maps), 1e-5)

@@ -24,6 +24,8 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 LIMIT = 2e-6  # of the largest output, as for classifiers: rounding of float32 sums in another order
+# The mask transformer's last norm divides cosines of the classes by how much they differ, which enlarges rounding.
+LIMIT_OF_MASK = 1e-5
 SIZE = (24, 40)  # 3 x 5 patches: odd grids, for the coarsest map
 CLASSES = 5
 HEADS = {
@@ -80,7 +82,7 @@ def test_onnx_computes_what_jax_does(name, opset, tmp_path):
         wanted = by_jax(network, pixels_of(batch))
         stride = {"linear": 1, "mask": 1}.get(name, 4)
         assert wanted.shape == (batch, 3 * stride, 5 * stride, CLASSES)
-        assert difference(runner(pixels_of(batch)), wanted) <= LIMIT
+        assert difference(runner(pixels_of(batch)), wanted) <= (LIMIT_OF_MASK if name == "mask" else LIMIT)
     record, params = onnx_format.read_file(tmp_path / "model.onnx")
     assert same_bits(params, dict(network.params))
     assert record["encoder"] == network.record["encoder"]
