@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def config_table(table: Table, name: str, before: str) -> str:
-    """One config on every topology; rows that cannot be had are those of the document `before`."""
+    """One config on every topology that divides its batch; rows without a program are those of the document `before`."""
     planned = table.planned(name)
     needed, _ = planned.flops
     batch = planned.experiment.batch_size
@@ -133,6 +133,8 @@ def config_table(table: Table, name: str, before: str) -> str:
     lines[0] += "an image\n"
     lines += [_HEAD, "|---|" + "---|" * 8]
     for topology in TOPOLOGIES:
+        if batch % parse_topology(topology).chips:
+            continue  # the chips cannot divide the batch
         plan = table.compiled(name, topology)
         if plan is None or plan.time is None:
             # If the compiler rejected the program, another chip's program is no substitute.

@@ -472,6 +472,9 @@ def test_rows_without_a_program_stay_as_they_are(compiled_plan, monkeypatch):
     rows = plan_table.config_table(table, "mae_b", before).splitlines()[4:]
     assert [row for row in rows if "x8" in row] == ["| h100x8 | old |"]
     assert "old" not in next(row for row in rows if row.startswith("| v5e-16"))
+    monkeypatch.setattr(table, "compiled", lambda name, topology, **_: v5e)
+    rows = plan_table.config_table(table, "segment_t", "").splitlines()[4:]
+    assert len(rows) == 8  # of 12: sixteen images cannot be divided by 64, 256 or by the 32 halves of tpu7x-32
 
 
 def test_a_row_of_the_table_is_guessed_only_where_no_compiler_refused(compiled_plan, monkeypatch):
@@ -504,3 +507,9 @@ def test_fsdp_splits_what_training_splits(monkeypatch, data_dir):
     saved = 2 * 2 * 2**18 * 4 * 3 // 4
     assert one.parts["parameters"] - four.parts["parameters"] == saved
     assert one.parts["optimizer"] - four.parts["optimizer"] == 2 * saved
+
+
+def test_a_linear_probe_of_segmentation_is_planned_without_its_encoder():
+    planned = plan_experiment(load_config("configs/segment_linear.py", ["train.batch_size=2"]))
+    assert "init=an encoder is not here: taken as an encoder of this config" in planned.notes
+    assert {path[0] for path in planned.paths} == {"decode_head"}

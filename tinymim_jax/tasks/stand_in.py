@@ -35,9 +35,9 @@ def is_missing(path: str) -> bool:
     return not path or not epath.Path(path).expanduser().exists()
 
 
-def init_stand_in(config: ConfigDict) -> list[StandIn]:
-    """For `config.init`, if it is given and missing: an encoder as the config describes it."""
-    path = config.init
+def init_stand_in(config: ConfigDict, *, needed: bool = False) -> list[StandIn]:
+    """For `config.init`, if it is missing and either given or `needed`: an encoder as the config describes it."""
+    path = config.init or ("an encoder" if needed else "")
     if not path or not is_missing(path):
         return []
     loaded = encoder_zeros(path, build_encoder(config.model))

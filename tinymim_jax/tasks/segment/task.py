@@ -21,6 +21,7 @@ from tinymim_jax.tasks.segment.data import evaluation_windows, mean_colour, segm
 from tinymim_jax.tasks.segment.encoder import segmentation_encoder
 from tinymim_jax.tasks.segment.start import start_from
 from tinymim_jax.tasks.segmenter import Segmenter
+from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
 from tinymim_jax.tasks.task import RUNNING, Batch, Params, Task, TaskType
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,11 @@ def _check_training(config: ConfigDict, network: SegmentationNetwork) -> None:
         )
 
 
+def _stand_ins(config: ConfigDict, classes: int) -> list[StandIn]:
+    del classes
+    return init_stand_in(config, needed=config.segment.frozen_encoder)
+
+
 TASK = TaskType(
     build=build,
     sources=with_masks,
@@ -193,4 +199,5 @@ TASK = TaskType(
     batch_norm=True,
     images_per_core=70,  # crops of 512
     usual_data=(20_210, 150),  # ADE20K
+    stand_ins=_stand_ins,
 )
