@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def config_table(table: Table, name: str, before: str) -> str:
-    """One config on every topology that divides its batch; rows without a program are those of the document `before`."""
+    """One config on every topology that divides its batch; rows without a program are taken from `before`."""
     planned = table.planned(name)
     needed, _ = planned.flops
     batch = planned.experiment.batch_size
