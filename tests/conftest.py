@@ -19,6 +19,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Where an operation was called from is kept in no program; to find it out takes a twentieth of the tests' time.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # Indexes of image files (data/sources) are kept here, not in the user's cache.
 if "TINYMIM_CACHE" not in os.environ:
     _INDEXES = tempfile.TemporaryDirectory(prefix="tinymim-tests-")
@@ -119,6 +122,18 @@ def data_dir(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("data"))
     open_source("digits", split="train", data_dir=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def mae_run(tmp_path_factory, data_dir) -> pathlib.Path:
+    """A finished MAE run of four steps; four heads in every block. For reading only: tests that write take a copy."""
+    from runs import small_config
+
+    from tinymim_jax.train import train
+
+    workdir = tmp_path_factory.mktemp("mae_run") / "run"
+    train(small_config("mae_teacher", "model.heads=4"), workdir, data_dir=data_dir)
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ def test_the_benchmark_runs():
         "model.depth=2",
         "model.heads=2",
         "model.image_size=(32,32)",
+        "distill.teacher.name=tinymim_vit_small",  # the smallest one, whose random weights are made and written
         "distill.teacher.tap=2",
     ]
     command = [sys.executable, "benchmarks/step.py", *words, *small]

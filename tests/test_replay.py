@@ -22,10 +22,8 @@ from tinymim_jax.train import train
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, data_dir):
-    workdir = tmp_path_factory.mktemp("teacher")
-    train(small_config("mae_teacher", "model.heads=4"), workdir, data_dir=data_dir)
-    return workdir
+def teacher(mae_run):
+    return mae_run
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,10 @@ ONE_STEP = ("train.duration=1 steps", "optim.warmup=0 steps")
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory, data_dir):
+def chain(tmp_path_factory, mae_run, data_dir):
     """A folder with a teacher, a student and a classifier, four steps each, and its report."""
     folder = tmp_path_factory.mktemp("chain")
-    train(small_config("mae_teacher", "model.heads=4"), folder / "teacher", data_dir=data_dir)
+    shutil.copytree(mae_run, folder / "teacher")
     words = [f"distill.teacher.path={folder / 'teacher'}", "distill.mask_ratio=0.5", "train.eval_every=2 steps"]
     train(small_config("distill", *words), folder / "student", data_dir=data_dir)
     words = [f"init={folder / 'student'}", "data.examples=40", "train.batch_size=8"]
