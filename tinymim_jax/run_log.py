@@ -161,7 +161,7 @@ class RunLog:
         self._input_was_slow = slow
 
     @contextlib.contextmanager
-    def saving(self, step: int) -> Iterator[None]:
+    def saving(self) -> Iterator[None]:
         """A context around what may save a checkpoint."""
         with self._goodput.lost_if_idle("checkpoint"):
             yield

@@ -213,11 +213,11 @@ def _loop(
             if probe and step % experiment.probe_every == 0:
                 total = _probe(probe, state, run_log, step, total)
             stopping = stop.requested  # read once: a signal after the save is for the next step
-            with run_log.saving(step):
+            with run_log.saving():
                 checkpoints.save(step, state, force=stopping or step == total, extra=extra)
             if (stopping or checkpoints.preempted) and step < total:
                 run_log.finished(step)
-                with run_log.saving(step):
+                with run_log.saving():
                     checkpoints.wait()
                 run_log.account()
                 raise Interrupted(
@@ -228,7 +228,7 @@ def _loop(
         _check_finite(skipped_in_a_row, total, settings.max_skipped, lambda first: explain(state, first))
         run_log.finished(total)
         result = _evaluate(evaluation, state, frozen, run_log, workers, total)
-        with run_log.saving(total):
+        with run_log.saving():
             checkpoints.wait()
     return result
 

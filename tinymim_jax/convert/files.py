@@ -104,7 +104,7 @@ def convert_file(
                 found = dataclasses.replace(found, left_out=[*found.left_out, *left])
                 model, params = _from_family(family, found, exported, sidecar, heads, decoder_heads, image_size)
                 _restore_taps(model, exported)
-        sidecar = _with_family(sidecar, family, data, said)
+        sidecar = _with_family(sidecar, family, said)
         preprocessing = complete_preprocessing(model, given or Given(), exported.get("preprocessing", {}), sidecar)
     except ConvertError as error:
         where = f" ({found.place})" if found and found.place else ""
@@ -209,7 +209,7 @@ def _without_classes(sidecar: Sidecar) -> Sidecar:
     return dataclasses.replace(sidecar, values=values, notes=[*sidecar.notes, "class names without their classifier"])
 
 
-def _with_family(sidecar: Sidecar, family: str, data: Any, said: Mapping[str, Any]) -> Sidecar:
+def _with_family(sidecar: Sidecar, family: str, said: Mapping[str, Any]) -> Sidecar:
     """What is known of the pixels of a family, where the files beside the weights do not say it."""
     row = PUBLISHED.get(family)
     if row is None or row.pixels is None:

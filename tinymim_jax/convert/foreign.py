@@ -47,7 +47,7 @@ def from_foreign(
         raise ConvertError(f"these tensors are not known of a {name!r} model: {shown}")
     if "encoder/patch_embed/kernel" not in flat or "encoder/blocks_0/norm1/scale" not in flat:
         raise ConvertError(f"the file does not hold a {name!r} model: it has no patch projection or no blocks")
-    _split_leading(flat, config, state)
+    _split_leading(flat, config)
     encoder, assumed = foreign_architecture(Known(name, PUBLISHED[name], flat, state, config, hints))
     params: dict[str, Any] = {}
     for path, array in flat.items():
@@ -162,7 +162,7 @@ def _read(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[list[st
     return flat, used, sorted(unread, key=str)
 
 
-def _split_leading(flat: dict[str, np.ndarray], config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def _split_leading(flat: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
     """RADIO's CLS tokens and registers, which lie in one tensor."""
     if (leading := flat.pop("encoder/leading", None)) is None:
         return

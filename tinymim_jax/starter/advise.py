@@ -142,7 +142,7 @@ def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
     (run,) = runs_to_do(output, decided)
     known = {}
     for name, checkpoint in (("teacher", decided.teacher), ("before", str(output / "untrained"))):
-        known[name] = measured_knn(output, run, decided, helpers, name, checkpoint, request.data_dir)
+        known[name] = measured_knn(run, decided, helpers, name, checkpoint, request.data_dir)
     helpers.train(run, helpers.training_words(request.data_dir, decided.workers))
     rows = [row for row in read(run.workdir / "metrics.jsonl") if row.get("probe/knn") is not None]
     curve = [(row["step"], row["probe/knn"]) for row in rows]

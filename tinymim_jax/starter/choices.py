@@ -175,7 +175,7 @@ def short_finetuning(data: Data, config: Any, steps: int) -> list[Choice]:
     ]
 
 
-def probes(data: Data, config: Any, measured: Measured, steps: int, wanted: int | None) -> list[Choice]:
+def probes(data: Data, config: Any, steps: int, wanted: int | None) -> list[Choice]:
     """Choices that set how often the student's features are probed.
 
     Args:

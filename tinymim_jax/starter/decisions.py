@@ -180,7 +180,7 @@ def _fitted(
     if run.name == CLASSIFIER:
         chosen += choosing.short_finetuning(data, config, steps)
     else:
-        chosen += choosing.probes(data, config, measured, steps, request.probes)
+        chosen += choosing.probes(data, config, steps, request.probes)
     return measured, chosen, takes
 
 

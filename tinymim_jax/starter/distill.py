@@ -60,13 +60,13 @@ def _work(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
     summary: dict[str, Any] = {"teacher": decided.teacher, "knn": {}}
     if decided.neighbors:
         for name, checkpoint in (("teacher", decided.teacher), ("before", str(output / "untrained"))):
-            summary["knn"][name] = measured_knn(output, runs[0], decided, helpers, name, checkpoint, data_dir)
+            summary["knn"][name] = measured_knn(runs[0], decided, helpers, name, checkpoint, data_dir)
     options = helpers.training_words(data_dir, decided.workers)
     for run in runs:
         helpers.train(run, options)
         summary[run.name] = dict(read_result(run.workdir) or {})
         if run.name == STUDENT and decided.neighbors:
-            summary["knn"]["after"] = measured_knn(output, run, decided, helpers, "after", str(run.workdir), data_dir)
+            summary["knn"]["after"] = measured_knn(run, decided, helpers, "after", str(run.workdir), data_dir)
     summary["export"] = helpers.export(runs[-1].workdir, output, request.export, logits=runs[-1].name == CLASSIFIER)
     summary["step"] = {"expected": decided.step_seconds, "by": decided.timed_by, "took": real_step(runs[0].workdir)}
     write_json(output / SUMMARY, summary)
@@ -77,7 +77,7 @@ def _work(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
 
 
 def measured_knn(
-    output: pathlib.Path, run: Run, decided: Decided, helpers: Helpers, name: str, checkpoint: str, data_dir: str | None
+    run: Run, decided: Decided, helpers: Helpers, name: str, checkpoint: str, data_dir: str | None
 ) -> float:
     """The k-NN accuracy of a checkpoint.
 

@@ -21,10 +21,11 @@ from tinymim_jax.data.masks.class_files import CLASS_FILES, classes_text
 from tinymim_jax.data.prepare.folder import LOCK, SIDECARS, VERSION, begin, is_done, locked, settings_of, shards_of
 from tinymim_jax.data.prepare.masks import mask_channels
 from tinymim_jax.data.prepare.report import split_report
-from tinymim_jax.data.prepare.shards import Conversion, Shard, finished, set_features, sync, write_json
+from tinymim_jax.data.prepare.shards import Conversion, Shard, finished, set_features, write_json
 from tinymim_jax.data.prepare.workers import GO_ON, Progress, write_shards
 from tinymim_jax.data.sources import sources as image_sources
 from tinymim_jax.data.sources.examples import Source
+from tinymim_jax.runtime.files import sync_to_disk
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def write_set(
         report["splits"] = {split: split_report(accounts[split], class_names) for split in shards}
         _describe(scratch, settings, class_names, sources, accounts, report)
         os.rename(scratch, folder)
-        sync(root)
+        sync_to_disk(root)
         shutil.rmtree(folder / SIDECARS)
         (folder / LOCK).unlink()
     return folder
@@ -235,5 +236,5 @@ def _describe(scratch, settings, class_names, sources, accounts, report) -> None
     write_json(scratch / _REPORT, report)
     for path in scratch.iterdir():
         if path.is_file() and "array_record" not in path.name:
-            sync(path)
-    sync(scratch)
+            sync_to_disk(path)
+    sync_to_disk(scratch)

@@ -23,6 +23,7 @@ from tinymim_jax.data.prepare.masks import MASK, convert_mask, mask_channels, ma
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.data.views.decoding import Picture, open_image
 from tinymim_jax.data.views.transforms import resize_exact, short_side_size
+from tinymim_jax.runtime.files import sync_to_disk, write_text
 
 # One record per group, so that random access reads no other records. Image files are already compressed.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -156,10 +157,10 @@ def write_shard(source: Source, shard: Shard, conversion: Conversion, on_image: 
         with _writing(shard.path):
             writer.close()
             _check_records(temporary, account.records)
-            sync(temporary)
+            sync_to_disk(temporary)
             account.file_bytes = temporary.stat().st_size
             os.replace(temporary, shard.path)
-            sync(shard.path.parent)
+            sync_to_disk(shard.path.parent)
             write_json(shard.sidecar, account.as_dict())
     finally:
         temporary.unlink(missing_ok=True)
@@ -178,21 +179,9 @@ def finished(shard: Shard) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file atomically and syncs it to disk."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Writes a JSON file in one step; content and name are on the disk afterwards."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    sync_to_disk(path.parent)
 
 
 def raise_if_of_the_machine(error: Exception) -> None:
