@@ -52,7 +52,7 @@ class Pair:
 def find_comparisons(distill: ConfigDict, student_depth: int, teacher_depth: int, teacher_tap: int) -> Comparisons:
     """Each part of `distill.target` with each pair of blocks that it compares: its own, or those of the config."""
     usual = find_blocks(distill, student_depth, teacher_depth, teacher_tap)
-    found = []
+    first, found = usual[0], []
     for part in read_parts(distill.target):
         if part.student is None and part.teacher is None:
             found += [(part, blocks) for blocks in usual]
@@ -62,7 +62,7 @@ def find_comparisons(distill: ConfigDict, student_depth: int, teacher_depth: int
                 f"distill.target={distill.target!r}: {part.name} names one block and distill.taps={distill.taps!r} "
                 "several: give it both student= and teacher="
             )
-        own = Blocks(part.student or usual[0].student, part.teacher or usual[0].teacher)
+        own = Blocks(part.student or first.student, part.teacher or first.teacher)
         _check_block("distill.target", own.student, student_depth, "student")
         _check_block("distill.target", own.teacher, teacher_depth, "teacher")
         found.append((part, own))
