@@ -45,10 +45,12 @@ gc.set_threshold(100_000, 20, 50)
 # made once, and no long one is left for the end. Files that are not named come after these. Every second of the first
 # ones starts processes, so that one worker at a time does.
 _LONGEST_FIRST = (
-    "sweep", "distill", "faults", "configs", "chain", "foreign", "tpu_vm", "train", "prepare", "starter", "study",
-    "foreign_tasks", "readme", "report", "exits", "kernels", "mixup", "finetune", "golden", "segmentation_run",
-    "live_probe", "replay", "resume", "checkpoints", "evaluate", "suites", "formats", "tasks", "plan", "inference",
-    "analysis", "export", "placement", "benchmark_step",
+    "sweep", "distill", "faults", "train", "chain", "several_students", "tpu_vm", "configs", "starter", "kernels",
+    "study", "foreign_tasks", "readme", "teacher_families", "report", "stem", "benchmark_input", "moving_taps",
+    "mixup", "segment_task", "models", "several_teachers", "analysis", "live_probe", "cnn", "golden",
+    "segmentation_parity", "foreign", "placement", "segmentation_export", "tasks", "memory", "plan", "evaluate",
+    "replay", "resume", "finetune", "targets", "suites", "formats", "prepare", "checkpoints", "exits",
+    "benchmark_step", "wide_last", "inference", "int8", "segmentation_run", "export",
 )  # fmt: skip
 
 
