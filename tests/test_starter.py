@@ -33,9 +33,10 @@ from tinymim_jax.starter.choices import CLASSIFIER, STUDENT, Hardware, Measured
 from tinymim_jax.starter.data import find_data, source_name
 from tinymim_jax.starter.decisions import runs_of
 from tinymim_jax.starter.preparing import judge
-from tinymim_jax.starter.request import check_same
+from tinymim_jax.starter.request import Request, check_output, check_same
 from tinymim_jax.starter.teacher import choose_tap, find_teacher
 from tinymim_jax.sweeps.children import Children
+from tinymim_jax.sweeps.points import Run
 from tinymim_jax.train import train
 
 CPU = Hardware("cpu", 1, "cpu")
@@ -531,10 +532,48 @@ def test_refused_before_anything_is_done(pictures, teacher, tmp_path, capsys):
         status, _, err = run(capsys, *words(pictures, teacher, tmp_path / "out", *change))
         assert status == 1
         assert message in err
+    for output in (pictures / "out", pictures / "dark" / "out"):
+        status, _, err = run(capsys, *words(pictures, teacher, output))
+        assert status == 1
+        assert f"--output {output} is inside the images, {pictures}" in err
+        assert not output.exists()
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        status, _, err = run(capsys, *words(pictures, teacher, output))
+        assert (status, f"{tmp_path / 'file'} is a file; name a folder" in err) == (1, True)
+    check_output(pictures.with_name(f"{pictures.name}_distilled"), request(pictures))
+    check_output(tmp_path / "new", request("imagenet2012"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"contains 'thesis.tex', which this command did not make"):
         check_same(tmp_path / "full", None)
+
+
+def request(data) -> Request:
+    return Request(data=str(data), teacher="t", student="S", output="o")
+
+
+@pytest.mark.usefixtures("_in_process")
+def test_a_batch_of_more_images_than_all_epochs_have(pictures, teacher, tmp_path, capsys):
+    line = [word for word in words(pictures, teacher, tmp_path / "out") if "duration" not in str(word)]
+    status, _, err = run(capsys, *line, "train.batch_size=100000")
+    assert status == 1
+    assert "is less than one step: 38 training images in batches of 100000" in err
+
+
+def test_a_student_larger_than_its_teacher_is_warned_of(pictures, tmp_path):
+    found = find_teacher(str(save_teacher(tmp_path / "t", embed_dim=96, heads=4, depth=4)), tmp_path / "converted")
+    small = load_config("distill_images:pico,5k", ["model.depth=3"])
+    assert choices.larger_student(found, small) == ""
+    text = choices.larger_student(found, load_config("distill_images:pico,5k"))
+    assert "the student (12 blocks of width 96) is no smaller than the teacher (4 of width 96)" in text
+
+
+def test_a_full_disk_during_a_training_says_what_to_do(tmp_path, monkeypatch):
+    failed = RunState("failed", detail="[Errno 28] No space left on device")
+    monkeypatch.setattr(Children, "run_point", lambda self, point, **_: failed)
+    with helpers.Helpers(tmp_path, "") as running, pytest.raises(helpers.Failed, match="make room and run the command"):
+        running.train(Run("student", "c", (), tmp_path / "student"), [])
 
 
 class Finished:

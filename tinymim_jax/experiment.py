@@ -128,6 +128,11 @@ def assemble(config: ConfigDict, train_source: Source, eval_source: Source) -> E
         return steps(duration, examples=len(train_source), batch_size=batch_size, name=name)
 
     total_steps = in_steps(config.train.duration, "train.duration")
+    if total_steps < 1:
+        raise ValueError(
+            f"train.duration={config.train.duration!r} is less than one step: {len(train_source)} training images in "
+            f"batches of {batch_size}; choose a smaller train.batch_size or a longer train.duration"
+        )
     peak = config.optim.base_lr * batch_size / 256
     warmup_steps = in_steps(config.optim.warmup, "optim.warmup")
     return Experiment(

@@ -7,6 +7,7 @@ test split.
 """
 
 import concurrent.futures
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -30,7 +31,8 @@ LEARNING_RATES = (1.6e-2, 3.2e-2)
 
 
 def demo(workdir: str | pathlib.Path, *, seeds: int = 3, compile_cache: str = "") -> dict:
-    """Runs what is not finished in `workdir`, prints the table, and writes result.json and two pictures.
+    """Runs what is not finished in `workdir`, prints the table, and writes result.json and, with matplotlib, two
+    pictures.
 
     Models this small use little of a processor, so several trainings run at once in separate processes.
     """
@@ -56,9 +58,12 @@ def demo(workdir: str | pathlib.Path, *, seeds: int = 3, compile_cache: str = ""
         "learning_rates": LEARNING_RATES,
     }
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw_losses(workdir)
-    draw_relations(workdir)
-    print(_table(result, workdir))
+    written = [workdir / "result.json"]
+    if importlib.util.find_spec("matplotlib"):
+        written += [draw_losses(workdir), draw_relations(workdir)]
+    print(_table(result, written))
+    if len(written) == 1:
+        print("Without matplotlib no pictures are drawn: pip install 'tinymim-jax[demo]', and run the command again")
     return result
 
 
@@ -119,7 +124,7 @@ def _encoder_size(run: pathlib.Path) -> int:
     return int(parameter_overview.count_parameters(load_params(run)[1]["encoder"]))
 
 
-def _table(result: dict, workdir: pathlib.Path) -> str:
+def _table(result: dict, written: list[pathlib.Path]) -> str:
     lines = [
         "",
         "| student, fine-tuned on 100 labels | top-1 | spread | parameters | pre-training | fine-tuning |",
@@ -137,6 +142,6 @@ def _table(result: dict, workdir: pathlib.Path) -> str:
         "",
         f"Top-1 on the 500 test digits, mean and standard deviation over {result['seeds']} seeds. The teacher has "
         f"{teacher['parameters']:,} parameters and took {teacher['seconds']:.0f} s.",
-        f"{workdir}/result.json, {workdir}/losses.png, {workdir}/relations.png",
+        ", ".join(map(str, written)),
     ]
     return "\n".join(lines)

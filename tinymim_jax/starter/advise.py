@@ -21,7 +21,7 @@ from tinymim_jax.starter.decisions import Decided, decided_for, runs_to_do
 from tinymim_jax.starter.distill import measured_knn
 from tinymim_jax.starter.forecast import FEWEST_POINTS, Forecast, forecast
 from tinymim_jax.starter.helpers import Failed, Helpers, Stopped
-from tinymim_jax.starter.request import Request, check_same
+from tinymim_jax.starter.request import Request, check_output, check_same
 from tinymim_jax.sweeps.running import ONE_BY_ONE, require_one_process
 
 ADVICE = "advice.json"
@@ -52,6 +52,7 @@ def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
     """
     output = pathlib.Path(request.output).expanduser().absolute()
     require_one_process("tinymim advise", str(output), ONE_BY_ONE)
+    check_output(output, request)
     check_same(output, request)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output), Helpers(output, request.compile_cache) as helpers:

@@ -34,7 +34,7 @@ def distill(
       data: folder of images, or what data.source takes.
       teacher: workdir of a run, converted checkpoint, PyTorch file or folder of the Hugging Face hub.
       output: folder of all results.
-      student: pico, nano, Ti, S or B.
+      student: pico, nano, hybrid, Ti, S or B.
       overrides: keys of the configs, or STAGE.KEY, with values: {"train.batch_size": 64}.
       options: those of `tinymim distill --help`: hours=4, no_labels=True, export="onnx", data_dir="/data".
 

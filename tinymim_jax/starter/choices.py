@@ -117,6 +117,24 @@ def choose(data: Data, teacher: Teacher, hardware: Hardware, configs: Mapping[st
     return chosen
 
 
+def larger_student(teacher: Teacher, config: Any) -> str:
+    """What to tell the user if the blocks of the student have as many weights as those of the teacher; else "".
+
+    Args:
+      config: of the student's training.
+    """
+    model, theirs = config.model, teacher.encoder
+    width = model.embed_dim or SIZES[model.variant]["embed_dim"]
+    depth = model.depth or SIZES[model.variant]["depth"]
+    if width**2 * depth < theirs["embed_dim"] ** 2 * theirs["depth"]:
+        return ""
+    return (
+        f"the student ({depth} blocks of width {width}) is no smaller than the teacher ({theirs['depth']} of width "
+        f"{theirs['embed_dim']}), so it costs more in use and is rarely better: choose a smaller --student "
+        f"({', '.join(STUDENTS)}) or a larger teacher"
+    )
+
+
 def fit_hours(
     stage: str, config: Any, measured: Measured, hours: float | None, *, alone: bool
 ) -> tuple[list[Choice], float]:

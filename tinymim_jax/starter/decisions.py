@@ -105,6 +105,8 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
     runs = runs_of(output, specs, chosen, request.overrides)
     check_points([Point("", 0, None, {}, {}, runs)], data_dir=request.data_dir)
     configs = {run.name: load_config(run.config, run.overrides) for run in runs}
+    if larger := choosing.larger_student(teacher, configs[STUDENT]):
+        log.warning("%s", larger)
     verdict = _whether_to_prepare(request, data, configs, measured)
     check_space(output, [(measured[name], config.checkpoint.keep) for name, config in configs.items()], verdict.needed)
     prepared = f"images_{verdict.short_side}" if verdict.pays else ""

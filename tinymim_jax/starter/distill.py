@@ -15,7 +15,7 @@ from tinymim_jax.runtime.workdir import read_result
 from tinymim_jax.starter.choices import CLASSIFIER, STUDENT, find_student
 from tinymim_jax.starter.decisions import Decided, decided_for, runs_to_do
 from tinymim_jax.starter.helpers import Failed, Helpers, Stopped, check_export
-from tinymim_jax.starter.request import Request, check_same
+from tinymim_jax.starter.request import Request, check_output, check_same
 from tinymim_jax.starter.timing import real_step
 from tinymim_jax.sweeps.points import Run
 from tinymim_jax.sweeps.running import ONE_BY_ONE, require_one_process
@@ -36,6 +36,7 @@ def run_distill(request: Request, *, dry_run: bool = False) -> int:
     output = pathlib.Path(request.output).expanduser().absolute()
     require_one_process("tinymim distill", str(output), ONE_BY_ONE)
     check_export(request.export, find_student(request.student))
+    check_output(output, request)
     check_same(output, request)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output), Helpers(output, request.compile_cache) as helpers:

@@ -104,7 +104,8 @@ class Helpers:
         if self._children.stopping or state.name == "interrupted":
             raise Stopped
         if state.name != "finished":
-            raise Failed(f"{run.name} {state.name}: {state.detail}\nThe log is {run.workdir / LOG}")
+            reason = _explained(state.detail, self._output)
+            raise Failed(f"{run.name} {state.name}: {reason}\nThe log is {run.workdir / LOG}")
 
     def export(self, checkpoint: pathlib.Path, output: pathlib.Path, to: str, *, logits: bool) -> str:
         """Exports the checkpoint and returns the path; "" for `to`='none'."""

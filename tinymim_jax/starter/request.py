@@ -61,6 +61,21 @@ class Request:
 EXPERIMENT = ("data", "teacher", "student", "hours", "preset", "labels", "finetune", "prepare", "overrides")
 
 
+def check_output(output: pathlib.Path, request: Request) -> None:
+    """Raises OSError or ValueError if `output` cannot be a folder of results, or lies in the folder of images.
+
+    In there, its converted images and the pictures of its reports would be taken for images and for a class.
+    """
+    if beyond := [path for path in (output, *output.parents) if path.exists() and not path.is_dir()]:
+        raise NotADirectoryError(f"--output {output}: {beyond[0]} is a file; name a folder, which need not exist yet")
+    _, _, place = source_name(request.data).partition(":")
+    if place and "://" not in place and output.resolve().is_relative_to(pathlib.Path(place).resolve()):
+        raise ValueError(
+            f"--output {output} is inside the images, {place}, where what it will hold would be read as images and as "
+            f"a class: choose a folder elsewhere, such as {pathlib.Path(place).parent / 'distilled'}"
+        )
+
+
 def check_same(output: pathlib.Path, request: Request) -> None:
     """Raises ValueError if `output` was begun with other arguments, naming them, or holds files of something else."""
     kept = read_choices(output)
