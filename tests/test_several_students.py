@@ -26,6 +26,7 @@ from tinymim_jax.models.vit import ViT
 from tinymim_jax.plan.build import plan_experiment
 from tinymim_jax.resume import check_same
 from tinymim_jax.sharding import make_mesh, place_batch
+from tinymim_jax.starter.teacher import find_teacher
 from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
 from tinymim_jax.sweeps.checks import check_points
 from tinymim_jax.sweeps.points import Point, Stage, make_runs
@@ -260,7 +261,9 @@ def test_weights_are_found_by_the_students_folder(run, data_dir, tmp_path):
     own = from_json(json.loads((path / "students" / "ti" / "config.json").read_text()))
     found = evaluate_checkpoint(own, path / "students" / "ti", data_dir=data_dir)
     assert found["loss"] == pytest.approx(result["ti"], rel=1e-4)
-    # Features, fine-tuning and a distillation that learns from one of them.
+    # Features, fine-tuning and distillations that learn from one of them.
+    found = find_teacher(f"{path}/students/ti", tmp_path / "converted")
+    assert (found.path, found.record["encoder"]["embed_dim"]) == (str((path / "students" / "ti").resolve()), 32)
     assert load(str(path / "students" / "ti")).embed(IMAGES).shape == (4, 32)
     words = [f"init={path}/students/ti", "model.embed_dim=32", "model.depth=3", "train.duration=1 steps"]
     train(small_config("finetune", *words, "optim.warmup=0 steps"), tmp_path / "tuned", data_dir=data_dir)

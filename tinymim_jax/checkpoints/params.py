@@ -109,6 +109,13 @@ def load_params(path: epath.PathLike, *, cnn: bool = False) -> tuple[dict[str, A
     raise CheckpointError(_not_a_checkpoint(path))
 
 
+def is_checkpoint(path: epath.PathLike) -> bool:
+    """Whether this folder is an export, a run or a student of a run, which `load_params` reads."""
+    path = _resolved(path)
+    parts = (path / "params").is_dir() or (path / "checkpoints").is_dir() or _is_student(path)
+    return parts and (path / "model.json").is_file()
+
+
 def load_record(path: epath.PathLike) -> dict[str, Any]:
     """The content of model.json of an export or a run, without its parameters. Raises CheckpointError without one."""
     path = _resolved(path)

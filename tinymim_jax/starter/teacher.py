@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from tinymim_jax.checkpoints.format import CheckpointError
-from tinymim_jax.checkpoints.params import load_params, save_params
+from tinymim_jax.checkpoints.params import is_checkpoint, load_params, save_params
 from tinymim_jax.convert import ConvertError, convert_file
 from tinymim_jax.convert.detect import AUTO
 from tinymim_jax.runtime.files import write_json
@@ -39,7 +39,7 @@ class Teacher:
 
 
 def find_teacher(given: str, converted: pathlib.Path) -> Teacher:
-    """Reads a run or converted checkpoint, or converts a PyTorch file or a folder of the Hugging Face hub.
+    """Reads a run, a student in it or a converted checkpoint, or converts a PyTorch file or a folder of the hub.
 
     Args:
       converted: folder for the converted checkpoint. A JSON file beside it names the files it was made from; if they
@@ -58,11 +58,11 @@ def find_teacher(given: str, converted: pathlib.Path) -> Teacher:
             f"--teacher {given} does not exist: give the workdir of a run, what `tinymim convert` wrote, a PyTorch "
             f"file, or a folder of the Hugging Face hub. Published teachers: {', '.join(TEACHERS)}"
         )
-    if _is_ours(path):
+    if is_checkpoint(path):
         where = path
     else:
         where, stamp, files = converted, converted.with_name(f"{converted.name}.json"), _files_of(path)
-        if not (_is_ours(converted) and stamp.exists() and json.loads(stamp.read_text()) == files):
+        if not (is_checkpoint(converted) and stamp.exists() and json.loads(stamp.read_text()) == files):
             model, params = _convert(path)
             converted.parent.mkdir(parents=True, exist_ok=True)
             save_params(converted, params, model, overwrite=True)
@@ -94,10 +94,6 @@ def choose_tap(record: dict[str, Any]) -> tuple[int, str]:
     if "decoder" in record and depth < _DEEP and depth > 2:
         return round(2 * depth / 3), f"two thirds of its {depth} blocks: the last ones serve MAE's decoder"
     return depth, "its last block, as in the paper for MAE ViT-B"
-
-
-def _is_ours(path: pathlib.Path) -> bool:
-    return (path / "model.json").is_file() and ((path / "params").is_dir() or (path / "checkpoints").is_dir())
 
 
 def _files_of(path: pathlib.Path) -> list[list[Any]]:

@@ -82,5 +82,6 @@ KNOWN: dict[str, KnownSet] = {
 def known_set(name: str) -> KnownSet:
     """The rules of a well-known set. Raises ValueError for other names."""
     if name not in KNOWN:
-        raise unknown("set of classes", name, KNOWN)
+        error = unknown("data.masks.classes", name, KNOWN)
+        raise ValueError(f"{error}, a file with a class a line, or a number of classes")
     return KNOWN[name]
