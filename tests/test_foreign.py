@@ -124,6 +124,18 @@ def test_names_that_several_releases_have():
         find_weights(patches, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "right"),
+    [("fb_dinov2_reg", "dinov3", "dinov2"), ("fb_dinov3", "dinov2", "dinov3"), ("hf_siglip", "beit", "siglip")],
+)
+def test_a_family_that_the_names_contradict(name, family, right):
+    """DINOv2 read as DINOv3 would have rotary positions, another eps and another licence."""
+    message = rf"--from {family}: the names of its tensors are those of {right},.*: --from {right}, or auto"
+    with pytest.raises(ConvertError, match=message):
+        converted(name, family)
+    assert converted(name, right)[0]["source"]["family"] == right
+
+
 def test_files_that_hold_something_else(tmp_path):
     from safetensors.numpy import save_file
 

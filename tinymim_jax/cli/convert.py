@@ -118,8 +118,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"  left out: {text}")
     if "not_read" in source:
         print(f"  not read: {', '.join(source['not_read'])}")
-    if "licence" in source:
-        print(f"  licence of the weights: {source['licence']} (kept in model.json, also of what is trained from them)")
+    if "licence" in source or not model.get("lineage"):
+        licence = source.get("licence", "unknown; --licence names it")
+        print(f"  licence of the weights: {licence} (kept in model.json, also of what is trained from them)")
     for text in source.get("notes", []):
         print(f"  note: {text}")
     print("\n".join(described(model["preprocessing"], classifier="classifier" in model or "segmenter" in model)))

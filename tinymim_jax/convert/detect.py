@@ -13,6 +13,8 @@ from tinymim_jax.convert.state_dict import Found, find_state_dict
 
 AUTO = "auto"
 _MAX_NESTING = 4
+# Families some models of which have the names that usually show the other: DeiT III in timm's names, CoCa's poolers.
+_ALIKE = ({"dinov2", "deit3"}, {"clip", "pe"})
 
 
 def find_weights(
@@ -46,6 +48,21 @@ def find_weights(
     if candidates:
         raise ConvertError(f"models of {' and '.join(candidates)} have these names: choose by --from {candidates[0]}")
     return _plain(found, config), found
+
+
+def check_family(family: str, found: Found, config: Mapping[str, Any]) -> None:
+    """Raises ConvertError where names show another family of PUBLISHED than the one given, unless config.json says so.
+
+    Families differ in what tensors do not show, such as eps and rotary positions.
+    """
+    names = {name for name in found.state if isinstance(name, str)}
+    shown = families_of(names, {})
+    alike = {each for group in _ALIKE if group & set(shown) for each in group}
+    if shown and family not in {*shown, *alike, *families_of(names, config)}:
+        raise ConvertError(
+            f"--from {family}: the names of its tensors are those of {' and '.join(shown)}, whose models compute "
+            f"something else: --from {shown[0]}, or auto"
+        )
 
 
 def usual_network(data: Any) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from tinymim_jax.convert.architecture import Heads
 from tinymim_jax.convert.cnn import find_cnn, from_cnn
 from tinymim_jax.convert.conversion import family_of, fitting_families, from_state_dict
-from tinymim_jax.convert.detect import AUTO, find_weights, names_in, usual_network
+from tinymim_jax.convert.detect import AUTO, check_family, find_weights, names_in, usual_network
 from tinymim_jax.convert.errors import ConvertError
 from tinymim_jax.convert.families.jax_names import to_timm
 from tinymim_jax.convert.families.published import PUBLISHED
@@ -151,7 +151,9 @@ def _found(
         return find_weights(data, said, use=use, prefix=prefix)
     if family in PUBLISHED:
         anchor = anchor_of(names_in(data)) or "patch_embed.proj.weight"
-        return family, find_state_dict(data, anchor, use=use or usual_network(data), prefix=prefix)
+        found = find_state_dict(data, anchor, use=use or usual_network(data), prefix=prefix)
+        check_family(family, found, said)
+        return family, found
     if family == AUTO:  # what `tinymim export` wrote says its own architecture
         found = find_state_dict(data, "patch_embed.proj.weight", use=use, prefix=prefix)
         return (fitting_families(found.state) or ["vit"])[-1], found
