@@ -174,8 +174,8 @@ def test_what_is_no_checkpoint_gets_advice(run, tmp_path):
     (bare / "checkpoints").mkdir(parents=True)
     (bare / "model.json").write_text("{}")
     for path, advice in [
-        (tmp_path / "nowhere", "does not exist.*tinymim convert --from {mae,tinymim,.*,vit} --input FILE.pth"),
-        (tmp_path / "mae.pth", f"is a file.*tinymim convert --from .* --input {tmp_path}/mae.pth"),
+        (tmp_path / "nowhere", "does not exist.*tinymim convert --input FILE.pth --output"),
+        (tmp_path / "mae.pth", f"is a file.*tinymim convert --input {tmp_path}/mae.pth --output"),
         (tmp_path / "photos", "is not an export .* or the --workdir of a run"),
         (run / "checkpoints", f"Did you mean {run}"),
         (run / "checkpoints" / "2", f"Did you mean {run}"),

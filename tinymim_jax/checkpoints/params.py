@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 STUDENTS = "students"
 """Of a run with several students: the key of the parameters of all but the first, and the folder with their records."""
 
-_CONVERT = "tinymim convert --from {{mae,tinymim,tinymim_star,vit}} --input {file} --output DIRECTORY"
+_CONVERT = "tinymim convert --input {file} --output DIRECTORY"
 
 
 def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any], *, overwrite: bool = False) -> None:
