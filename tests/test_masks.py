@@ -3,7 +3,9 @@
 import io
 import logging
 import pickle
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -229,6 +231,21 @@ def test_what_stored_values_mean(mode, stored, rules, want):
     labels = rules.labels(mask(*stored, mode=mode))
     assert labels.dtype == rules.dtype and labels.shape == (4, 6)  # noqa: PT018
     assert (labels[0, 0], labels[0, -1]) == want
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_greys_of_few_bits_are_read_as_they_are_stored(bits):
+    """A PNG written byte by byte; Pillow itself would scale its values so that white is 255."""
+    values = np.arange(8, dtype=np.uint8)[None] % 2**bits
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
+    packed = np.packbits(np.unpackbits(values.reshape(-1, 1), axis=1)[:, -bits:]).tobytes()
+    rows = zlib.compress(b"\0" + packed)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(MaskRules(16).labels(png), values)
 
 
 def test_masks_of_colours(tmp_path):

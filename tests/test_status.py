@@ -1,5 +1,6 @@
 """`tinymim status`: every stage of a run, as text and as JSON; runs in a bucket."""
 
+import argparse
 import fcntl
 import json
 import subprocess
@@ -13,6 +14,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tinymim_jax import metrics
+from tinymim_jax.cli import status
 from tinymim_jax.cli.status import find_runs, read_run
 from tinymim_jax.config import load_config
 from tinymim_jax.metrics import Writer, read
@@ -21,6 +23,7 @@ from tinymim_jax.runtime import heartbeat
 from tinymim_jax.runtime import workdir as workdirs
 from tinymim_jax.runtime.goodput import LOSSES
 from tinymim_jax.runtime.locks import LOCK, Busy
+from tinymim_jax.runtime.progress import Progress
 
 SECONDS = dict.fromkeys(LOSSES, 0.0) | {"steps": 90.0, "evaluation": 10.0}
 
@@ -259,3 +262,20 @@ def test_a_closed_output_is_no_error(tmp_path):
     assert process.stderr.read() == ""
     process.stderr.close()
     process.wait(timeout=100)
+
+
+def test_names_of_runs_below_the_current_folder(tmp_path, monkeypatch, capsys):
+    for name in ("bad1", "good2"):
+        make_run(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    status.run(argparse.Namespace(workdir=".", json=False))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["bad1", "good2", "2"]
+
+
+def test_a_report_directly_after_compiling_has_no_speed():
+    progress = Progress(total_steps=10, batch_size=4, start_step=0)
+    progress.restart(1)  # the first step is compiled, and not measured
+    numbers, text = progress.report(1)
+    assert text == "speed not measured yet"
+    assert not {"images_per_second", "eta_seconds"} & set(numbers)
+    assert {"images_per_second", "eta_seconds"} < set(progress.report(2)[0])

@@ -144,11 +144,13 @@ class RunLog:
         lr, skipped = float(self._schedule(step - 1)), int(state.skipped)
         counts = {"skipped": skipped, "substituted": substituted}
         self._writer.write(step, figures | speed | {"lr": lr} | counts | shares(self._goodput.seconds()))
+        known = {name: speed[name] for name in ("images_per_second", "eta_seconds", "data_wait") if name in speed}
+        if "images_per_second" in known:
+            known["seconds_per_step"] = self._experiment.batch_size / known["images_per_second"]
         self._heart.note(
             stage="training",
             reported=time.time(),
-            seconds_per_step=self._experiment.batch_size / speed["images_per_second"],
-            **{name: speed[name] for name in ("images_per_second", "eta_seconds", "data_wait")},
+            **known,
             **counts,
             train=_finite(figures),
         )

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     found = [read_run(path) for path in find_runs(root)]
     if not found:
         raise FileNotFoundError(f"no run has begun in {root}: give the --workdir of a run, a sweep or a chain")
-    names = [row["workdir"][len(os.fspath(root)) :].strip("/") for row in found]
+    names = [_below(os.fspath(root), row["workdir"]) for row in found]
     if options.json:
         for row in found:
             print(json.dumps(row))
@@ -59,6 +59,11 @@ def run(options: argparse.Namespace) -> int:
     codes = [_CODES.get(row["stage"], EXIT_RUNNING) for row in found]
     order = (ERROR, STALLED, PREEMPTED, EXIT_RUNNING, DONE)
     return min(codes, key=order.index)
+
+
+def _below(root: str, path: str) -> str:
+    """The part of `path` below `root`; "" for `root` itself. Paths below "." do not begin with it."""
+    return "" if path == root else path.removeprefix(root.rstrip("/") + "/")
 
 
 def in_full(row: dict[str, Any]) -> str:

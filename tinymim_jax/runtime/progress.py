@@ -58,17 +58,17 @@ class Progress:
         self._step, self._time, self._waited, self._longest_wait = step, time.perf_counter(), 0.0, 0.0
 
     def report(self, step: int) -> tuple[dict[str, float], str]:
-        """Speed, remaining seconds and time spent waiting for data since the last call: as figures and as text."""
-        now = time.perf_counter()
-        elapsed = max(now - self._time, 1e-9)
-        per_step = elapsed / max(step - self._step, 1)
-        numbers = {
-            "images_per_second": self._batch_size / per_step,
-            "data_wait": self._waited / elapsed,
-            "longest_data_wait_seconds": self._longest_wait,
-            "eta_seconds": per_step * (self._total - step),
-        }
+        """Time spent waiting for data since the last call, speed and remaining seconds: as figures and as text.
+
+        Directly after `restart` no step has been measured: there is no speed then, nor a remaining time.
+        """
+        elapsed, steps = max(time.perf_counter() - self._time, 1e-9), step - self._step
+        numbers = {"data_wait": self._waited / elapsed, "longest_data_wait_seconds": self._longest_wait}
         self.restart(step)
+        if steps < 1:
+            return numbers, "speed not measured yet"
+        per_step = elapsed / steps
+        numbers |= {"images_per_second": self._batch_size / per_step, "eta_seconds": per_step * (self._total - step)}
         text = (
             f"{numbers['images_per_second']:,.0f} images/s | data wait {numbers['data_wait']:.0%} | "
             f"ETA {format_seconds(numbers['eta_seconds'])}"

@@ -165,7 +165,7 @@ def read_mask(data: bytes) -> tuple[np.ndarray, str]:
     if mode == "1":
         return np.asarray(image).astype(np.uint8), mode
     if mode in ("L", "P"):
-        return np.asarray(image), mode
+        return np.asarray(image) // _scale_of_greys(data), mode
     if mode in ("LA", "PA"):
         return np.asarray(image)[..., 0], mode
     if mode in _COLOUR_MODES:
@@ -177,3 +177,10 @@ def read_mask(data: bytes) -> tuple[np.ndarray, str]:
             "save whole numbers of 8 or 16 bits"
         )
     return values.astype(np.uint16), mode
+
+
+def _scale_of_greys(data: bytes) -> int:
+    """What Pillow multiplies the stored values by, so that white is 255: 1, but for grey PNG of 2 and 4 bits."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[25] != 0:  # the header's kind of colour: 0 is grey
+        return 1
+    return {2: 85, 4: 17}.get(data[24], 1)
