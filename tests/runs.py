@@ -76,14 +76,15 @@ def run_steps(config, data_dir, mesh, steps: int, states: list | None = None):
     _, fresh = init_state(task, optimizer, paths, mesh, root, ema=config.train.ema)
     step = make_train_step(task, optimizer, paths, mesh, accumulate=config.train.accumulate, ema=config.train.ema)
     state, losses = fresh(), []
-    states = [] if states is None else states
-    states.append(jax.device_get(state))
+    if states is not None:
+        states.append(jax.device_get(state))
     with training_batches(experiment, start_step=0, workers=0) as batches:
         for _ in range(steps):
             recorded = no_averages((*task.names, "gradient_norm"))
             state, recorded, _ = step(state, recorded, frozen, place_batch(mesh, next(batches)), root)
             losses.append(compute(recorded)["loss"])
-            states.append(jax.device_get(state))
+            if states is not None:
+                states.append(jax.device_get(state))
     return state, np.array(losses), before, jax.device_get(frozen)
 
 
