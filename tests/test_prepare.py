@@ -160,7 +160,9 @@ def test_a_set_without_classes(tmp_path):
     )
     assert sorted(records[0]) == ["file_name", "image"]
     assert records[4]["image"] == Photographs(5)[4]["image"]
-    assert read_report(folder)["splits"]["train"]["without_class"] == 5
+    report = read_report(folder)
+    assert report["splits"]["train"]["without_class"] == 5
+    assert "no class labels" in table(report)
 
 
 def test_every_worker_dies_and_it_is_told(tmp_path):

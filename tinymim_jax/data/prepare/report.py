@@ -53,7 +53,9 @@ def table(report: Mapping[str, Any]) -> str:
                 f"  {len(split['classes']):,} classes: fewest {fewest[1]:,} ({fewest[0]}), "
                 f"most {most[1]:,} ({most[0]}), mean {mean:,.1f}"
             )
-        if split["without_class"]:
+        if not split["classes"]:
+            lines.append("  no class labels")
+        elif split["without_class"]:
             lines.append(f"  images without a class: {split['without_class']:,}")
         for side in ("width", "height", "short_side"):
             values = [str(split[side][str(percent)]) for percent in _QUANTILES]
