@@ -7,6 +7,7 @@ from runs import SMALL
 
 from configs.study import at_once, losses, relation_family, targets
 from tinymim_jax.config import load_config
+from tinymim_jax.sweeps.points import make_runs, read_stages
 from tinymim_jax.sweeps.sweep import read_points
 from tinymim_jax.train import train
 
@@ -54,3 +55,13 @@ def test_each_arm_is_a_student_with_its_own_rate(tmp_path, mae_run, data_dir):
         own = json.loads((student / "config.json").read_text())
         found[student.name] = (own["distill"]["target"], own["optim"]["base_lr"], own["distill"]["mask_ratio"])
     assert found == {"qk_vv_16": ("qk_vv", 0.016, 0.75), "both_64": ("output + qk_vv", 0.064, 0.75)}
+
+
+def test_as_a_chain_each_student_is_fine_tuned(tmp_path):
+    words = {"distill.teacher.path": "teacher", "seed": 1}
+    students, *classifiers = make_runs(read_stages(f"{FILE}:recipes,qk_vv_16,both_64"), tmp_path, words)
+    assert set(load_config(students.config, students.overrides).distill.students) == {"qk_vv_16", "both_64"}
+    for name, run in zip(("qk_vv_16", "both_64"), classifiers, strict=True):
+        config = load_config(run.config, run.overrides)
+        assert (run.name, config.init) == (name, str(tmp_path / "students" / "students" / name))
+        assert (config.task, config.seed, config.train.duration) == ("classify", 1, "250 steps")

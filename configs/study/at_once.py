@@ -10,8 +10,11 @@ patches, which makes a step several times cheaper.
     distill.teacher.path=runs/study/teacher
   tinymim knn runs/study/targets/students/output_32
 
-FILE:TABLE,128,256 trains all arms at these rates; FILE:TABLE,qk_vv_32,output_64 these arms at these rates, for further
-seeds.
+FILE:TABLE,128,256 trains all arms at these rates; FILE:TABLE,qk_vv_64,output_64 these arms at these rates. As a chain,
+each student is fine-tuned after that, and table.md has the accuracies:
+
+  tinymim chain configs/study/at_once.py:recipes,qk_vv_64,output_64 --workdir runs/study/recipes_1 seed=1 \\
+    distill.teacher.path=runs/study/teacher
 """
 
 from configs import base, cifar10
@@ -45,18 +48,34 @@ TABLES = {
 
 
 def get_config(argument: str = "targets"):
-    table, *chosen = argument.split(",")
-    if table not in TABLES:
-        raise ValueError(f"configs/study/at_once.py:{argument} is unknown. Tables: {', '.join(TABLES)}")
     config = cifar10.get_config("distill")
     config.distill.mask_ratio = 0.75
     config.optim.base_lr = 0.032
     config.optim.warmup = "50 steps"
     config.train.duration = "500 steps"
-    for arm, rate in _arms(table, chosen):
-        lr_scale = float(rate) * 1e-3 / config.optim.base_lr
-        config.distill.students[f"{arm}_{rate}"] = base.further_student(**TABLES[table][arm], lr_scale=lr_scale)
+    for name, changes, rate in _students(argument):
+        config.distill.students[name] = base.further_student(**changes, lr_scale=rate / config.optim.base_lr)
     return config
+
+
+def get_chain(argument: str = "targets"):
+    """Distils the students, then fine-tunes each, half as long as in configs/cifar10.py."""
+    finetune = {"train.duration": "250 steps", "optim.warmup": "25 steps"}
+    return [
+        ("students", f"at_once.py:{argument}", {}),
+        *(
+            (name, "../cifar10.py:finetune", finetune | {"init": f"{{students}}/students/{name}"})
+            for name, _, _ in _students(argument)
+        ),
+    ]
+
+
+def _students(argument: str) -> list[tuple[str, dict, float]]:
+    """Of each student that the argument chooses its name, what it changes, and its learning rate."""
+    table, *chosen = argument.split(",")
+    if table not in TABLES:
+        raise ValueError(f"configs/study/at_once.py:{argument} is unknown. Tables: {', '.join(TABLES)}")
+    return [(f"{arm}_{rate}", TABLES[table][arm], float(rate) * 1e-3) for arm, rate in _arms(table, chosen)]
 
 
 def _arms(table: str, chosen: list[str]) -> list[tuple[str, str]]:
