@@ -177,6 +177,29 @@ def test_the_command_compares_and_converts_back(words, saved, tmp_path, capsys):
     assert back.segment(image).colours == there.segment(image).colours
 
 
+@pytest.mark.parametrize(("head", "difference", "kept"), [("mask", 5e-6, True), ("mask", 2e-5, False),
+                                                          ("linear", 5e-6, False)])  # fmt: skip
+def test_the_command_allows_mask_heads_more_rounding(head, difference, kept, tmp_path, capsys, monkeypatch):
+    honest = exporting.RUNNERS["onnx"]
+
+    def shifted(path, threads):
+        runner = honest(path, threads)
+
+        def run(pixels):
+            found = runner.run(pixels)
+            return found + difference * max(1, np.abs(found).max())
+
+        return exporting.Runner("shifted", runner.prepare, run)
+
+    monkeypatch.setitem(exporting.RUNNERS, "onnx", shifted)
+    record, params = make(head)
+    save_params(tmp_path / "checkpoint", params, record)
+    path = tmp_path / "model.onnx"
+    code, _, err = run(capsys, "export", tmp_path / "checkpoint", "--to", "onnx", "--output", path)
+    assert (code, path.exists()) == ((0, True) if kept else (1, False)), err
+    assert kept or f"more than {1e-5 if head == 'mask' else 2e-6:.0e} of the largest output" in err
+
+
 def test_a_class_map_that_differs_is_not_kept(saved, tmp_path, capsys, monkeypatch):
     honest = exporting.RUNNERS["onnx"]
 

@@ -20,7 +20,8 @@ others     .safetensors with the tensor names of PyTorch code: those of MAE's or
 original   .safetensors with the names of the file that a model of another family was converted from
 
 The exported program is run in its own runtime, where that is installed, against jax; the largest difference is printed,
-and a float32 file that differs by more than 2e-6 of the largest output is not kept.
+and a float32 file that differs by more than 2e-6 of the largest output (with segmentation's head mask: 1e-5) is not
+kept.
 
   tinymim export runs/b_finetuned --to onnx --output tinymim_b.onnx
   tinymim export runs/b_finetuned --to onnx --int8 --data imagenet2012@validation --output tinymim_b_int8.onnx

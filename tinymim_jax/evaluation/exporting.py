@@ -28,6 +28,9 @@ from tinymim_jax.ops.color import normalize
 PROGRAMS = ("onnx", "litert", "stablehlo", "hub")
 # Largest difference from jax in float32, of the largest output (or of 1, where all are smaller).
 LIMIT = 2e-6
+# The same with a segmentation's head `mask`, whose last norm divides by how much the classes differ and so enlarges
+# rounding: 2.5e-6 was measured of a network that had learned CamVid.
+MASK_LIMIT = 1e-5
 # With so few images, a difference that depends on the batch size shows; int8 needs more to count agreement.
 _BATCHES = (1, 3, 8)
 _IMAGES, _INT8_IMAGES = 8, 256
@@ -122,7 +125,8 @@ def export(
       options: of the format: opset, batch.
 
     Raises:
-      ValueError: the file differs from jax by more than LIMIT, and was not kept; or an option is not the format's.
+      ValueError: the file differs from jax by more than LIMIT (or MASK_LIMIT), and was not kept; or an option is not
+        the format's.
     """
     output = pathlib.Path(output).expanduser()
     if not output.absolute().parent.is_dir():
@@ -215,9 +219,10 @@ def _check(path: pathlib.Path, network: Network, to: str, int8: bool, views: np.
     text = f"{found.runtime} against jax on {named}: largest difference {found.difference:.1e}{answers}"
     if int8:
         return text if found.cosine is None else f"{text}, smallest cosine {found.cosine:.4f}"
-    if not found.difference <= LIMIT:
+    limit = MASK_LIMIT if network.labels_pixels and network.segmenter.head == "mask" else LIMIT
+    if not found.difference <= limit:
         raise ValueError(
-            f"{text}. That is more than {LIMIT:.0e} of the largest output, so the file was not kept; please report "
+            f"{text}. That is more than {limit:.0e} of the largest output, so the file was not kept; please report "
             "it with the versions of jax and of the runtime"
         )
     return text
