@@ -366,6 +366,7 @@ def test_a_run_of_an_older_version_lacks_keys(tmp_path):
     old = json.loads(json.dumps(config.to_dict()))
     del old["data"]["crops"], old["classify"]["mixup"]
     (tmp_path / "config.json").write_text(json.dumps(old))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert check_same(tmp_path, config) == {}
     now = load_config("configs/digits.py:finetune", ["data.crops=2", "seed=1"])
     with pytest.raises(ValueError, match=r"data\.crops: 1 there, 2 here\n +seed: 0 there, 1 here\n"):

@@ -85,6 +85,39 @@ def test_another_number_of_images_is_refused(run, tmp_path):
         train(on_set(moved), run)
 
 
+@pytest.mark.parametrize(
+    ("mistake", "message"), [("model.heads=5", "heads"), ("optim.warmup=9 steps", "does not fit into 4 steps")]
+)
+def test_a_first_command_with_a_mistake_does_not_claim_the_workdir(mistake, message, images, trained, tmp_path, caplog):
+    with pytest.raises(ValueError, match=message):
+        train(on_set(images, mistake), tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").exists()
+    (tmp_path / "run" / "students" / "old").mkdir(parents=True)
+    with caplog.at_level(logging.INFO, logger="tinymim_jax"):
+        result = train(on_set(images), tmp_path / "run")
+    assert result == pytest.approx(json.loads((trained / "result.json").read_text()))
+    assert f"{mistake.split('=')[0]} was" in caplog.text
+    assert "nothing was trained in" in caplog.text
+    assert (tmp_path / "run" / "config.json").read_text() == (trained / "config.json").read_text()
+    assert not (tmp_path / "run" / "students").exists()
+
+
+def test_a_run_that_ended_in_its_first_step_may_get_other_data_and_another_length(images, tmp_path, monkeypatch):
+    def fails(*_):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tinymim_jax.train._loop", fails)
+        with pytest.raises(MemoryError):
+            train(on_set(images), tmp_path / "run")
+    assert (tmp_path / "run" / "resume.json").exists()
+    others = make_set(tmp_path / "set", images=5)
+    train(on_set(others, "train.duration=2 steps", "train.batch_size=8"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "resume.json").read_text())["train_images"] == 15
+    with pytest.raises(ValueError, match="another experiment"):
+        train(on_set(others, "train.duration=2 steps", "train.batch_size=16"), tmp_path / "run")
+
+
 def test_moved_data_and_technical_settings_may_change(run, trained, tmp_path, caplog):
     moved = make_set(tmp_path / "set")
     changes = ["train.log_every=2", "train.accumulate=2", "checkpoint.keep=1", "checkpoint.every_minutes=5.0"]
@@ -112,6 +145,7 @@ def test_micro_batches_may_not_change_under_batch_norm(tmp_path):
         after.train.accumulate = 2
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(as_json(before)))
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1}\n')
         if name == "classify":
             assert check_same(tmp_path / name, after) == {"train.accumulate": (1, 2)}
             continue

@@ -10,8 +10,10 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from tinymim_jax.checkpoints.params import STUDENTS
 from tinymim_jax.class_names import describe_difference
 from tinymim_jax.config import from_json
+from tinymim_jax.metrics import LINES
 from tinymim_jax.runtime.exits import is_first
 from tinymim_jax.runtime.files import with_retries, write_json
 from tinymim_jax.runtime.progress import steps
@@ -72,6 +74,8 @@ def recorded_micro_batches(workdir: epath.Path) -> int:
 def check_same(workdir: epath.Path, config: ConfigDict, *, extend: bool = False) -> dict[str, tuple[Any, Any]]:
     """The keys in which `config` differs from that of the run in `workdir`, with both values; {} for a new workdir.
 
+    Where nothing was trained, because the first command had a mistake, all keys may differ.
+
     Args:
       extend: a longer train.duration is accepted. Whether it is longer is checked by `accept`.
 
@@ -88,6 +92,8 @@ def check_same(workdir: epath.Path, config: ConfigDict, *, extend: bool = False)
     refused = [
         key for key in changes if key in fixed or not (_may_change(key, *changes[key], recorded) or key == _DURATION)
     ]
+    if (refused or _DURATION in changes) and not _was_trained(workdir):
+        return changes
     if refused:
         why = "\nBatch norm averages over a micro-batch, so their number changes what is trained" if fixed else ""
         raise ValueError(
@@ -138,7 +144,10 @@ def accept(
 
     Raises ValueError for a duration that is not longer.
     """
-    if _DURATION in changes:
+    trained = _was_trained(workdir)
+    if changes and not trained:
+        log.info("nothing was trained in %s with another config: it begins anew with this one", workdir)
+    if _DURATION in changes and trained:
         old, new = (
             steps(duration, examples=inputs.train_images, batch_size=config.train.batch_size, name=_DURATION)
             for duration in changes[_DURATION]
@@ -152,10 +161,12 @@ def accept(
         log.info("%s was %r and is now %r", key, old, new)
     if not is_first():
         return
-    if _DURATION in changes:
+    if _DURATION in changes and trained:
         (workdir / RESULT).unlink(missing_ok=True)
     if changes:
         write_json(workdir / CONFIG, as_json(config))
+    if changes and not trained and (students := workdir / STUDENTS).exists():
+        students.rmtree()  # descriptions of the students of the other config
     record = dataclasses.asdict(inputs) | {"class_names": list(inputs.class_names)}
     if record != _recorded(workdir):
         write_json(workdir / _RECORD, record)
@@ -176,7 +187,19 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _recorded(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / _RECORD
-    return json.loads(with_retries(path.read_text, f"reading {path}")) if path.exists() else {}
+    if not path.exists() or not _was_trained(workdir):
+        return {}
+    return json.loads(with_retries(path.read_text, f"reading {path}"))
+
+
+def _was_trained(workdir: epath.Path) -> bool:
+    """Whether the workdir has a result, figures of a step, or a checkpoint."""
+    folder = epath.Path(workdir)
+    return (
+        (folder / RESULT).exists()
+        or ((rows := folder / LINES).exists() and rows.stat().length > 0)
+        or ((saved := folder / "checkpoints").exists() and any(saved.iterdir()))
+    )
 
 
 def _may_change(key: str, old: Any, new: Any, recorded: bool) -> bool:
