@@ -101,6 +101,14 @@ def trained(config, data_dir, steps=3):
     return state, rows
 
 
+def test_what_is_said_of_a_teacher_is_said_once(folder, caplog):
+    with caplog.at_level("INFO", logger="tinymim_jax"):
+        task_of(distill(folder, *students(other=(MODEL, OWN), third=(MODEL, {}))))
+    said = [record.getMessage() for record in caplog.records if "pixels are normalized" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("distill.teacher: ")
+
+
 def test_each_student_is_trained_as_it_would_be_alone(folder, data_dir):
     """Three steps with clipped gradients, layer decay, micro-batches and a moving average, against each one's own."""
     words = ["optim.clip_norm=0.05", "optim.layer_decay=0.7", "train.accumulate=2", "train.ema=0.5"]

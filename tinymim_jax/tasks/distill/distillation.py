@@ -30,10 +30,10 @@ from tinymim_jax.tasks.distill.pairs import (
     widened,
 )
 from tinymim_jax.tasks.distill.parts import Part
-from tinymim_jax.tasks.distill.settings import FIRST, errors_of, key_of
+from tinymim_jax.tasks.distill.settings import FIRST, errors_of
 from tinymim_jax.tasks.distill.teacher_networks import teacher_network
 from tinymim_jax.tasks.distill.views import build_inputs
-from tinymim_jax.tasks.pretrained import Loaded, started_encoder, teacher_pixels
+from tinymim_jax.tasks.pretrained import Loaded, Numbers, started_encoder
 from tinymim_jax.tasks.task import RUNNING, Batch, Params
 
 
@@ -159,13 +159,16 @@ class Distillation:
 
 
 def build_distillations(
-    parts: Sequence[Mapping[str, ConfigDict]], loaded: Mapping[str, Loaded]
+    parts: Sequence[Mapping[str, ConfigDict]],
+    loaded: Mapping[str, Loaded],
+    pixels: Mapping[str, tuple[Numbers, Numbers]],
 ) -> tuple[Distillation, ...]:
     """The distillation in each part of a training; their parameters and the names of their losses are the same.
 
     Args:
       parts: for each teacher, by its name, the settings in that part of the training, see `teacher_settings`.
       loaded: for each teacher its checkpoint.
+      pixels: for each teacher the mean and standard deviation by which its images are normalized.
 
     Raises ValueError where student, teachers and targets do not fit each other.
     """
@@ -179,7 +182,7 @@ def build_distillations(
     teachings = []
     for name, each in compared.items():
         with errors_of(name):
-            teachings.append(_teachings(name, parts[-1][name], student, each, loaded[name]))
+            teachings.append(_teachings(name, parts[-1][name], student, each, pixels[name]))
     mim, shown = pixel_prediction(distill, student), _moving_blocks(compared)
     pairs = [pair for parts_of_one in teachings for pair in parts_of_one[-1].every]
     (hidden,) = {find_hidden(pairs, student, each[-1].inputs) for each in teachings}
@@ -220,14 +223,13 @@ def _compared_blocks(settings: Sequence[ConfigDict], name: str, student: ViT, lo
 
 
 def _teachings(
-    name: str, config: ConfigDict, student: ViT, compared: _Compared, loaded: Loaded
+    name: str, config: ConfigDict, student: ViT, compared: _Compared, pixels: tuple[Numbers, Numbers]
 ) -> tuple[Teaching, ...]:
     """One for each part of the training."""
     distill, teacher = config.distill, compared.network
     moving = compared.every if len(compared.parts) > 1 else None
     parts = [make_pairs(distill, student, teacher, now, every=moving) for now in compared.parts]
     every = tuple({pair.key: pair for pairs in parts for pair in pairs}.values())
-    pixels = teacher_pixels(loaded, distill.teacher.mean, distill.teacher.std, key_of(name))
     inputs = build_inputs(config, student, teacher, pixels)
     check_targets(every, student, teacher, inputs.prefix)
     check_final(every, student, teacher)

@@ -29,7 +29,16 @@ from tinymim_jax.tasks.distill.settings import (
 )
 from tinymim_jax.tasks.distill.teacher_networks import frozen_weights, load_teacher, used_weights
 from tinymim_jax.tasks.distill.teachers import teacher_stand_in
-from tinymim_jax.tasks.pretrained import Loaded, fill_encoder, load, log_unused, same_part, teacher_record
+from tinymim_jax.tasks.pretrained import (
+    Loaded,
+    Numbers,
+    fill_encoder,
+    load,
+    log_unused,
+    same_part,
+    teacher_pixels,
+    teacher_record,
+)
 from tinymim_jax.tasks.stand_in import StandIn, init_stand_in
 from tinymim_jax.tasks.task import Batch, Params, Phase, Student, Task, TaskType
 
@@ -42,10 +51,10 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
     for name, own in settings[-1].items():
         with errors_of_student(name):
             _check_targets(own)  # a misspelled target is reported before a missing teacher
-    loaded, methods = _load_teachers(config), {}
+    (loaded, pixels), methods = _load_teachers(config), {}
     for name in settings[-1]:
         with errors_of_student(name):
-            methods[name] = build_distillations([teacher_settings(own[name]) for own in settings], loaded)
+            methods[name] = build_distillations([teacher_settings(own[name]) for own in settings], loaded, pixels)
     students = {
         name: _student(config, name, own, methods[name][-1], loaded) for name, own in student_settings(config).items()
     }
@@ -72,12 +81,15 @@ def _check_targets(config: ConfigDict) -> None:
             read_parts(own.distill.target)
 
 
-def _load_teachers(config: ConfigDict) -> dict[str, Loaded]:
-    loaded = {}
+def _load_teachers(config: ConfigDict) -> tuple[dict[str, Loaded], dict[str, tuple[Numbers, Numbers]]]:
+    """The checkpoints of the teachers, and the mean and standard deviation of what each is shown, by their names."""
+    loaded, pixels = {}, {}
     for name, own in teacher_settings(config).items():
         with errors_of(name):
-            loaded[name] = load_teacher(own.distill.teacher)
-    return loaded
+            teacher = own.distill.teacher
+            loaded[name] = load_teacher(teacher)
+            pixels[name] = teacher_pixels(loaded[name], teacher.mean, teacher.std, key_of(name))
+    return loaded, pixels
 
 
 def _student(
