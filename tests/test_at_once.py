@@ -42,7 +42,7 @@ def test_rates_and_arms_are_chosen_by_the_argument():
     with pytest.raises(ValueError, match=r"Tables: targets, losses"):
         load_config(f"{FILE}:target")
     for wrong in ("qk_16", "qk_vv", "16,output_32"):
-        with pytest.raises(ValueError, match="is no arm and rate of recipes: write qk_vv_32"):
+        with pytest.raises(ValueError, match=r"is no arm and rate of recipes: .*qk_vv_32\. Arms: qk_vv, output"):
             load_config(f"{FILE}:recipes,{wrong}")
 
 

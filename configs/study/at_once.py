@@ -85,5 +85,8 @@ def _arms(table: str, chosen: list[str]) -> list[tuple[str, str]]:
     pairs = [tuple(word.rsplit("_", 1)) for word in chosen]
     for word, pair in zip(chosen, pairs):
         if len(pair) != 2 or pair[0] not in TABLES[table] or not pair[1].isdecimal():
-            raise ValueError(f"{word!r} is no arm and rate of {table}: write {next(iter(TABLES[table]))}_32")
+            raise ValueError(
+                f"{word!r} is no arm and rate of {table}: write ARM_RATE, such as {next(iter(TABLES[table]))}_32. "
+                f"Arms: {', '.join(TABLES[table])}"
+            )
     return pairs
