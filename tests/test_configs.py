@@ -236,6 +236,13 @@ def test_configs_of_a_task_have_the_same_keys():
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
+        (["train.base_lr=1"], ValueError, r"did you mean 'optim\.base_lr'\? Choices: 'train\.accumulate', 'train\.b"),
+        (["teacher.path=x"], ValueError, r"Choices: 'checkpoint\.\*', 'data\.\*', 'distill\.\*', 'init', 'model\.\*'"),
+        (
+            ["distill.students.a.distill.target=cls"],
+            ValueError,
+            r"Choices: 'distill\.students\.a\.init', .*a\.model\.\*'",
+        ),
         (["optim.base_rl=1"], ValueError, r"did you mean 'optim\.base_lr'"),
         (["optim.base_lr"], ValueError, r"write key=value"),
         (["optim.base_lr=fast"], TypeError, r"wrong type: it is 0\.00015 now"),

@@ -95,6 +95,18 @@ def test_without_the_runtime_the_file_is_kept_and_the_user_told(student, tmp_pat
     assert (tmp_path / "model.onnx").exists()
 
 
+def test_a_runtime_that_cannot_be_imported_is_told_from_a_missing_one(student, tmp_path, capsys, monkeypatch):
+    """torchvision raises RuntimeError beside a torch that it was not built for, and timm imports it."""
+    (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = run(capsys, "export", student, "--to", "onnx", "--output", tmp_path / "model.onnx")
+    assert code == 0
+    assert "onnxruntime is installed but cannot be imported" in out
+    assert "(RuntimeError: operator torchvision::nms does not exist): pip install onnxruntime" in out
+    assert (tmp_path / "model.onnx").exists()
+
+
 def test_without_the_package_the_remedy_is_named(student, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     code, _, err = run(capsys, "export", student, "--to", "onnx", "--output", tmp_path / "model.onnx")

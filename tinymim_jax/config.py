@@ -129,10 +129,21 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> None:
             raise ValueError(f"{word!r} is not an override: write key=value, for example optim.base_lr=1e-3")
         if not has_key(names, key):
             entry = f".{key.split('.')[2]}." if key.count(".") > 2 else ".NAME."
-            raise unknown("override", key, [name.replace(".NAME.", entry) for name in names])
+            choices = [name.replace(".NAME.", entry) for name in names]
+            raise unknown("override", key, choices, shown=_section(choices, key))
         if key not in names:
             _add_entry(config, key)
         _set(config, key, text)
+
+
+def _section(names: list[str], key: str) -> list[str]:
+    """What there is in the innermost section that `key` names correctly; `.*` stands for a section within it."""
+    parts = key.split(".")[:-1]
+    while parts and not any(name.startswith(".".join(parts) + ".") for name in names):
+        parts.pop()
+    prefix = "".join(f"{part}." for part in parts)
+    inside = (name.removeprefix(prefix).split(".") for name in names if name.startswith(prefix))
+    return sorted({prefix + first + (".*" if rest else "") for first, *rest in inside})
 
 
 def parse(text: str) -> Any:

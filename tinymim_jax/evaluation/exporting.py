@@ -212,7 +212,7 @@ def _check(path: pathlib.Path, network: Network, to: str, int8: bool, views: np.
     except ImportError as error:
         if to != "hub":
             return f"not run, and so not compared with jax: {error}"
-        runner = _read_back(path, network.output)
+        runner = _read_back(path, network.output, str(error))
     found = compare(runner, network, views)
     kind = "pixels" if network.labels_pixels else "answers"
     answers = f", {found.equal} of {found.answers} {kind} equal" if found.answers else ""
@@ -228,12 +228,12 @@ def _check(path: pathlib.Path, network: Network, to: str, int8: bool, views: np.
     return text
 
 
-def _read_back(path: pathlib.Path, output: str) -> Runner:
-    """The hub folder as this package reads it, where PyTorch is not installed."""
+def _read_back(path: pathlib.Path, output: str, why: str) -> Runner:
+    """The hub folder as this package reads it, where PyTorch is not installed (`why`)."""
     record, params = read_folder(path)
     network = Network(record, params, record["preprocessing"], output)
     step = functools.partial(jax.jit(network.forward()), network.used_params())
-    name = "tinymim's own reader (timm is not installed)"
+    name = f"tinymim's own reader ({why})"
     return Runner(name, np.asarray, lambda pixels: np.asarray(step(pixels)))
 
 

@@ -6,6 +6,7 @@ Nothing here imports jax, except to run StableHLO, so that the memory of a proce
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -134,9 +135,17 @@ def channels_last(output: np.ndarray) -> np.ndarray:
 
 
 def needs(module: str, remedy: str) -> Any:
-    """The imported module, which is not part of the core; ImportError with the remedy where it is missing."""
+    """The imported module, which is not part of the core; ImportError with the remedy where it cannot be imported.
+
+    Some packages raise other errors when they are imported beside a version that does not fit, as torchvision does.
+    """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{package} is missing: {remedy} ({error})") from error
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{package} is missing: {remedy} ({error})") from error
+        raise ImportError(
+            f"{package} is installed but cannot be imported, perhaps beside another package's unfitting version "
+            f"({type(error).__name__}: {error}): {remedy}, in a new environment"
+        ) from error
