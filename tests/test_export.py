@@ -14,7 +14,7 @@ from runs import small_config
 
 from tinymim_jax.checkpoints.params import save_params
 from tinymim_jax.evaluation import bench, bench_child, exporting
-from tinymim_jax.evaluation.model_card import licence_of, lineage
+from tinymim_jax.evaluation.model_card import licence_of, lineage, model_card
 from tinymim_jax.evaluation.predictor import load
 from tinymim_jax.train import train
 
@@ -148,6 +148,9 @@ def test_hub_folder_with_its_card(student, tmp_path, capsys):
     assert "| imagenet: top1 | 75.12 % |" in card
     assert "trust_remote_code=True" in card
     assert "converted from `mae.pth` (mae)" in card
+    assert "converted by tinymim-jax from the weights named below." in card
+    assert "tinymim\n" not in card.split("---")[1]
+    assert "Citation" not in card
     assert str(tmp_path) not in card
     code, _, err = run(capsys, *words)
     assert code == 1
@@ -157,8 +160,12 @@ def test_hub_folder_with_its_card(student, tmp_path, capsys):
 def test_lineage_follows_teachers_and_starts(student, tmp_path):
     """A fine-tuned run, from a distilled one, from a teacher: the strictest known licence is that of the whole."""
     for name, config in {
-        "tuned": {"task": "classify", "init": str(tmp_path / "distilled"), "train": {"batch_size": 8}},
-        "distilled": {"task": "distill", "init": "", "distill": {"teacher": {"name": "", "path": str(student)}}},
+        "tuned": {"task": "classify", "init": str(tmp_path / "distilled"), "data": {"source": "own", "examples": 100}},
+        "distilled": {
+            "task": "distill",
+            "init": "",
+            "distill": {"target": "qk_vv", "teacher": {"name": "", "path": str(student)}},
+        },
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -168,6 +175,12 @@ def test_lineage_follows_teachers_and_starts(student, tmp_path):
     assert [step["name"] for step in steps] == ["tuned", "distilled", "student"]
     assert (steps[0]["init"], steps[1]["teacher"]) == ("distilled", "student")
     assert steps[0]["result"] == {"top1": 0.5}
+    assert steps[0]["settings"]["labelled images"] == 100
+    assert steps[1]["settings"]["target"] == "qk_vv"
+    model = load(str(student))
+    card = model_card(str(tmp_path / "tuned"), exporting.network_of(model), licence="mit", name="tuned")
+    assert "distilled with [TinyMIM](https://arxiv.org/abs/2301.01296) in tinymim-jax." in card
+    assert "@inproceedings{ren2023tinymim" in card
     assert licence_of(str(tmp_path / "tuned")) == "cc-by-nc-4.0"
     assert licence_of(str(tmp_path / "tuned"), "mit") == "mit"
     assert licence_of(str(tmp_path / "distilled" / "nothing")) == "other"

@@ -14,6 +14,16 @@ from tinymim_jax.tasks.distill.teachers import TEACHERS
 # Licences with conditions for what is made from the weights, beside those with "nc" in their names.
 _RESTRICTED = ("dinov3-license", "apple-amlr", "apple-ascl", "nvidia-open-model-license")
 _LONGEST = 8
+_CITATION = """## Citation
+
+```bibtex
+@inproceedings{ren2023tinymim,
+  title = {TinyMIM: An Empirical Study of Distilling MIM Pre-trained Models},
+  author = {Ren, Sucheng and Wei, Fangyun and Zhang, Zheng and Hu, Han},
+  booktitle = {CVPR},
+  year = {2023}
+}
+```"""
 
 
 def lineage(checkpoint: str) -> list[dict[str, Any]]:
@@ -68,7 +78,11 @@ def model_card(checkpoint: str, network: Network, *, licence: str, name: str, su
     """
     steps = lineage(checkpoint)
     encoder = network.record["encoder"]
-    tagged = ["tinymim", "vit", "jax", *(["timm"] if in_timm(network.record) else [])]
+    tasks = {step.get("task") for step in steps} - {None}
+    distilled = "distill" in tasks
+    made = "distilled with [TinyMIM](https://arxiv.org/abs/2301.01296)" if distilled else "trained"
+    made = f"{made} in tinymim-jax" if tasks else "converted by tinymim-jax from the weights named below"
+    tagged = [*(["tinymim"] if distilled else []), "vit", "jax", *(["timm"] if in_timm(network.record) else [])]
     pipeline = "image-classification" if network.output == "logits" else "image-feature-extraction"
     library = "timm" if in_timm(network.record) else "transformers"
     heads = encoder["heads"]
@@ -89,15 +103,12 @@ def model_card(checkpoint: str, network: Network, *, licence: str, name: str, su
         ),
         f"# {name}",
         f"A ViT of width {encoder['embed_dim']}{wide}, {encoder['depth']} blocks, attention heads {shown}, patches of "
-        f"{encoder['patch_size']} pixels and {size_of(network.used_params()) // 4 / 1e6:.2f} M parameters, trained "
-        "with [TinyMIM](https://arxiv.org/abs/2301.01296) in tinymim-jax.",
+        f"{encoder['patch_size']} pixels and {size_of(network.used_params()) // 4 / 1e6:.2f} M parameters, {made}.",
         _figures(steps, suites),
         _preprocessing(network),
         _use(network, name),
         _origin(steps, licence),
-        "## Citation\n\n```bibtex\n@inproceedings{ren2023tinymim,\n  title = {TinyMIM: An Empirical Study of "
-        "Distilling MIM Pre-trained Models},\n  author = {Ren, Sucheng and Wei, Fangyun and Zhang, Zheng and Hu, Han},"
-        "\n  booktitle = {CVPR},\n  year = {2023}\n}\n```",
+        _CITATION if distilled else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -118,6 +129,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     data, train, optim = (config.get(part, {}) for part in ("data", "train", "optim"))
     wanted = {
         "data": f"{data.get('source')} {data.get('train_split')}",
+        "labelled images" if config.get("task") == "classify" else "images": data.get("examples") or None,
+        "target": config.get("distill", {}).get("target"),
         "duration": train.get("duration"),
         "batch size": train.get("batch_size"),
         "base learning rate": optim.get("base_lr"),
