@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import sys
 
 import jax
@@ -64,6 +65,20 @@ def test_int8_says_how_many_answers_agree(workdir, tmp_path, data_dir, capsys):
     assert code == 0, err
     assert "40 images of digits@test[:40]" in out
     assert "of 40 answers equal, smallest cosine 0.99" in out or "smallest cosine 1.0" in out
+
+
+@pytest.mark.parametrize("words", [["onnx"], ["stablehlo"], ["hub"], ["vit"]])
+def test_a_full_disk_leaves_nothing_and_says_what_to_do(words, workdir, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        code, _, err = run(capsys, "export", workdir, "--to", *words, "--output", tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert str(tmp_path) in err
+    assert "The disk is full, or a quota: free some space, or write elsewhere, and run the command again" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_differs_is_not_kept(student, tmp_path, capsys, monkeypatch):

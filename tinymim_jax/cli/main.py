@@ -1,6 +1,7 @@
 """The `tinymim` command: its subcommands, and how their errors are shown."""
 
 import argparse
+import errno
 import re
 import sys
 import traceback
@@ -85,11 +86,18 @@ def main(arguments: list[str] | None = None) -> None:
                     file=sys.stderr,
                 )
         else:
-            print(f"tinymim {options.command}{exits.process_label()}: {error}", file=sys.stderr)
+            print(f"tinymim {options.command}{exits.process_label()}: {error}{_remedy(error)}", file=sys.stderr)
     if code == exits.ERROR and arguments is None:
         # Threads and worker processes of the input pipeline can abort the interpreter's shutdown, with status 134.
         exits.exit_at_once(code, why)
     exits.exit_process(code, why)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of the operating system, which does not say so itself."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ". The disk is full, or a quota: free some space, or write elsewhere, and run the command again"
+    return ""
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -153,6 +153,9 @@ def export(
         views, named = find_pictures(model, checkpoint, count=count, data=data, images=images, data_dir=data_dir)
         yield "  " + _check(scratch, network, to, int8, views, named)
         scratch.replace(output)
+    except OSError as error:  # a full disk does not say where
+        error.filename = error.filename or str(output)
+        raise
     finally:
         _remove(scratch)
     if to in _WITHOUT_METADATA:

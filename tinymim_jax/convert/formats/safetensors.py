@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tinymim_jax.convert.conversion import family_of, to_torch
@@ -114,6 +116,10 @@ def to_safetensors(
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except SafetensorError as error:  # it has the number of an OSError only in its text
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
     finally:
         pathlib.Path(temporary).unlink(missing_ok=True)
 
