@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from tinymim_jax.resume import as_json
 from tinymim_jax.runtime.exits import Interrupted
 from tinymim_jax.runtime.host_memory import available_memory
 from tinymim_jax.runtime.workdir import RunState, read_state
-from tinymim_jax.starter import api, child, choices, helpers, space, timing
+from tinymim_jax.starter import api, child, choices, decisions, helpers, space, timing
 from tinymim_jax.starter.choices import CLASSIFIER, STUDENT, Hardware, Measured
 from tinymim_jax.starter.data import find_data, source_name
 from tinymim_jax.starter.decisions import runs_of
@@ -257,6 +258,12 @@ def test_hours():
     assert values["optim.warmup"] == "117 steps"
     assert values["train.accumulate"] == 4
     assert takes == pytest.approx(1170 * 2 / 3600)
+    chosen, _ = choices.fit_hours(STUDENT, config, measured, 1.0, alone=False, lost=0.25)
+    duration = next(c for c in chosen if c.key == "train.duration")
+    assert duration.value == "877 steps"  # 65 % of 2700 s
+    assert "65% of 1 hours, less 15m00s for starting, at 2 s a step" in duration.why
+    with pytest.raises(ValueError, match=r"time for 0 of them: give at least 0\.27 hours"):
+        choices.fit_hours(STUDENT, config, measured, 0.1, alone=False, lost=0.25)
     chosen, takes = choices.fit_hours(STUDENT, config, measured, 100.0, alone=True)
     assert "train.duration" not in {c.key for c in chosen}  # never more than the preset
     assert takes == pytest.approx(10_000 * 2 / 3600)
@@ -322,13 +329,15 @@ def test_hours_are_planned_on_an_accelerator(pictures, teacher, data_dir, tmp_pa
     here = {"platform": "gpu", "devices": 1, "kind": "cpu", "memory": int(3.3e9)}
     monkeypatch.setitem(child.FUNCTIONS, "hardware", lambda: here)
     monkeypatch.setitem(child.FUNCTIONS, "read", lambda **_: {"seconds": 0.0})
+    ticks = iter([0.0, 0.5, 0.5, 1.0])  # half a second for each of two trainings, which starts and compiles again
+    monkeypatch.setattr(decisions, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
     line = words(pictures, teacher, tmp_path / "out", "--dry_run", "--hours", "0.002")
     line = [word for word in line if "duration" not in str(word)]
     status, out, err = run(capsys, *line)
     assert status == 0, out + err
     step = timing.RESERVE * step_time(work_of(HLO), parse_topology("cpux1")).seconds
     assert step > 0.005
-    assert f"| student | train.duration | {int(7.2 * 0.65 / step)} steps |" in out
+    assert f"| student | train.duration | {int((7.2 - 2) * 0.65 / step)} steps |" in out
     assert "planned for cpux1" in out
     assert "| student | train.accumulate | 4 | compiled: 4 parts fit into memory |" in out  # 8 images
     with pytest.raises(ValueError, match="not even one image on each device"):

@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         workers=options.workers,
         compile_cache=options.compile_cache,
         default_hours=HOURS,
+        training_hours=True,
         probes=PROBES,
     )
     return advise(request, topologies=options.on)

@@ -46,7 +46,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--hours",
         type=float,
-        help="time for everything; trainings are shortened to fit (default: as long as the preset takes; on a CPU 0.1)",
+        help="time for everything; trainings are shortened to fit (default: what the preset takes; on a CPU 0.15)",
     )
     command.add_argument("--preset", choices=PRESETS, help="recipe by number of images (default: the nearest)")
     command.add_argument("--no_labels", action="store_true", help="ignore labels: no k-NN, no fine-tuning")

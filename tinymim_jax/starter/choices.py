@@ -7,6 +7,7 @@ from typing import Any
 
 from tinymim_jax.errors import unknown
 from tinymim_jax.models.vit import PRESETS as SIZES
+from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.starter.data import Data
 from tinymim_jax.starter.teacher import Teacher
 
@@ -19,7 +20,7 @@ STUDENTS = {"pico": "pico", "nano": "nano", "hybrid": "hybrid", "Ti": "t", "S": 
 PRESETS = {"5k": 5_000, "50k": 50_000, "1M": 1_000_000}
 """Values of --preset (see configs/distill_images.py), and the number of images that each is made for."""
 
-CPU_HOURS = 0.1
+CPU_HOURS = 0.15
 SHARES = {STUDENT: 0.65, CLASSIFIER: 0.25}
 """Shares of --hours; the rest is for starting, evaluating and exporting. Without labels the student gets both."""
 
@@ -136,7 +137,7 @@ def larger_student(teacher: Teacher, config: Any) -> str:
 
 
 def fit_hours(
-    stage: str, config: Any, measured: Measured, hours: float | None, *, alone: bool
+    stage: str, config: Any, measured: Measured, hours: float | None, *, alone: bool, lost: float = 0.0
 ) -> tuple[list[Choice], float]:
     """(choices that make the training fit into its share of `hours`, the hours that it then takes).
 
@@ -144,6 +145,7 @@ def fit_hours(
       config: with all other choices made.
       hours: time for everything; None: as long as the preset takes.
       alone: there is no other training.
+      lost: the part of `hours` in which nothing is trained, as it goes into measuring and compiling; in hours.
 
     Raises ValueError if there is time for hardly any steps.
     """
@@ -154,9 +156,9 @@ def fit_hours(
         chosen.append(Choice(stage, "train.accumulate", parts, why))
     if hours is not None:
         share = sum(SHARES.values()) if alone else SHARES[stage]
-        affordable = int(3600 * hours * share / measured.seconds)
+        affordable = int(3600 * max(0.0, hours - lost) * share / measured.seconds)
         if affordable < min(_FEWEST_STEPS, measured.steps):
-            least = _FEWEST_STEPS * measured.seconds / share / 3600
+            least = lost + _FEWEST_STEPS * measured.seconds / share / 3600
             raise ValueError(
                 f"--hours {hours:g}: a step of the {stage} takes {measured.seconds:.2f} s here ({measured.by}), so "
                 f"there is time for {affordable} of them: give at least {least:.2g} hours, a smaller --student, or a "
@@ -164,9 +166,10 @@ def fit_hours(
             )
         if affordable < measured.steps:
             steps = affordable
+            less = f", less {format_seconds(3600 * lost)} for starting," if lost else ""
             why = (
-                f"{share:.0%} of {hours:g} hours at {measured.seconds:.3g} s a step ({measured.by}); the preset has "
-                f"{measured.steps}"
+                f"{share:.0%} of {hours:g} hours{less} at {measured.seconds:.3g} s a step ({measured.by}); the preset "
+                f"has {measured.steps}"
             )
             chosen += [
                 Choice(stage, "train.duration", f"{steps} steps", why),

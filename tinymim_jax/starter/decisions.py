@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,10 +97,15 @@ def _decide(output: pathlib.Path, request: Request, helpers: Helpers) -> Decided
     chosen = choosing.choose(data, teacher, hardware, {stage: load_config(spec) for stage, spec in specs.items()})
     runs = runs_of(output, specs, chosen, request.overrides)
     check_points([Point("", 0, None, {}, {}, runs)], data_dir=request.data_dir)
-    measured, spent = {}, 0.0
+    measured, lost = {}, 0.0
     for run in runs:
-        alone = len(runs) == 1
-        measured[run.name], more, takes = _fitted(helpers, run, request, data, hardware, workers, hours, alone)
+        began = time.monotonic()
+        config = load_config(run.config, [*run.overrides, *(["init="] if run.name == CLASSIFIER else [])])
+        measured[run.name] = step_time(helpers, run.name, config, hardware, request.data_dir, workers)
+        lost += 2 * (time.monotonic() - began) / 3600  # the training itself starts and compiles once more
+    lost, spent = (0.0 if request.training_hours else lost), 0.0
+    for run in runs:
+        more, takes = _fitted(run, request, data, measured[run.name], hours, lost, len(runs) == 1)
         chosen += more
         spent += takes
     runs = runs_of(output, specs, chosen, request.overrides)
@@ -164,26 +170,17 @@ def runs_to_do(output: pathlib.Path, decided: Decided) -> list[Run]:
 
 
 def _fitted(
-    helpers: Helpers,
-    run: Run,
-    request: Request,
-    data: Data,
-    hardware: Hardware,
-    workers: int,
-    hours: float | None,
-    alone: bool,
-) -> tuple[Measured, list[Choice], float]:
-    """(measurements of a training, choices that follow from them, hours that it takes); see choices.fit_hours."""
-    config = load_config(run.config, [*run.overrides, *(["init="] if run.name == CLASSIFIER else [])])
-    measured = step_time(helpers, run.name, config, hardware, request.data_dir, workers)
+    run: Run, request: Request, data: Data, measured: Measured, hours: float | None, lost: float, alone: bool
+) -> tuple[list[Choice], float]:
+    """(choices that follow from the measurements of a training, hours that it takes); see choices.fit_hours."""
     config = load_config(run.config, run.overrides)
-    chosen, takes = choosing.fit_hours(run.name, config, measured, hours, alone=alone)
+    chosen, takes = choosing.fit_hours(run.name, config, measured, hours, alone=alone, lost=lost)
     steps = round(3600 * takes / measured.seconds)
     if run.name == CLASSIFIER:
         chosen += choosing.short_finetuning(data, config, steps)
     else:
         chosen += choosing.probes(data, config, steps, request.probes)
-    return measured, chosen, takes
+    return chosen, takes
 
 
 def _whether_to_prepare(request: Request, data: Data, configs: Mapping, measured: Mapping[str, Measured]) -> Verdict:

@@ -37,6 +37,7 @@ class Request:
     workers: processes that decode images; None: as many as the cores allow.
     compile_cache: folder of compiled programs; "" for none.
     default_hours: the default of `hours` on a CPU, and elsewhere; None: as long as the preset takes.
+    training_hours: `hours` are those of training alone.
     probes: number of k-NN measurements during the distillation; None: as many as take below 2 % of the time.
     """
 
@@ -55,6 +56,7 @@ class Request:
     workers: int | None = None
     compile_cache: str = ""
     default_hours: tuple[float | None, float | None] = (CPU_HOURS, None)
+    training_hours: bool = False
     probes: int | None = None
 
 
