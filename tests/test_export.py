@@ -299,4 +299,5 @@ def test_exported_and_converted_back(to, student, tmp_path, capsys):
     assert load(str(tmp_path / "other")).preprocessing["mean"] == [0, 0, 0]
     code, _, err = run(capsys, *words, "--output", tmp_path / "third", "--heads", "2")
     assert code == 1
-    assert f"--heads has no meaning for --from {to}" in err
+    assert f"is read as --from {to}, where " in err
+    assert "says all of it: leave out --heads" in err

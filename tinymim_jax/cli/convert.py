@@ -158,7 +158,8 @@ def _is_plain(config: dict[str, Any]) -> bool:
 def _read_export(family: str, path: str, arguments: dict[str, Any], given: Any) -> tuple[dict, dict]:
     """Reads what says its own architecture."""
     if strange := [name for name, value in arguments.items() if value is not None]:
-        raise ValueError(f"--{strange[0]} has no meaning for --from {family}, which says it itself")
+        where = "config.json of this folder" if family == "hub" else "the metadata of this file"
+        raise ValueError(f"{path} is read as --from {family}, where {where} says all of it: leave out --{strange[0]}")
     if family == "hub":
         from tinymim_jax.convert.formats.hub import read_folder
 
