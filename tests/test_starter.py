@@ -6,6 +6,8 @@ import math
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import types
 
 import jax
@@ -617,6 +619,35 @@ def test_from_python(tmp_path, monkeypatch):
     monkeypatch.setattr(api.subprocess, "Popen", Finished(75, ""))
     with pytest.raises(Interrupted, match="the same call continues"):
         tinymim_jax.distill(**given)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_from_python_a_process_may_live_longer_than_its_output(interrupted, tmp_path, monkeypatch):
+    """Also when Ctrl-C comes in that time: it is passed on, and the end of the process is waited for."""
+    (tmp_path / "summary.json").write_text('{"knn": {}}')
+    code = """import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: os._exit(75))
+print("a line", flush=True)
+os.close(1); os.close(2)
+time.sleep(float(sys.argv[1]))"""
+    real, waits = subprocess.Popen, []
+
+    class Process(real):
+        def __init__(self, words, **given):
+            super().__init__([sys.executable, "-c", code, "60" if interrupted else "0.5"], **given)
+
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            if interrupted and len(waits) == 1:
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(api.subprocess, "Popen", Process)
+    if interrupted:
+        with pytest.raises(Interrupted, match="the same call continues"):
+            tinymim_jax.distill(data="/data/pets", teacher="t", output=tmp_path)
+    else:
+        assert tinymim_jax.distill(data="/data/pets", teacher="t", output=tmp_path) == {"knn": {}}
 
 
 def test_from_python_into_a_closed_pipe(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 from tinymim_jax.runtime.exits import DONE, PREEMPTED, Interrupted
 from tinymim_jax.runtime.parent import PARENT_VARIABLE
@@ -60,13 +60,16 @@ def distill(
         errors="replace",
         start_new_session=True,  # Ctrl-C comes from here alone, in notebooks as in terminals
     )
+    assert process.stdout is not None
     lines: list[str] = []
-    while process.poll() is None or (process.stdout and not process.stdout.closed):
+    code = None
+    while code is None:
         try:
-            _copy(process, lines)
+            _copy(process.stdout, lines)
+            code = process.wait()
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
-    code = process.wait()
+    process.stdout.close()
     if code == PREEMPTED:
         raise Interrupted(f"stopped; everything in {output} is saved, and the same call continues")
     if code != DONE:
@@ -74,10 +77,8 @@ def distill(
     return json.loads((pathlib.Path(output).expanduser() / SUMMARY).read_text())
 
 
-def _copy(process: subprocess.Popen, lines: list[str]) -> None:
+def _copy(output: IO[str], lines: list[str]) -> None:
     """Prints the output of the process until it ends. All of it is read even if nobody reads what is printed."""
-    assert process.stdout is not None
-    for line in process.stdout:
+    while line := output.readline():
         lines.append(line.rstrip())
         print_line(line.rstrip())
-    process.stdout.close()
