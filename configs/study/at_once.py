@@ -2,8 +2,8 @@
 
 FILE:TABLE trains every arm at three learning rates; TABLES has the tables. Each student is what it would be if it were
 trained alone (docs/recipes.md, several students), at students/ARM_RATE of the workdir, with the rate in thousandths;
-the workdir itself has the published recipe at a rate of 0.032. Student and teacher see the same quarter of the
-patches, which makes a step several times cheaper.
+the workdir itself has the published recipe at a rate of 0.032. Students see a quarter of the patches, which makes their
+steps cheaper; the teacher sees the whole image, of which it gives the tokens at these patches.
 
   tinymim train --config configs/cifar10.py:mae_teacher --workdir runs/study/teacher
   tinymim train --config configs/study/at_once.py:targets --workdir runs/study/targets \\
