@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pages import check_page
 from runs import DIGITS, SMALL, same_bits, small_config
 
 from tinymim_jax import optim
@@ -24,6 +26,7 @@ from tinymim_jax.flops import matmul_flops, step_flops
 from tinymim_jax.metrics import compute, no_averages
 from tinymim_jax.models.vit import ViT
 from tinymim_jax.plan.build import plan_experiment
+from tinymim_jax.reports.record import by_student
 from tinymim_jax.resume import check_same
 from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.starter.teacher import find_teacher
@@ -250,6 +253,32 @@ def test_a_run_has_figures_and_records_of_each_student(run):
     assert (own.model.embed_dim, own.distill.target, list(own.distill.students)) == (32, "vv + output", [])
     assert licence_of(str(path / "students" / "ti")) == "licence of small"
     assert lineage(str(path / "students" / "ti"))[0]["teacher"] == "small"
+
+
+def test_the_report_has_a_row_for_each_student(run):
+    path, _ = run
+    page = check_page((path / "report.html").read_text())
+    result = json.loads((path / "result.json").read_text())
+    cells = page.texts["td"]
+    start = cells.index("student")
+    # student, loss, qk, vv, output
+    assert cells[start : start + 15 : 5] == ["student", "ti", "twin"]
+    assert cells[start + 6 : start + 10] == [
+        f"{result['ti']:.4g}",
+        "-",
+        f"{result['ti_vv']:.4g}",
+        f"{result['ti_output']:.4g}",
+    ]
+    drawn = set(re.findall(r"(\w+): [\d.]+ at step", " ".join(page.texts["desc"])))
+    assert {"student", "ti", "twin", "gradient_norm"} <= drawn
+    assert not drawn & {"loss", "student_qk", "ti_output"}
+
+
+def test_figures_belong_to_the_longest_name_that_fits():
+    figures = {"loss": 3, "ti": 1, "ti_qk": 0.5, "ti_long": 2, "ti_long_qk": 0.25, "examples": 9}
+    common, own = by_student(figures, ("student", "ti", "ti_long"))
+    assert common == {"loss": 3, "examples": 9}
+    assert own == {"ti": {"loss": 1, "qk": 0.5}, "ti_long": {"loss": 2, "qk": 0.25}}
 
 
 def test_weights_are_found_by_the_students_folder(run, data_dir, tmp_path):

@@ -22,12 +22,14 @@ _FIRST = ("Training loss", "Learning rate", "Gradient norm")
 _LOG = ("Training loss", "Evaluation loss", "Gradient norm")  # where values differ by more than a factor of 100
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> str:
+def curves(rows: Sequence[Mapping[str, Any]], students: Sequence[str] = ()) -> str:
     """A chart for each group of related figures, side by side; "" if there are none.
 
-    Figures that were recorded at a single step are omitted.
+    Figures that were recorded at a single step are omitted, and of several `students` the parts of their losses.
     """
     drawn = [(title, series) for title, series in panels(rows) if any(len(set(one.x)) > 1 for one in series)]
+    if students:
+        drawn = [(title, [one for one in series if not _is_part(title, one.name, students)]) for title, series in drawn]
     return grid(figure(title, line_chart(title, series, log=title in _LOG)) for title, series in drawn)
 
 
@@ -59,6 +61,11 @@ def overlaid(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: s
         if found:
             series.append(Series(name, [row["step"] for row in found], [row[key] for row in found]))
     return figure(title, line_chart(title, series, log=True)) if series else ""
+
+
+def _is_part(title: str, name: str, students: Sequence[str]) -> bool:
+    """Whether it is the loss of all students together, or a part of one student's."""
+    return title.endswith(" loss") and name not in students
 
 
 def _title(key: str, losses: set[str]) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -59,9 +59,30 @@ class RunRecord:
         return {name: value for name, value in self.evaluated.items() if "/" not in name and name not in counts}
 
     @property
+    def students(self) -> tuple[str, ...]:
+        """The students of a distillation with several, by which its figures are named; () for other runs."""
+        section = self.config.get(str(self.config.get("task"))) or {}
+        return ("student", *section["students"]) if section.get("students") else ()
+
+    @property
     def seconds(self) -> float:
         """Time of all attempts together."""
         return float(sum((self.status.get("seconds") or {}).values()))
+
+
+def by_student(figures: Mapping[str, Any], students: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(figures of all, figures of each student by name) of figures that are called STUDENT or STUDENT_FIGURE.
+
+    A student's loss, which has its name alone, is called "loss".
+    """
+    common, own = {}, {}
+    for name, value in figures.items():
+        if owners := [each for each in students if name == each or name.startswith(f"{each}_")]:
+            owner = max(owners, key=len)
+            own.setdefault(owner, {})[name.removeprefix(owner).removeprefix("_") or "loss"] = value
+        else:
+            common[name] = value
+    return common, own
 
 
 def read_record(folder: epath.PathLike, name: str = "") -> RunRecord:

@@ -10,7 +10,7 @@ from tinymim_jax.pages.charts import stacked_bar
 from tinymim_jax.pages.page import Raw, details, number, paragraph, picture, table
 from tinymim_jax.reports.analysis import analysis_section
 from tinymim_jax.reports.curves import curves
-from tinymim_jax.reports.record import RunRecord
+from tinymim_jax.reports.record import RunRecord, by_student
 from tinymim_jax.reports.suites import class_tables, suites_section
 from tinymim_jax.runtime.progress import format_seconds
 
@@ -20,7 +20,7 @@ _IMAGENET = "imagenet2012"
 def run_sections(run: RunRecord) -> list[tuple[str, str]]:
     """(heading, HTML) of all sections about a run."""
     return [
-        ("Curves", curves(run.rows)),
+        ("Curves", curves(run.rows, run.students)),
         ("Result", _result(run)),
         ("Replayed steps", _replays(run)),
         ("Images as the networks see them", _samples(run.pictures)),
@@ -40,7 +40,8 @@ def run_intro(run: RunRecord) -> str:
     facts |= {"task": run.config.get("task")}
     if "step" in known:
         facts["step"] = f"{known['step']:,}" + (f" of {known['total_steps']:,}" if "total_steps" in known else "")
-    facts |= {name: number(value) for name, value in list(run.figures.items())[:4]}
+    figures, _ = by_student(run.figures, run.students)
+    facts |= {name: number(value) for name, value in list(figures.items())[:4]}
     if run.seconds:
         facts["time"] = format_seconds(run.seconds)
     if known.get("images_per_second"):
@@ -48,7 +49,7 @@ def run_intro(run: RunRecord) -> str:
     if "goodput" in known:
         facts["goodput"] = f"{known['goodput']:.1%}"
     facts |= {"network": _network(run.model.get("encoder", {}))}
-    facts["further students"] = ", ".join((run.config.get(str(run.config.get("task"))) or {}).get("students", ()))
+    facts["students"] = f"{len(run.students)}" if run.students else ""
     if known.get("skipped"):
         facts["skipped updates"] = f"{known['skipped']:,}"
     body = "".join(f"<div><dt>{name}</dt><dd>{_escaped(value)}</dd></div>" for name, value in facts.items() if value)
@@ -59,7 +60,11 @@ def run_intro(run: RunRecord) -> str:
 def _result(run: RunRecord) -> str:
     evaluated = run.evaluated
     plain = {name: value for name, value in evaluated.items() if "/" not in name}
-    parts = [table(list(plain), [list(plain.values())], "last evaluation")] if plain else []
+    common, own = by_student(plain, run.students)
+    parts = [table(list(common), [list(common.values())], "last evaluation")] if common else []
+    names = list(dict.fromkeys(name for figures in own.values() for name in figures))
+    rows = [[student, *(figures.get(name) for name in names)] for student, figures in own.items()]
+    parts.append(table(["student", *names], rows, "last evaluation of each student"))
     by_class: dict[str, dict[str, Any]] = {}
     for name, value in evaluated.items():
         if "/" in name:
