@@ -483,13 +483,15 @@ def test_one_line_does_it_all_and_the_same_line_goes_on(pictures, teacher, tmp_p
 
 @pytest.mark.usefixtures("_in_process")
 def test_advice_on_small_images(pictures, teacher, tmp_path, capsys):
-    """A trial of eight steps, each followed by a probe."""
+    """A trial of eight steps, each followed by a probe. The teacher's weights are the initial ones of its seed."""
     line = words(pictures, teacher, tmp_path / "out", "train.duration=8 steps", "--compile_cache", "")
     status, out, err = run(capsys, "advise", *line[1:])
     assert status == 0, out + err
     found = json.loads((tmp_path / "out" / "advice.json").read_text())
-    assert found["answer"] in ("yes", "no", "unclear")
-    assert f"Will it help? {found['answer'].upper()}" in out
+    assert found["teacher_random"] == found["teacher"]
+    assert found["answer"] == "no"
+    assert "Will it help? NO: the teacher" in out
+    assert "is not better on your images than the same network with random weights" in out
     rows = [json.loads(text) for text in (tmp_path / "out" / "student" / "metrics.jsonl").read_text().splitlines()]
     probes = [[row["step"], row["probe/knn"]] for row in rows if "probe/knn" in row]
     assert found["curve"] == probes

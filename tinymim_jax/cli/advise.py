@@ -8,11 +8,12 @@ from tinymim_jax.cli.options import add_compile_cache, add_overrides
 HELP = "will distillation help on your images? yes, no or unclear, with figures and costs, after a short trial"
 
 _EPILOG = """\
-Measured are the k-NN accuracy of the teacher and of the untrained student on your images, and that of the student at
-eight points of a short distillation. A power law through these points gives the accuracy that the whole distillation
-would reach, with a 90 % interval. The answer is
+Measured are the k-NN accuracy of the teacher, of the same network with random weights and of the untrained student on
+your images, and that of the student at eight points of a short distillation. A power law through these points gives the
+accuracy that the whole distillation would reach, with a 90 % interval. The answer is
 
-  no       the teacher is no better on your images than an untrained student, or the student does not learn it
+  no       the teacher is no better on your images than the same network with random weights or than an untrained
+           student, or the student does not learn it
   yes      the whole interval is better than the untrained student, by more than chance
   unclear  otherwise
 

@@ -18,7 +18,7 @@ from tinymim_jax.runtime.progress import format_seconds
 from tinymim_jax.runtime.startup import print_line
 from tinymim_jax.starter.choices import STUDENT
 from tinymim_jax.starter.decisions import Decided, decided_for, runs_to_do
-from tinymim_jax.starter.distill import measured_knn
+from tinymim_jax.starter.distill import RANDOM_TEACHER, measured_knn
 from tinymim_jax.starter.forecast import FEWEST_POINTS, Forecast, forecast
 from tinymim_jax.starter.helpers import Failed, Helpers, Stopped
 from tinymim_jax.starter.request import Request, check_output, check_same
@@ -77,15 +77,26 @@ def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
             return ERROR
 
 
-def judge(*, teacher: float, before: float, expected: Forecast, examples: int) -> Advice:
+def judge(*, teacher: float, teacher_random: float, before: float, expected: Forecast, examples: int) -> Advice:
     """The advice, from k-NN accuracies (0 to 1) on `examples` images.
 
+    A student of a teacher with random weights gets somewhat better, too, since such a network already groups images by
+    color and brightness. So the teacher has to be better than its own architecture with random weights.
+
     Args:
-      teacher, before: accuracies of the teacher, and of the untrained student.
+      teacher, teacher_random: accuracies of the teacher, and of a network like it with random weights.
+      before: accuracy of the untrained student.
       expected: accuracy of the student after the whole distillation.
     """
-    margin = _CERTAIN * math.sqrt(max(before * (1 - before), 1 / examples) / examples)
+    margin = _margin(before, examples)
     bar = before + margin
+    if teacher <= teacher_random + _margin(teacher_random, examples):
+        return Advice(
+            "no",
+            f"the teacher ({teacher:.1%}) is not better on your images than the same network with random weights "
+            f"({teacher_random:.1%}; differences below {_margin(teacher_random, examples):.1%} are chance): choose "
+            "another teacher, and check that its file was converted with all its weights",
+        )
     if teacher <= bar:
         return Advice(
             "no",
@@ -111,11 +122,17 @@ def judge(*, teacher: float, before: float, expected: Forecast, examples: int) -
     )
 
 
+def _margin(accuracy: float, examples: int) -> float:
+    """The difference from `accuracy` that may be chance."""
+    return _CERTAIN * math.sqrt(max(accuracy * (1 - accuracy), 1 / examples) / examples)
+
+
 def as_text(found: Mapping[str, Any]) -> str:
     """The content of advice.json as Markdown."""
     expected = found["expected"]
     rows = [
         ["teacher", f"{found['teacher']:.1%}"],
+        ["the same network with random weights", f"{found['teacher_random']:.1%}"],
         ["student, untrained", f"{found['before']:.1%}"],
         [f"student after {found['curve'][-1][0]} steps", f"{found['curve'][-1][1]:.1%}"],
         [
@@ -141,8 +158,12 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Helpers) -> dict[str, Any]:
     (run,) = runs_to_do(output, decided)
-    known = {}
-    for name, checkpoint in (("teacher", decided.teacher), ("before", str(output / "untrained"))):
+    known: dict[str, float] = {}
+    for name, checkpoint in (
+        ("teacher", decided.teacher),
+        (RANDOM_TEACHER, str(output / RANDOM_TEACHER)),
+        ("before", str(output / "untrained")),
+    ):
         known[name] = measured_knn(run, decided, helpers, name, checkpoint, request.data_dir)
     helpers.train(run, helpers.training_words(request.data_dir, decided.workers))
     rows = [row for row in read(run.workdir / "metrics.jsonl") if row.get("probe/knn") is not None]
@@ -161,7 +182,7 @@ def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
         examples=examples,
         ceiling=known["teacher"],
     )
-    advice = judge(teacher=known["teacher"], before=known["before"], expected=expected, examples=decided.eval_images)
+    advice = judge(**known, expected=expected, examples=decided.eval_images)
     return {
         **known,
         "curve": [list(point) for point in curve],

@@ -14,14 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tinymim_jax.checkpoints.format import CheckpointError
-from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.checkpoints.params import load_record, save_params
 from tinymim_jax.config import from_json
 from tinymim_jax.evaluation.knn import evaluate_knn
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer, training_batches
 from tinymim_jax.memory import USABLE, device_memory, explained, micro_batch_counts, smallest_accumulate
 from tinymim_jax.metrics import no_averages
+from tinymim_jax.models.vit import ViT
 from tinymim_jax.optim import split
 from tinymim_jax.plan.build import changed
 from tinymim_jax.plan.compiled import CACHE
@@ -33,6 +35,7 @@ from tinymim_jax.runtime.host_memory import available_memory
 from tinymim_jax.runtime.parent import end_with_parent_of_environment
 from tinymim_jax.runtime.startup import start_logging, use_compile_cache
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
+from tinymim_jax.starter.choices import STUDENT
 from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
 
 _MEASURED_SECONDS = 6.0
@@ -94,14 +97,25 @@ def measure(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[
 
 
 def knn(
-    config: dict[str, Any], checkpoint: str, neighbors: int, data_dir: str | None, workers: int, untrained: bool = False
+    config: dict[str, Any], checkpoint: str, neighbors: int, data_dir: str | None, workers: int, initial: str = ""
 ) -> dict[str, Any]:
-    """The k-NN figures of a checkpoint. With `untrained`, the initial weights are first saved as that checkpoint."""
+    """The k-NN figures of a checkpoint.
+
+    Args:
+      initial: save random initial weights as that checkpoint first, if there is none: of the student (STUDENT), or of
+        an encoder like the one in the checkpoint at this path.
+    """
     locked = from_json(config)
-    if untrained and not os.path.exists(checkpoint):
-        task = build_experiment(locked, data_dir=data_dir).task
-        params = task.init(jax.random.key(locked.seed))
-        save_params(checkpoint, {"encoder": params["encoder"]}, {"encoder": task.model["encoder"]})
+    if initial and not os.path.exists(checkpoint):
+        if initial == STUDENT:
+            task = build_experiment(locked, data_dir=data_dir).task
+            record, params = task.model["encoder"], task.init(jax.random.key(locked.seed))["encoder"]
+        else:
+            record = load_record(initial)["encoder"]
+            encoder = ViT.from_record(record)
+            image = jnp.zeros((1, *encoder.image_size, 3))
+            params = jax.jit(encoder.init)(jax.random.key(locked.seed), image)["params"]
+        save_params(checkpoint, {"encoder": params}, {"encoder": record})
     return evaluate_knn(locked, checkpoint, neighbors=(neighbors,), data_dir=data_dir, workers=workers)
 
 

@@ -21,6 +21,8 @@ from tinymim_jax.sweeps.points import Run
 from tinymim_jax.sweeps.running import ONE_BY_ONE, require_one_process
 
 SUMMARY = "summary.json"
+RANDOM_TEACHER = "teacher_random"
+"""Name of the k-NN accuracy of a network like the teacher with random weights."""
 
 
 def run_distill(request: Request, *, dry_run: bool = False) -> int:
@@ -84,14 +86,16 @@ def measured_knn(
 
     Args:
       run: the student's training, whose config says how images are read.
-      name: "teacher", "before" (the untrained student) or "after"; names the files of the result.
+      name: "teacher", RANDOM_TEACHER, "before" (the untrained student) or "after"; names the files of the result.
+      checkpoint: for RANDOM_TEACHER and "before", where the random weights are written.
     """
-    changes = decided.knn["both"] | (decided.knn["teacher"] if name == "teacher" else {})
+    initial = {"before": STUDENT, RANDOM_TEACHER: decided.teacher}.get(name, "")
+    changes = decided.knn["both"] | (decided.knn["teacher"] if name in ("teacher", RANDOM_TEACHER) else {})
     config = load_config(run.config, run.overrides).copy_and_resolve_references().unlock()
     for key, value in changes.items():
         section, field = key.split(".")
         config[section][field] = tuple(value) if isinstance(value, list) else value
-    figures = helpers.knn(name, config, checkpoint, decided.neighbors, data_dir, decided.workers)
+    figures = helpers.knn(name, config, checkpoint, decided.neighbors, data_dir, decided.workers, initial)
     return figures[f"knn{decided.neighbors}_top1"]
 
 

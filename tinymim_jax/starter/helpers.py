@@ -74,7 +74,14 @@ class Helpers:
         return self.compute("measure", f"measure_{name}", **arguments)
 
     def knn(
-        self, name: str, config: ConfigDict, checkpoint: str, neighbors: int, data_dir: str | None, workers: int
+        self,
+        name: str,
+        config: ConfigDict,
+        checkpoint: str,
+        neighbors: int,
+        data_dir: str | None,
+        workers: int,
+        initial: str = "",
     ) -> dict[str, Any]:
         """See child.knn. An earlier result of that name is returned at once."""
         known = self._output / WORK / f"knn_{name}.json"
@@ -88,7 +95,7 @@ class Helpers:
             neighbors=neighbors,
             data_dir=data_dir,
             workers=workers,
-            untrained=name == "before",
+            initial=initial,
         )
 
     def prepare(self, source: str, folder: pathlib.Path, name: str, short_side: int, data_dir: str | None) -> None:
