@@ -42,6 +42,9 @@ def test_convert_as_a_user(golden, tmp_path, capsys):
         (["train", "--config", "configs/finetune_t.py", "--workdir", "x"], "tinymim prepare imagenet2012"),
         (["evaluate", "nowhere"], "--config"),
         (["export", "nowhere", "--to", "vit", "--output", "x.safetensors"], "nowhere"),
+        (["export", "nowhere", "--to", "vit", "--output", "a.pth"], "writes a .safetensors file, not .pth"),
+        (["export", "nowhere", "--to", "litert", "--output", "a.onnx"], "give --output a.tflite"),
+        (["export", "nowhere", "--to", "hub", "--output", "a.bin"], "writes a folder, not .bin: give --output a"),
         (["convert", "--from", "mae", "--input", "nothing.pth", "--output", "x"], "nothing.pth"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import shutil
 import types
 from typing import Any
 
@@ -120,6 +121,20 @@ def test_classes_without_names_are_matched_by_position_in_one_logged_line(tmp_pa
     with caplog.at_level(logging.INFO):
         evaluate_checkpoint(config_of(pets), checkpoint)
     assert caplog.text.count("does not name its classes: they are matched") == 1
+
+
+def test_only_the_evaluation_split_is_needed(tmp_path, classifier, logits, caplog):
+    """The config of a training on a subset, with another data set that has no such split."""
+    checkpoint = save(tmp_path / "classifier", classifier, range(3), PETS)
+    source = write_folders(tmp_path / "images")
+    shutil.rmtree(tmp_path / "images" / "train")
+    with caplog.at_level(logging.INFO):
+        found = evaluate_checkpoint(config_of(source, "data.examples=100"), checkpoint)
+    assert found["top1"] == figures_by_hand(logits)["top1"]
+    assert found["examples"] == 9
+    assert "evaluating without data.train_split='train': split='train' of" in caplog.text
+    with pytest.raises(ValueError, match=r"split='val' of 'folder:.*' is unknown"):
+        evaluate_checkpoint(config_of(source, "data.eval_split=val"), checkpoint)
 
 
 def test_other_classes_are_refused(tmp_path, classifier, pets):

@@ -375,8 +375,8 @@ def test_subset_reads_no_more_than_it_needs():
 @pytest.mark.parametrize(
     ("labels", "examples", "message"),
     [
-        ([0, 1, 0, 1], 5, "must be 1 to 4"),
-        ([0, 1, 0, 1], 0, "must be 1 to 4"),
+        ([0, 1, 0, 1], 5, r"data.examples=5: .* has 4 images; choose 1 to that many, or 0 for all"),
+        ([0, 1, 0, 1], 0, r"data.examples=0: .* has 4 images"),
         ([0] * 9 + [1], 6, "only 1 of class 'class1'; use at most 2"),
         ([0, -1], 2, r"record 1 of labels/train has no class \(label -1\)"),
     ],

@@ -1,6 +1,7 @@
 """`tinymim export`: writes a checkpoint for other programs."""
 
 import argparse
+import pathlib
 import sys
 
 from tinymim_jax.cli.convert import FAMILIES
@@ -9,6 +10,9 @@ HELP = "write a checkpoint for another runtime (onnx, litert, stablehlo), the hu
 
 # evaluation.exporting.PROGRAMS, which takes seconds to import.
 PROGRAMS = ("onnx", "litert", "stablehlo", "hub")
+# Extensions of the files; those of all other formats are .safetensors. The hub's is a folder.
+_EXTENSIONS = {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo", "hub": ""}
+_OTHERS = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".h5", ".safetensors")
 
 _EPILOG = """\
 onnx       one graph for any batch size, opset 17 or 23; needs 'tinymim-jax[onnx]'
@@ -65,6 +69,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes --output and prints a description and its largest difference from jax."""
+    _check_extension(options.format, options.output)
     if options.format in PROGRAMS:
         from tinymim_jax.evaluation.exporting import export
 
@@ -90,6 +95,14 @@ def run(options: argparse.Namespace) -> int:
     if given:
         raise ValueError(f"--{given[0]} is for --to {', '.join(PROGRAMS)}, not for {options.format}")
     return _write_weights(options)
+
+
+def _check_extension(to: str, output: str) -> None:
+    """Raises ValueError for the extension of another format: programs choose the way of reading a file by it."""
+    right, given = _EXTENSIONS.get(to, ".safetensors"), pathlib.PurePath(output).suffix.lower()
+    if given != right and given in (*_EXTENSIONS.values(), *_OTHERS) and given:
+        what = f"writes a {right} file" if right else "writes a folder"
+        raise ValueError(f"--to {to} {what}, not {given}: give --output {pathlib.PurePath(output).with_suffix(right)}")
 
 
 _ONLY_PROGRAMS = ("features", "class_map", "int8", "opset", "batch", "licence", "suites", "data", "images", "data_dir")

@@ -1,5 +1,6 @@
 """Evaluation of a task on a split: every example counts exactly once."""
 
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,13 @@ from tinymim_jax.data.pipeline import Batches
 from tinymim_jax.evaluation.checks import check_preprocessing
 from tinymim_jax.evaluation.collect import count_substituted
 from tinymim_jax.evaluation.segmentation import PixelLabeller, score_split
-from tinymim_jax.experiment import Experiment, build_experiment, evaluation_batches, task_type
+from tinymim_jax.experiment import Experiment, assemble, evaluation_batches, open_sources, task_type
 from tinymim_jax.metrics import Metric, Tally
 from tinymim_jax.sharding import make_mesh, place_batch
 from tinymim_jax.state import make_eval_step, place_frozen
 from tinymim_jax.tasks.task import Params, evaluation_metric
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -92,14 +95,17 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Figures of `checkpoint` (a run, or a converted file) under the experiment of `config`.
 
+    Of the data only the evaluation split is needed; the classes of the training split are compared where it is there.
+
     Raises ValueError when the checkpoint lacks what the experiment evaluates, such as a classifier's head, or was
     trained on pixels normalized otherwise; ClassMismatch (a ValueError) when its classes are not those of the data.
     """
     config = ConfigDict(config.to_dict() | {"init": str(checkpoint)})
-    config = task_type(config).for_evaluation(config).lock()
+    config = task_type(config).for_evaluation(config)
+    config.data.examples = 0
     model, _ = load_params(checkpoint)
     check_preprocessing(config, model, str(checkpoint))
-    experiment = build_experiment(config, data_dir=data_dir)
+    experiment = _without_training_images(config, data_dir)
     task = experiment.task
     known = model.get("preprocessing", {}).get("class_names")
     if known and any(part in model and part in task.model for part in ("classifier", "segmenter")):
@@ -119,6 +125,19 @@ def evaluate_checkpoint(
     mesh = make_mesh()
     params = place_frozen(task.start(jax.device_get(task.init(jax.random.key(config.seed)))), mesh)
     return make_evaluation(experiment, mesh)(params, place_frozen(task.load_frozen(), mesh), workers=workers)
+
+
+def _without_training_images(config: ConfigDict, data_dir: str | None) -> Experiment:
+    """The experiment for an evaluation. Without a training split, the evaluation split takes its place."""
+    try:
+        sources = open_sources(config, data_dir=data_dir)
+    except (ValueError, FileNotFoundError) as error:
+        missing, config.data.train_split = config.data.train_split, config.data.eval_split
+        if missing == config.data.eval_split:
+            raise
+        sources = open_sources(config, data_dir=data_dir)  # says so if the evaluation split is missing, too
+        log.info("evaluating without data.train_split=%r: %s", missing, error)
+    return assemble(config.lock(), *sources)
 
 
 def _check_parts(checkpoint: str, model: dict[str, Any], wanted: dict[str, Any], task: str) -> None:

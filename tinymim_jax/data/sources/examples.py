@@ -109,7 +109,10 @@ def balanced_subset(source: Source, examples: int, *, seed: int = 0) -> Subset:
     Records without a label are never chosen. Raises ValueError if a class has too few records.
     """
     if not 0 < examples <= len(source):
-        raise ValueError(f"examples={examples}: must be 1 to {len(source)}, the size of {source.name}/{source.split}")
+        raise ValueError(
+            f"data.examples={examples}: {source.name}/{source.split} has {len(source)} images; choose 1 to that many, "
+            "or 0 for all"
+        )
     order = permutation(len(source), philox(seed, "subset"))
     if source.classes == 0:
         return Subset(source, np.sort(order[:examples]))
