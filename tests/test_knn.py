@@ -1,8 +1,11 @@
 """k-NN against scikit-learn's on the same features, and end to end on the digits."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from processes import output_of, run_python
 from runs import small_config
 
 from tinymim_jax.evaluation import knn
@@ -77,3 +80,12 @@ def test_mistakes_are_told(run, data_dir):
     for mistake in ({"neighbors": (5, 0)}, {"neighbors": ()}, {"neighbors": (5,), "temperature": 0.0}):
         with pytest.raises(ValueError, match="choose k from 1 and a temperature above 0"):
             evaluate_knn(config, workdir, data_dir=data_dir, **mistake)
+
+
+def test_standard_output_is_the_result_alone(mae_run, data_dir):
+    """In a real process, since libraries that are not Python write there, too."""
+    words = ["knn", str(mae_run), "--data_dir", data_dir, "--k", "3", "--compile_cache", ""]
+    code, out, err = output_of(run_python(f"from tinymim_jax.cli.main import main; main({words!r})"))
+    assert code == 0, err
+    assert json.loads(out)["examples"] > 0
+    assert "features of" in err

@@ -37,6 +37,9 @@ COMMANDS = (
     *(convert, export, bench, prepare, demo),
 )
 
+# Their result is all that they write to standard output, for other programs to read; the log goes to standard error.
+_RESULT_ALONE = ("evaluate", "knn", "probe", "predict")
+
 # What a user can mend: shown as one message without a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError, RuntimeError)
 
@@ -66,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits with one of the statuses that `tinymim --help` lists."""
     end_with_parent_of_environment()
     options = _parse(sys.argv[1:] if arguments is None else arguments)
-    start_logging()
+    start_logging(to_stderr=options.command in _RESULT_ALONE)
     why = ""
     try:
         code = options.run(options)

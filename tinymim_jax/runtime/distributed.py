@@ -133,6 +133,8 @@ def _remind_while_waiting(job: Job) -> Iterator[None]:
 
 
 def _initialize_alone(initialize: functools.partial) -> None:
+    # With the service, jax would connect CPU devices of one process by Gloo, which prints to standard output.
+    jax.config.update("jax_cpu_collectives_implementation", None)
     with socket.socket() as reservation:
         # Keeps the port free until the service, which may share it, has taken it.
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -9,14 +9,16 @@ from tinymim_jax.runtime.exits import is_first, process_label, stdout_closed
 from tinymim_jax.runtime.terminal import erase
 
 
-def start_logging(prefix: str = "") -> None:
+def start_logging(prefix: str = "", *, to_stderr: bool = False) -> None:
     """Logs to standard output, each line behind `prefix`: this package from level INFO on, other libraries warnings.
+
+    With `to_stderr`, standard output is left to the result of the command.
 
     Output that cannot be written, as its reader has gone or the disk is full, is dropped and does not stop the process.
     """
     with contextlib.suppress(AttributeError):  # a stream that a test has put in its place
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    handler = _Handler(sys.stdout)
+    handler = _Handler(sys.stderr if to_stderr else sys.stdout)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     # Some libraries configure logging when they are imported: `force` replaces that.
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
