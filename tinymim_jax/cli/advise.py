@@ -10,7 +10,8 @@ HELP = "will distillation help on your images? yes, no or unclear, with figures 
 _EPILOG = """\
 Measured are the k-NN accuracy of the teacher, of the same network with random weights and of the untrained student on
 your images, and that of the student at eight points of a short distillation. A power law through these points gives the
-accuracy that the whole distillation would reach, with a 90 % interval. The answer is
+accuracy that the whole distillation would reach, with a 90 % interval. A teacher that is no better than random weights
+is refused before that. The answer is
 
   no       the teacher is no better on your images than the same network with random weights or than an untrained
            student, or the student does not learn it

@@ -77,8 +77,8 @@ def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
             return ERROR
 
 
-def judge(*, teacher: float, teacher_random: float, before: float, expected: Forecast, examples: int) -> Advice:
-    """The advice, from k-NN accuracies (0 to 1) on `examples` images.
+def judge_teacher(*, teacher: float, teacher_random: float, before: float, examples: int) -> Advice | None:
+    """A "no" if the teacher knows nothing of the images, from k-NN accuracies (0 to 1) on `examples` of them.
 
     A student of a teacher with random weights gets somewhat better, too, since such a network already groups images by
     color and brightness. So the teacher has to be better than its own architecture with random weights.
@@ -86,23 +86,27 @@ def judge(*, teacher: float, teacher_random: float, before: float, expected: For
     Args:
       teacher, teacher_random: accuracies of the teacher, and of a network like it with random weights.
       before: accuracy of the untrained student.
+    """
+    for other, value in (("the same network with random weights", teacher_random), ("an untrained student", before)):
+        margin = _margin(value, examples)
+        if teacher <= value + margin:
+            return Advice(
+                "no",
+                f"the teacher ({teacher:.1%}) is not better on your images than {other} ({value:.1%}; differences "
+                f"below {margin:.1%} are chance): choose another teacher, and check that its file was converted with "
+                "all its weights",
+            )
+    return None
+
+
+def judge(*, teacher: float, before: float, expected: Forecast, examples: int) -> Advice:
+    """The advice on a teacher that is good enough, from k-NN accuracies (0 to 1) on `examples` images.
+
+    Args:
+      teacher, before: accuracies of the teacher, and of the untrained student.
       expected: accuracy of the student after the whole distillation.
     """
-    margin = _margin(before, examples)
-    bar = before + margin
-    if teacher <= teacher_random + _margin(teacher_random, examples):
-        return Advice(
-            "no",
-            f"the teacher ({teacher:.1%}) is not better on your images than the same network with random weights "
-            f"({teacher_random:.1%}; differences below {_margin(teacher_random, examples):.1%} are chance): choose "
-            "another teacher, and check that its file was converted with all its weights",
-        )
-    if teacher <= bar:
-        return Advice(
-            "no",
-            f"the teacher itself ({teacher:.1%}) is not better on your images than a student without training "
-            f"({before:.1%}; differences below {margin:.1%} are chance): choose another teacher",
-        )
+    bar = before + _margin(before, examples)
     if expected.high <= bar:
         return Advice(
             "no",
@@ -129,17 +133,17 @@ def _margin(accuracy: float, examples: int) -> float:
 
 def as_text(found: Mapping[str, Any]) -> str:
     """The content of advice.json as Markdown."""
-    expected = found["expected"]
     rows = [
         ["teacher", f"{found['teacher']:.1%}"],
         ["the same network with random weights", f"{found['teacher_random']:.1%}"],
         ["student, untrained", f"{found['before']:.1%}"],
-        [f"student after {found['curve'][-1][0]} steps", f"{found['curve'][-1][1]:.1%}"],
-        [
-            f"student after the whole {found['steps']} steps, expected",
-            f"{expected['value']:.1%} ({expected['low']:.1%} to {expected['high']:.1%}, 90 %)",
-        ],
     ]
+    if expected := found.get("expected"):
+        interval = f"{expected['low']:.1%} to {expected['high']:.1%}, 90 %"
+        rows += [
+            [f"student after {found['curve'][-1][0]} steps", f"{found['curve'][-1][1]:.1%}"],
+            [f"student after the whole {found['steps']} steps, expected", f"{expected['value']:.1%} ({interval})"],
+        ]
     costs = [[f"these devices, {found['timed']}", format_seconds(found["seconds"]), "-"]]
     for plan in found["plans"]:
         hours = plan.get("hours")
@@ -157,6 +161,7 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 
 def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Helpers) -> dict[str, Any]:
+    """What as_text shows, but for the plans. There is no trial if the teacher alone decides."""
     (run,) = runs_to_do(output, decided)
     known: dict[str, float] = {}
     for name, checkpoint in (
@@ -165,6 +170,15 @@ def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
         ("before", str(output / "untrained")),
     ):
         known[name] = measured_knn(run, decided, helpers, name, checkpoint, request.data_dir)
+    found: dict[str, Any] = {
+        **known,
+        "steps": decided.preset_steps,
+        "seconds": decided.preset_steps * decided.step_seconds,
+        "timed": "planned" if decided.timed_by.startswith("planned") else "measured",
+        "examples": decided.eval_images,
+    }
+    if advice := judge_teacher(**known, examples=decided.eval_images):
+        return found | dataclasses.asdict(advice)
     helpers.train(run, helpers.training_words(request.data_dir, decided.workers))
     rows = [row for row in read(run.workdir / "metrics.jsonl") if row.get("probe/knn") is not None]
     curve = [(row["step"], row["probe/knn"]) for row in rows]
@@ -173,24 +187,20 @@ def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
             f"the trial has {len(curve)} probes of k-NN accuracy, and a curve needs {FEWEST_POINTS}: give it more "
             "steps, in another --output, and leave train.probe_every and train.probe_patience as they are"
         )
-    examples = min(decided.eval_images, decided.probe_images // 2)
     steps = max(decided.preset_steps, curve[-1][0])
     expected = forecast(
         [step for step, _ in curve],
         [value for _, value in curve],
         at=steps,
-        examples=examples,
+        examples=min(decided.eval_images, decided.probe_images // 2),
         ceiling=known["teacher"],
     )
-    advice = judge(**known, expected=expected, examples=decided.eval_images)
-    return {
-        **known,
+    advice = judge(teacher=known["teacher"], before=known["before"], expected=expected, examples=decided.eval_images)
+    return found | {
         "curve": [list(point) for point in curve],
         "steps": steps,
         "seconds": steps * decided.step_seconds,
-        "timed": "planned" if decided.timed_by.startswith("planned") else "measured",
         "expected": dataclasses.asdict(expected),
-        "examples": decided.eval_images,
         **dataclasses.asdict(advice),
     }
 
