@@ -1,6 +1,7 @@
 """Imports go down only, and the core needs neither TensorFlow nor torch."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -57,6 +58,12 @@ def test_imports_go_down(path):
     for module in package_imports(path):
         if module.startswith("tinymim_jax."):
             assert FLOORS[part(module)] <= FLOORS[own], f"{own} imports {module} from a floor above"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    graph = {module: package_imports(path) & modules.keys() for module, path in modules.items()}
+    assert len(tuple(graphlib.TopologicalSorter(graph).static_order())) == len(FILES)  # or a CycleError
 
 
 def test_floors_keep_to_themselves():

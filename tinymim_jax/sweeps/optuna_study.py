@@ -14,8 +14,9 @@ from tinymim_jax.runtime.workdir import PRUNED, RunState
 from tinymim_jax.sweeps.checks import check_points
 from tinymim_jax.sweeps.children import Children, note_failure
 from tinymim_jax.sweeps.points import Point, read_stages, state_of
-from tinymim_jax.sweeps.running import default_direction, exit_status, find_function, make_point, write_summary
+from tinymim_jax.sweeps.running import exit_status, find_function, make_point, write_summary
 from tinymim_jax.sweeps.sweep import Settings
+from tinymim_jax.sweeps.tables import default_direction
 
 _OPTUNA_DIRECTIONS = {"max": "maximize", "min": "minimize"}
 

@@ -12,6 +12,7 @@ from tinymim_jax.runtime.hosts import find_job
 from tinymim_jax.runtime.startup import print_line
 from tinymim_jax.runtime.workdir import RunState
 from tinymim_jax.sweeps.points import Point, folder_name, make_runs, state_of
+from tinymim_jax.sweeps.tables import write_table
 
 ONE_BY_ONE = "train the stages one after another with `tinymim train`, each of them over all processes"
 
@@ -55,7 +56,6 @@ def find_function(spec: str, kind: str, name: str) -> tuple[Callable, str]:
 def write_summary(points: Sequence[Point], workdir: pathlib.Path, metric: str | None, direction: str | None) -> None:
     """Writes the table of the finished points and report.html; prints the table, and why points failed."""
     from tinymim_jax.reports.write import write_at_end
-    from tinymim_jax.sweeps.tables import write_table
 
     states = {point.name: state_of(point) for point in points}
     print_line(write_table(points, states, workdir, metric=metric, direction=direction))
@@ -71,11 +71,6 @@ def exit_status(states: Sequence[RunState]) -> int:
     if names & {"interrupted", "not started", "running"}:
         return PREEMPTED
     return ERROR if names & {"failed", "stalled"} else DONE
-
-
-def default_direction(metric: str) -> str:
-    """Whether a metric is better "min" or "max", by its name."""
-    return "min" if "loss" in metric else "max"
 
 
 def require_one_process(what: str, workdir: str, remedy: str) -> None:

@@ -13,9 +13,13 @@ from tinymim_jax.markdown import markdown_table
 from tinymim_jax.runtime.files import write_json, write_text
 from tinymim_jax.runtime.workdir import RunState
 from tinymim_jax.sweeps.points import Point, short_names
-from tinymim_jax.sweeps.running import default_direction
 
 _USUAL = ("top1", "loss")
+
+
+def default_direction(metric: str) -> str:
+    """Whether a metric is better "min" or "max", by its name."""
+    return "min" if "loss" in metric else "max"
 
 
 def write_table(
