@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from tinymim_jax.checkpoints import format as stored
 from tinymim_jax.checkpoints.format import CheckpointError, Damaged
 from tinymim_jax.checkpoints.handlers import make_handlers
+from tinymim_jax.checkpoints.preemption import Manager, reached_preemption
 from tinymim_jax.checkpoints.read_back import read_back
 from tinymim_jax.checkpoints.restoring import read_step
 from tinymim_jax.checkpoints.timer import SaveTimer
@@ -70,10 +71,10 @@ class Checkpoints:
             lightweight_initialize=True,  # does not stumble over a damaged step
         )
 
-        def open_manager() -> ocp.CheckpointManager:
+        def open_manager() -> Manager:
             with stored.writing(self._directory):
                 handlers = make_handlers(self._failures)
-                return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+                return Manager(self._directory, options=options, item_handlers=handlers)
 
         self._manager = self._repeated(open_manager)
         # The step to be read back after it is saved: the first one of a directory that was empty.
@@ -148,7 +149,7 @@ class Checkpoints:
         if self._writing and not self._manager.is_saving_in_progress():
             with self._tolerating_failure():
                 self.wait()  # returns at once, or raises the error of the save in the background
-        preempted = self._manager.reached_preemption(step)
+        preempted = reached_preemption()
         self._preempted |= preempted
         due = self._timer.due(saving=self._manager.is_saving_in_progress())
         if not (force or preempted or due) or step in self._manager.all_steps():
