@@ -363,6 +363,12 @@ def test_optuna_chooses_points_and_goes_on(data_dir, tmp_path, capsys):
     assert len(set(rates)) == 2
     assert all(4e-3 <= rate <= 6.4e-2 for rate in rates)
     assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 2
+    lost = tmp_path / next(iter(results(tmp_path))) / "result.json"
+    before = lost.read_text()
+    lost.write_text("")  # as after a full disk: the trial counts, but its figures are missing
+    status, out, err = run(capsys, *words, "--trials", "2")
+    assert status == 0, out + err
+    assert lost.read_text() == before
 
 
 def test_a_metric_that_does_not_exist_is_refused_before_the_first_trial(data_dir, tmp_path, capsys):
@@ -376,6 +382,35 @@ def test_a_metric_that_does_not_exist_is_refused_before_the_first_trial(data_dir
         status, _, err = run(capsys, *words, "--data_dir", data_dir)
     assert status == 1
     assert f"in use by process {os.getpid()}" in err
+
+
+def test_a_study_refuses_overrides_that_would_falsify_its_table(tmp_path, data_dir, capsys):
+    """For a key that it chooses, or other ones than it was begun with; what says how trials run may differ."""
+    from tinymim_jax.sweeps.optuna_study import _check_words
+
+    words = ["sweep", "configs/digits.py:finetune", "--study", "study", "--workdir", tmp_path, "--data_dir", data_dir]
+    code, _, err = run(capsys, *words, *SMALL, "optim.base_lr=0.5")
+    assert code == 1
+    assert "study() in configs/digits.py:finetune chooses optim.base_lr: leave optim.base_lr=... out" in err
+    study = optuna.create_study()
+    _check_words(study, {"model.depth": 1, "train.log_every": 5}, tmp_path)
+    _check_words(study, {"model.depth": 1, "train.log_every": 9, "classifier.checkpoint.keep": 1}, tmp_path)
+    with pytest.raises(ValueError, match=r"was begun with model.depth=1, not with model.depth=2"):
+        _check_words(study, {"model.depth": 2}, tmp_path)
+
+
+def test_a_study_without_its_journal_does_not_begin_anew(tmp_path):
+    from tinymim_jax.sweeps.optuna_study import _open_study
+
+    (tmp_path / "000_base_lr=0.1").mkdir()
+    with pytest.raises(ValueError, match=r"study.journal is missing, but 000_base_lr=0.1 is a trial"):
+        _open_study(optuna, tmp_path, "study", "top1", "max")
+    (tmp_path / "study.journal").touch()
+    with pytest.raises(ValueError, match=r"study.journal is empty"):
+        _open_study(optuna, tmp_path, "study", "top1", "max")
+    (tmp_path / "study.journal").write_text('{"op')
+    with pytest.raises(ValueError, match=r"study.journal is damaged"):
+        _open_study(optuna, tmp_path, "study", "top1", "max")
 
 
 def test_a_study_keeps_its_metric_and_direction(tmp_path):

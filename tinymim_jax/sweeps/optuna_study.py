@@ -8,14 +8,15 @@ from typing import Any
 
 from tinymim_jax.errors import unknown
 from tinymim_jax.metrics import read
+from tinymim_jax.resume import MAY_CHANGE
 from tinymim_jax.runtime.locks import locked
 from tinymim_jax.runtime.startup import print_line
 from tinymim_jax.runtime.workdir import PRUNED, RunState
 from tinymim_jax.sweeps.checks import check_points
 from tinymim_jax.sweeps.children import Children, note_failure
-from tinymim_jax.sweeps.points import Point, read_stages, state_of
+from tinymim_jax.sweeps.points import Point, format_override, read_stages, state_of
 from tinymim_jax.sweeps.running import exit_status, find_function, make_point, write_summary
-from tinymim_jax.sweeps.sweep import Settings
+from tinymim_jax.sweeps.sweep import Settings, overlap
 from tinymim_jax.sweeps.tables import default_direction
 
 _OPTUNA_DIRECTIONS = {"max": "maximize", "min": "minimize"}
@@ -32,7 +33,8 @@ def run_optuna_study(file: str, name: str, overrides: Mapping[str, Any], setting
 
     Raises:
       ImportError: Optuna is missing.
-      ValueError: the first trial cannot be built, the metric does not exist, or the study compares another metric.
+      ValueError: the first trial cannot be built, the metric does not exist, an override is for a key that the study
+        chooses, or the study in the workdir compares another metric or was begun with other overrides.
       Busy: another command runs a study in this workdir.
     """
     optuna = _import_optuna()
@@ -48,6 +50,7 @@ def run_optuna_study(file: str, name: str, overrides: Mapping[str, Any], setting
     settings.workdir.mkdir(parents=True, exist_ok=True)
     with locked(settings.workdir):
         study = _open_study(optuna, settings.workdir, choose.__name__, metric, direction)
+        _check_words(study, overrides, settings.workdir)
         return _Trials(optuna, study, make, choose, settings, metric).run(trials)
 
 
@@ -57,6 +60,10 @@ class _PointMaker:
         self._stages, self._workdir, self._overrides = read_stages(file), workdir, overrides
 
     def point(self, number: int, chosen: Mapping[str, Any]) -> Point:
+        stages = {stage.name for stage in self._stages}
+        for word in self._overrides:
+            if taken := [key for key in chosen if overlap(word, key, stages)]:
+                raise ValueError(f"{self._name} chooses {taken[0]}: leave {word}=... out of the command")
         try:
             return make_point(self._stages, self._workdir, number, chosen, self._overrides, None)
         except (ValueError, TypeError) as error:
@@ -78,14 +85,20 @@ class _Trials:
             Children(settings.child_options) as children,
             concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool,
         ):
-            states = list(pool.map(lambda _: self._run_trial(children), range(missing)))
-        attributes = [trial.user_attrs for trial in self._study.get_trials() if "overrides" in trial.user_attrs]
-        points = [self._make.point(each["number"], each["overrides"]) for each in attributes]
+            lost = [point for point in self._points(self._states.COMPLETE) if state_of(point).result is None]
+            states = list(pool.map(lambda point: children.run_point(point, prefix=f"{point.number:03d}"), lost))
+            states += pool.map(lambda _: self._run_trial(children), range(missing))
+        points = self._points()
         if unique := list({point.name: point for point in points}.values()):
             print_line()
             write_summary(unique, settings.workdir, settings.metric, settings.direction)
         stopped = [RunState("not started")] if children.stopping else []
         return exit_status([state for state in states if state.name != "pruned"] + stopped)
+
+    def _points(self, *states) -> list[Point]:
+        """The points of all trials, or of those in one of these states."""
+        attributes = [trial.user_attrs for trial in self._study.get_trials(states=states or None)]
+        return [self._make.point(each["number"], each["overrides"]) for each in attributes if "overrides" in each]
 
     def _run_trial(self, children: Children) -> RunState:
         if children.stopping:
@@ -141,16 +154,25 @@ class _Watch:
 def _open_study(optuna, workdir: pathlib.Path, name: str, metric: str, direction: str) -> Any:
     """The study in `workdir`, which is created if it does not exist.
 
-    Raises ValueError if it compares another metric, or in another direction: its values so far would mean nothing.
+    Raises ValueError if it compares another metric, or in another direction: its values so far would mean nothing; and
+    if the journal is damaged, or missing where there are trials.
     """
-    backend = optuna.storages.journal.JournalFileBackend(str(workdir / "study.journal"))
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name=name,
-        load_if_exists=True,
-        direction=_OPTUNA_DIRECTIONS[direction],
-        pruner=optuna.pruners.MedianPruner(),
-    )
+    journal = workdir / "study.journal"
+    if not (journal.exists() and journal.stat().st_size) and (trials := sorted(workdir.glob("[0-9][0-9][0-9]_*"))):
+        raise ValueError(
+            f"{journal} is {'empty' if journal.exists() else 'missing'}, but {trials[0].name} is a trial of that "
+            "study: put back a copy, or choose another --workdir"
+        )
+    try:
+        study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
+            study_name=name,
+            load_if_exists=True,
+            direction=_OPTUNA_DIRECTIONS[direction],
+            pruner=optuna.pruners.MedianPruner(),
+        )
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{journal} is damaged: {error!r}. Put back a copy, or choose another --workdir") from error
     kept = study.user_attrs.get("metric", metric)  # journals of earlier versions do not name it
     kept_direction = next(short for short, long in _OPTUNA_DIRECTIONS.items() if long == study.direction.name.lower())
     if (kept, kept_direction) != (metric, direction):
@@ -161,6 +183,24 @@ def _open_study(optuna, workdir: pathlib.Path, name: str, metric: str, direction
     study.set_user_attr("metric", metric)
     _requeue_running(study, optuna.trial.TrialState)
     return study
+
+
+def _check_words(study, overrides: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """Raises ValueError if the study was begun with other overrides: its trials would not be comparable."""
+    words = sorted(format_override(key, value) for key, value in overrides.items() if not _may_change(key))
+    kept = study.user_attrs.get("overrides", words)  # journals of earlier versions do not name them
+    if kept != words:
+        raise ValueError(
+            f"the study in {workdir} was begun with {' '.join(kept) or 'no overrides'}, not with "
+            f"{' '.join(words) or 'none'}: its trials would not be comparable. Give the same ones, or choose another "
+            "--workdir"
+        )
+    study.set_user_attr("overrides", words)
+
+
+def _may_change(key: str) -> bool:
+    """Whether a key, with or without the name of a stage, says how or where a training runs, not what is trained."""
+    return key.endswith((".path", "data.source", *MAY_CHANGE))
 
 
 def _requeue_running(study, states) -> None:

@@ -154,12 +154,12 @@ def _check_conflicts(yielded: Sequence[Any], words: Mapping[str, Any], stages: C
         if point in given[:i]:
             raise ValueError(f"points {given.index(point)} and {i} are the same: {point}")
     for key in words:
-        for other in dict.fromkeys(name for point in given for name in point if _overlap(key, name, stages)):
+        for other in dict.fromkeys(name for point in given for name in point if overlap(key, name, stages)):
             if any(point.get(other) != given[0].get(other) for point in given):
                 raise ValueError(f"{key} differs from point to point: it cannot be set for all of them")
 
 
-def _overlap(first: str, second: str, stages: Collection[str]) -> bool:
+def overlap(first: str, second: str, stages: Collection[str]) -> bool:
     """Could the two keys, with or without a stage's name, mean the same?"""
     (stage, key), (other_stage, other_key) = (
         name.split(".", 1) if name.split(".")[0] in stages else ("", name) for name in (first, second)
