@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import textwrap
 import time
 
 import jax
@@ -212,17 +213,23 @@ def test_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
 @pytest.mark.parametrize("name", ["run[1]", "run\\1", "run*", "what?", "a[b/c"])
 def test_paths_that_are_patterns_are_refused(tmp_path, name, monkeypatch):
     """Orbax would not find its own files there, and would raise no error."""
-    with pytest.raises(ValueError, match=r"checkpoint directory .* cannot be used.*Rename '"):
+    with pytest.raises(ValueError, match=r"checkpoint directory .* cannot be kept.*Rename '"):
         Checkpoints(tmp_path / name / "checkpoints")
-    with pytest.raises(ValueError, match=r"output .* cannot be used"):
+    with pytest.raises(ValueError, match=r"--output .* cannot be kept"):
         save_params(tmp_path / name, {"x": np.zeros(2)}, {})
-    with pytest.raises(ValueError, match=r"--workdir .* cannot be used"):
+    with pytest.raises(ValueError, match=r"--workdir .* cannot be kept"):
         train(ConfigDict(), str(tmp_path / name))
     (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / name)  # the working directory is part of a relative path
     with pytest.raises(ValueError, match="--workdir runs/x"):
         check_output_path("runs/x", "--workdir")
     check_output_path(tmp_path / "a b (v2) {x} 100% é !~#]", "--workdir")
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path):
+    """Orbax would fail at the first save."""
+    with pytest.raises(ValueError, match=r"not valid UTF-8, because of 'wy\\udce9'"):
+        check_output_path(tmp_path / os.fsdecode(b"wy\xe9") / "run", "--workdir")
 
 
 def test_the_first_save_is_read_back(tmp_path, monkeypatch):
@@ -477,6 +484,30 @@ def test_two_processes_save_together_and_set_aside_together(tmp_path):
         status, _, err = output_of(process)
         assert status == 0, err
     assert restored_loop_state(tmp_path) == stopped[0]
+
+
+def test_a_notice_before_the_first_step_of_a_resumed_run_is_not_missed(tmp_path):
+    """The run is resumed at step 900; the notice comes before its first call of `save`."""
+    code = f"""
+        import os, signal, time
+        from tinymim_jax.runtime.distributed import initialize_distributed
+        initialize_distributed()
+        import jax.numpy as jnp
+        from tinymim_jax.checkpoints.manager import Checkpoints
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(4)  # until JAX has chosen the call to stop at
+        with Checkpoints({str(tmp_path)!r}, every_seconds=1e9) as checkpoints:
+            for step in range(901, 1100):
+                saved = checkpoints.save(step, {{"step": jnp.int32(step)}})
+                assert saved == checkpoints.preempted
+                if saved:
+                    break
+                time.sleep(0.05)
+        print("STOPPED", step, flush=True)
+    """
+    status, out, err = output_of(run_python(textwrap.dedent(code)))
+    assert status == 0, err
+    assert 901 <= int(out.split()[-1]) < 1099
 
 
 DIGEST = """

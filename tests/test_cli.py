@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -57,6 +58,43 @@ def test_errors_are_one_message_without_a_traceback(words, message, tmp_path, ca
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "x" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["train", "--config", "digits:finetune", "--workdir", "a[1]"], "--workdir"),
+        (["sweep", "digits:finetune", "--run", "local", "--workdir", "a[1]"], "--workdir"),
+        (["sweep", "digits:finetune", "--study", "study", "--workdir", "a[1]"], "--workdir"),
+        (["chain", "chain", "--workdir", "a[1]"], "--workdir"),
+        (["distill", "digits", "--teacher", "t", "--output", "a[1]"], "--output"),
+        (["advise", "digits", "--teacher", "t", "--output", "a[1]"], "--output"),
+    ],
+)
+def test_a_folder_that_cannot_hold_checkpoints_is_refused_at_once(words, option, capsys):
+    code, _, err = run(capsys, *words)
+    assert code == 1
+    assert f"{option} " in err
+    assert "checkpoints cannot be kept in a path with [ in it" in err
+
+
+def test_closed_output_is_no_error(mae_run, monkeypatch):
+    """`>&-` in a shell, and some managers of services: Python has no standard output then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["status", str(mae_run)])
+    assert ended.value.code == 0
+
+
+def test_a_damaged_config_is_named(mae_run, tmp_path, capsys):
+    shutil.copytree(mae_run, tmp_path / "run")
+    for text, what in (("", "is empty"), ("{", "is damaged")):
+        (tmp_path / "run" / "config.json").write_text(text)
+        for words in (["evaluate", tmp_path / "run"], ["train", "--config", "digits", "--workdir", tmp_path / "run"]):
+            code, _, err = run(capsys, *words)
+            assert code == 1
+            assert f"run/config.json {what}" in err
+            assert "Put back a copy" in err
 
 
 def test_help_teaches(capsys):

@@ -65,7 +65,7 @@ def save_params(directory: epath.PathLike, params: Any, model: Mapping[str, Any]
 
 def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
     """Raises the error of `save_params` if `directory` is in use or not allowed, before there is anything to save."""
-    check_output_path(directory, "output")
+    check_output_path(directory, "--output")
     directory = _resolved(directory)
     if not directory.exists():
         return

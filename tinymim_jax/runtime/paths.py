@@ -1,22 +1,24 @@
 """Checks of paths before the work whose result is written there."""
 
 import os
+import sys
 from pathlib import Path, PurePath
 
 _SPECIAL = "[*?\\"
 
 
 def check_output_path(path: str | os.PathLike, option: str) -> None:
-    """Refuses a folder whose whole path has a character of a file name pattern in it.
+    """Refuses a folder whose whole path has a character of a file name pattern in it, or is not valid UTF-8.
 
     Orbax, which writes the checkpoints, uses its folder as part of a pattern without escaping it: with [ ] * ? or a
-    backslash anywhere in the path it does not find its own files again, and reports no error.
+    backslash anywhere in the path it does not find its own files again, and reports no error. Its storage library takes
+    names in UTF-8 alone.
 
     Args:
       option: what the user gave the path for, such as '--workdir'.
 
     Raises:
-      ValueError: naming the characters and the remedy.
+      ValueError: naming the characters or the part of the path, and the remedy.
     """
     whole = os.fspath(path)
     if "://" not in whole:
@@ -24,9 +26,25 @@ def check_output_path(path: str | os.PathLike, option: str) -> None:
     if found := [character for character in _SPECIAL if character in whole]:
         name = next((part for part in reversed(PurePath(whole).parts) if any(c in part for c in found)), whole)
         raise ValueError(
-            f"{option} {path}: a path with {' '.join(found)} in it cannot be used, because what is written there is "
-            f"not found again: these characters are taken for a pattern. Rename {name!r} or choose another folder"
+            f"{option} {path}: checkpoints cannot be kept in a path with {' '.join(found)} in it, because the library "
+            f"that stores them takes these characters for a pattern. Rename {name!r} or choose another folder"
         )
+    if not is_utf8(whole):
+        name = next(part for part in reversed(PurePath(whole).parts) if not is_utf8(part))
+        remedy = "set LANG=C.UTF-8" if sys.getfilesystemencoding() != "utf-8" else "rename it, or choose another folder"
+        raise ValueError(
+            f"{option} {whole!a}: checkpoints cannot be kept in a path that is not valid UTF-8, because of {name!a}: "
+            f"{remedy}"
+        )
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a path or name has no bytes of another encoding, which Python keeps in it as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_output_file(path: str | os.PathLike, option: str) -> Path:

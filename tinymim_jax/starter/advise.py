@@ -51,7 +51,7 @@ def advise(request: Request, *, topologies: Sequence[str] = ()) -> int:
     Raises ValueError for images without labels, and the errors of `run_distill`.
     """
     output = pathlib.Path(request.output).expanduser().absolute()
-    require_one_process("tinymim advise", str(output), ONE_BY_ONE)
+    require_one_process("tinymim advise", str(output), ONE_BY_ONE, option="--output")
     check_output(output, request)
     check_same(output, request)
     output.mkdir(parents=True, exist_ok=True)

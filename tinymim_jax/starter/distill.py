@@ -36,7 +36,7 @@ def run_distill(request: Request, *, dry_run: bool = False) -> int:
       Busy: another command is working in the output folder.
     """
     output = pathlib.Path(request.output).expanduser().absolute()
-    require_one_process("tinymim distill", str(output), ONE_BY_ONE)
+    require_one_process("tinymim distill", str(output), ONE_BY_ONE, option="--output")
     check_export(request.export, find_student(request.student))
     check_output(output, request)
     check_same(output, request)

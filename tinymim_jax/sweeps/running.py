@@ -9,6 +9,7 @@ from tinymim_jax.errors import unknown
 from tinymim_jax.runtime.exits import DONE, ERROR, PREEMPTED
 from tinymim_jax.runtime.files import is_remote
 from tinymim_jax.runtime.hosts import find_job
+from tinymim_jax.runtime.paths import check_output_path
 from tinymim_jax.runtime.startup import print_line
 from tinymim_jax.runtime.workdir import RunState
 from tinymim_jax.sweeps.points import Point, folder_name, make_runs, state_of
@@ -73,15 +74,16 @@ def exit_status(states: Sequence[RunState]) -> int:
     return ERROR if names & {"failed", "stalled"} else DONE
 
 
-def require_one_process(what: str, workdir: str, remedy: str) -> None:
-    """Raises ValueError in a job of several processes, or for a bucket."""
+def require_one_process(what: str, workdir: str, remedy: str, *, option: str = "--workdir") -> None:
+    """Raises ValueError in a job of several processes, for a bucket, or for a folder that cannot hold checkpoints."""
     job = find_job()
     if (job.processes or 1) > 1:
         raise ValueError(f"{what} is for one process, but {job.said_by} says {job.processes}: {remedy}")
-    require_folder(what, workdir)
+    require_folder(what, workdir, option=option)
 
 
-def require_folder(what: str, workdir: str) -> None:
-    """Raises ValueError for a bucket."""
+def require_folder(what: str, workdir: str, *, option: str = "--workdir") -> None:
+    """Raises ValueError for a bucket, or for a folder that cannot hold checkpoints."""
     if is_remote(workdir):
-        raise ValueError(f"--workdir {workdir}: {what} needs a folder; `tinymim train` takes gs:// as well")
+        raise ValueError(f"{option} {workdir}: {what} needs a folder; `tinymim train` takes gs:// as well")
+    check_output_path(workdir, option)
