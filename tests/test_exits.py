@@ -307,6 +307,11 @@ def test_all_output_of_a_child_is_read_even_if_it_cannot_be_copied(error, tmp_pa
     assert list(tail) == ["line 998", "line 999"]
 
 
+def test_names_in_another_encoding_are_written_as_escapes(tmp_path):
+    files.write_text(tmp_path / "page.html", os.fsdecode(b"<p>cl\xe9</p>") + "é")
+    assert (tmp_path / "page.html").read_text("utf-8") == "<p>cl\\udce9</p>é"
+
+
 def test_a_log_that_cannot_be_written_says_nothing_on_standard_error():
     code = """
         import logging, os, sys

@@ -1,6 +1,7 @@
 """`tinymim export` to other runtimes as a user runs it, the model card, and `tinymim bench`."""
 
 import dataclasses
+import io
 import json
 import resource
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from runs import small_config
 
 from tinymim_jax.checkpoints.params import save_params
+from tinymim_jax.cli import main as cli
 from tinymim_jax.evaluation import bench, bench_child, exporting
 from tinymim_jax.evaluation.model_card import licence_of, lineage, model_card
 from tinymim_jax.evaluation.predictor import load
@@ -39,6 +41,20 @@ def student(tmp_path_factory):
     source = {"family": "mae", "file": "mae.pth", "sha256": "0" * 64}
     save_params(folder, network.params, {**network.record, "preprocessing": network.preprocessing, "source": source})
     return folder
+
+
+def test_the_file_is_written_where_nobody_reads_the_output(student, tmp_path, monkeypatch):
+    """`tinymim export ... | head -1`"""
+
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(student), "--to", "onnx", "--output", str(tmp_path / "model.onnx")])
+    assert ended.value.code == 0
+    assert (tmp_path / "model.onnx").stat().st_size > 10_000
 
 
 def test_the_difference_on_the_runs_own_images_is_printed(workdir, tmp_path, data_dir, capsys):

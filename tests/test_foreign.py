@@ -232,6 +232,15 @@ def test_files_of_google_are_read_whole_or_not_at_all(change, message):
         to_timm(changed, None)
 
 
+def test_npz_files_that_unpack_to_far_more_than_their_size_are_refused(tmp_path):
+    np.savez_compressed(tmp_path / "zeros.npz", np.zeros(2**24, np.float32))
+    with pytest.raises(ConvertError, match=r"would unpack to 64 MiB"):
+        read_npz(tmp_path / "zeros.npz")
+    (tmp_path / "no.npz").write_bytes(b"PK no archive")
+    with pytest.raises(ConvertError, match=r"cannot read .*no.npz"):
+        read_npz(tmp_path / "no.npz")
+
+
 def without(found: dict, start: str) -> dict:
     kept = {name: array for name, array in found.items() if not name.startswith(start)}
     assert len(kept) < len(found)

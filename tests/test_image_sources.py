@@ -282,6 +282,18 @@ def test_unknown_split_and_place(kind, tmp_path):
         open_source(f"{kind}:{tmp_path}/empty", split="all")
 
 
+def test_an_index_of_another_locale_is_not_used(tmp_path, monkeypatch):
+    """In an ASCII locale Python reads the names of classes otherwise."""
+    (tmp_path / "images" / "é").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "é" / "a.png")
+    monkeypatch.setenv("TINYMIM_CACHE", str(tmp_path / "cache"))
+    open_source(f"folder:{tmp_path / 'images'}", split="all")
+    with monkeypatch.context() as ascii_locale:
+        ascii_locale.setattr("sys.getfilesystemencoding", lambda: "ascii")
+        open_source(f"folder:{tmp_path / 'images'}", split="all")
+    assert len([path for path in (tmp_path / "cache" / "index").iterdir() if path.is_dir()]) == 2
+
+
 def test_a_longer_name_is_another_split(tmp_path):
     for split in ("train", "train-extra"):
         write_tar(tmp_path, split, LABELLED)

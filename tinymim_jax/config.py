@@ -59,7 +59,7 @@ def find_file(spec: str) -> tuple[pathlib.Path, str]:
         if path.is_file():
             return path.resolve(), argument
         shipped = name.removeprefix("configs/").removesuffix(".py")
-        hint = f"The shipped one is --config {shipped}" if shipped in experiments() else _choices()
+        hint = f"The shipped one is called {shipped}" if shipped in experiments() else _choices()
         raise FileNotFoundError(f"{name}: no such file. {hint}")
     for folder in _folders():
         if name in experiments(folder):

@@ -15,7 +15,7 @@ from tinymim_jax.class_names import describe_difference
 from tinymim_jax.config import from_json
 from tinymim_jax.metrics import LINES
 from tinymim_jax.runtime.exits import is_first
-from tinymim_jax.runtime.files import with_retries, write_json
+from tinymim_jax.runtime.files import read_json, write_json
 from tinymim_jax.runtime.progress import steps
 from tinymim_jax.runtime.workdir import CONFIG, RESULT
 from tinymim_jax.tasks import TASKS
@@ -84,7 +84,7 @@ def check_same(workdir: epath.Path, config: ConfigDict, *, extend: bool = False)
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         return {}
-    stored = json.loads(with_retries(path.read_text, f"reading {path}"))
+    stored = read_json(path)
     there, here = flat(as_json(from_json(stored))), flat(as_json(config))
     changes = {key: (there.get(key), here.get(key)) for key in sorted(there | here) if there.get(key) != here.get(key)}
     recorded = (epath.Path(workdir) / _RECORD).exists()
@@ -189,7 +189,7 @@ def _recorded(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / _RECORD
     if not path.exists() or not _was_trained(workdir):
         return {}
-    return json.loads(with_retries(path.read_text, f"reading {path}"))
+    return read_json(path)
 
 
 def _was_trained(workdir: epath.Path) -> bool:

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from tinymim_jax.cli.convert import FAMILIES
+from tinymim_jax.runtime.startup import print_line
 
 HELP = "write a checkpoint for another runtime (onnx, litert, stablehlo), the hub, or PyTorch"
 
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
             batch=options.batch,
         )
         for line in lines:
-            print(line, flush=True)
+            print_line(line)  # also where the reader has left: the file is not in its place yet
         return 0
     given = [name for name in _ONLY_PROGRAMS if getattr(options, name)]
     if given:

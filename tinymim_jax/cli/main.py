@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import re
 import sys
 import traceback
@@ -68,6 +69,7 @@ exit status of all commands:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits with one of the statuses that `tinymim --help` lists."""
     end_with_parent_of_environment()
+    _open_closed_streams()
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     start_logging(to_stderr=options.command in _RESULT_ALONE)
     why = ""
@@ -94,6 +96,13 @@ def main(arguments: list[str] | None = None) -> None:
         # Threads and worker processes of the input pipeline can abort the interpreter's shutdown, with status 134.
         exits.exit_at_once(code, why)
     exits.exit_process(code, why)
+
+
+def _open_closed_streams() -> None:
+    """Sends what is printed to nowhere where the caller has closed standard output or error (`>&-`): both are None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, for the life of the process
 
 
 def _remedy(error: Exception) -> str:

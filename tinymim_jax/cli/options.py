@@ -100,6 +100,7 @@ def config_of(options: argparse.Namespace) -> ConfigDict:
     from etils import epath
 
     from tinymim_jax.config import apply_overrides, from_json, load_config
+    from tinymim_jax.runtime.files import read_json
 
     if options.config:
         return load_config(options.config, options.overrides)
@@ -109,7 +110,7 @@ def config_of(options: argparse.Namespace) -> ConfigDict:
         raise FileNotFoundError(
             f"{path} does not exist: name the experiment with --config{suites}, or give the workdir of a run"
         )
-    config = from_json(json.loads(path.read_text()))
+    config = from_json(read_json(path))
     apply_overrides(config, options.overrides)
     return config
 

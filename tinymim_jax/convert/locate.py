@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,12 +72,23 @@ def locate(given: str | pathlib.Path) -> Weights:
     return Weights(path, (path,), path.name)
 
 
+_MOST_COMPRESSED = 20  # times its size that a .npz file of weights may unpack to
+
+
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file. Raises ConvertError if it is damaged or holds Python objects."""
+    """The arrays of a .npz file.
+
+    Raises ConvertError if it is damaged, holds Python objects, or unpacks to far more than its size: weights can hardly
+    be compressed, so that is no model, and its arrays might not fit into memory.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > _MOST_COMPRESSED * path.stat().st_size:
+            raise ConvertError(f"{path} would unpack to {unpacked / 2**20:,.0f} MiB, which no weights of this size do")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ConvertError(f"cannot read {path}: {printable(error)}") from error
 
 

@@ -53,7 +53,10 @@ def evaluate_knn(
         raise ValueError(f"k={list(neighbors)}, temperature={temperature}: choose k from 1 and a temperature above 0")
     splits = labelled_splits(config, data_dir=data_dir, purpose="k-NN votes by them")
     if max(neighbors) > len(splits.train):
-        raise ValueError(f"k={max(neighbors)}: split {config.data.train_split!r} has only {len(splits.train)} images")
+        raise ValueError(
+            f"k={max(neighbors)}: split {config.data.train_split!r} has only {len(splits.train)} images; choose a "
+            "smaller --k"
+        )
 
     mesh = make_mesh()
     loaded = load(str(checkpoint))

@@ -1,7 +1,6 @@
 """Images to try an exported model on: of a data set, of files, or made up where there are none."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from tinymim_jax.config import from_json
 from tinymim_jax.data.sources.sources import open_source
 from tinymim_jax.data.views.decoding import Picture, Undecodable
 from tinymim_jax.evaluation.predictor import Model
+from tinymim_jax.runtime.files import read_json
 
 
 def find_pictures(
@@ -41,7 +41,7 @@ def find_pictures(
         return _of_source(model, name, split, count, data_dir)
     config = epath.Path(checkpoint).expanduser() / "config.json"
     if config.exists():
-        settings = from_json(json.loads(config.read_text())).data
+        settings = from_json(read_json(config)).data
         try:
             return _of_source(model, settings.source, settings.eval_split, count, data_dir)
         except (OSError, ValueError, ImportError):

@@ -40,7 +40,11 @@ def replacing(path: str | os.PathLike, *, sync: bool = True) -> Iterator[pathlib
 
 
 def write_text(path: str | os.PathLike, text: str, *, sync: bool = True) -> None:
-    """Writes UTF-8 text to a file with `replacing`, or to a URL, where an object appears in one step anyway."""
+    """Writes UTF-8 text to a file with `replacing`, or to a URL, where an object appears in one step anyway.
+
+    What UTF-8 does not have, such as bytes of file names in another encoding, is written as an escape.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if is_remote(path):
         with_retries(lambda: epath.Path(path).write_text(text), f"writing {path}")
         return
@@ -51,6 +55,22 @@ def write_text(path: str | os.PathLike, text: str, *, sync: bool = True) -> None
 def write_json(path: str | os.PathLike, value: Any, *, sync: bool = True) -> None:
     """Writes indented JSON with `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n", sync=sync)
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """The content of a JSON file.
+
+    Raises ValueError, with the path and a remedy, for one that is empty or damaged, as after a full disk; OSError if it
+    cannot be read.
+    """
+    text = with_retries(epath.Path(path).read_text, f"reading {path}")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is {'empty' if not text.strip() else 'damaged'}: {error}. Put back a copy; without one, what lies "
+            "beside it cannot be used: choose another folder"
+        ) from error
 
 
 def with_retries(action: Callable[[], T], what: str, *, attempts: int = 5) -> T:

@@ -26,6 +26,7 @@ from tinymim_jax.data.prepare.workers import GO_ON, Progress, write_shards
 from tinymim_jax.data.sources import sources as image_sources
 from tinymim_jax.data.sources.examples import Source
 from tinymim_jax.runtime.files import sync_to_disk
+from tinymim_jax.runtime.paths import is_utf8
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,13 @@ def _check(sources, name, shard_images, max_rejected, workers) -> tuple[str, ...
     class_names = {source.class_names for source in sources.values()}
     if len(class_names) > 1:
         raise ValueError(f"the splits {', '.join(sources)} do not have the same classes; prepare each split separately")
-    return class_names.pop()
+    (names,) = class_names
+    if foreign := [each for each in names if not is_utf8(each)]:
+        raise ValueError(
+            f"the class name {foreign[0]!a} is not valid UTF-8, which TFDS needs: rename its folder, or set "
+            "LANG=C.UTF-8 where the name itself is valid"
+        )
+    return names
 
 
 def _account(shard: Shard) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`folder:LOCATION`: image files, in one folder per class or without classes."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -127,8 +128,10 @@ def _index(root: str) -> Index:
     """The index of the images under `root`; reused until a folder under `root` changes."""
     note = cache_folder() / f"folders-{hashlib.sha256(os.fsencode(root)).hexdigest()}.json"
     if not files.is_remote(root) and note.is_file():
-        known: dict[str, str] = json.loads(note.read_text())
-        if known == _versions(root, list(known)):
+        known: dict[str, str] = {}
+        with contextlib.suppress(ValueError):  # damaged: the folder is listed again
+            known = json.loads(note.read_text())
+        if known and known == _versions(root, list(known)):
             return _cached(root, known)
     return _list_again(root, note)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import tempfile
 from array import array
 from collections.abc import Callable
@@ -161,7 +162,8 @@ def cached(what: str, fingerprint: Any, build: Callable[[], Records]) -> Index:
     `what` names the data set in errors. Raises ValueError if there are no records, OSError if the cache folder cannot
     be written.
     """
-    text = json.dumps([_FORMAT, fingerprint], sort_keys=True)
+    encoding = sys.getfilesystemencoding()  # of names of files and classes; in ASCII locales it garbles them
+    text = json.dumps([_FORMAT, fingerprint, *([encoding] if encoding != "utf-8" else [])], sort_keys=True)
     folder = cache_folder() / hashlib.sha256(text.encode()).hexdigest()
     if not (folder / "meta.json").is_file():
         records = build()
