@@ -63,8 +63,8 @@ def test_answers(low, high, answer, words):
 @pytest.mark.parametrize(
     ("random", "before", "words"),
     [
-        (0.1, 0.29, "than an untrained student (29.0%; differences below 2.9% are chance)"),
-        (0.29, 0.1, "than the same network with random weights (29.0%; differences below 2.9% are chance)"),
+        (0.1, 0.29, "than an untrained student (29.0%; differences below 2.9% are noise)"),
+        (0.29, 0.1, "than the same network with random weights (29.0%; differences below 2.9% are noise)"),
         (0.1, 0.27, None),
         (0.27, 0.1, None),
     ],

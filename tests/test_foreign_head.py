@@ -106,8 +106,8 @@ def test_a_head_with_its_pooling(tmp_path, name):
 
 
 LEFT_OUT = {
-    "4 layers": ("fb_dinov2_swiglu", random_head(5 * WIDTH, "linear_head"), "backbone.", r"reads 80 numbers"),
-    "no CLS": ("hf_ijepa", random_head(WIDTH, "classifier"), "ijepa.", r"reads 16 numbers, which is no pooling"),
+    "4 layers": ("fb_dinov2_swiglu", random_head(5 * WIDTH, "linear_head"), "backbone.", r"has 80 inputs"),
+    "no CLS": ("hf_ijepa", random_head(WIDTH, "classifier"), "ijepa.", r"has 16 inputs, which no supported pooling"),
     "attention pool": ("timm_siglip", random_head(WIDTH, "head"), None, "pooled by attention"),
     "projection": ("timm_clip", {}, None, "a projection, not a classifier"),
 }

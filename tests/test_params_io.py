@@ -64,7 +64,7 @@ def test_export_overwrites_only_exports_and_only_when_told(tmp_path):
     other.mkdir()
     (other / "chapter1.tex").write_text("x")
     for path in (other, other / "chapter1.tex"):
-        with pytest.raises(CheckpointError, match="exists and is no export"):
+        with pytest.raises(CheckpointError, match="exists and is not an export"):
             save_params(path, make_params(), MODEL, overwrite=True)
     assert (other / "chapter1.tex").read_text() == "x"
 

@@ -181,7 +181,7 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _open_sections(config: Mapping[str, Any]) -> dict[str, Callable[[], ConfigDict]]:
-    """Sections (SECTION.SECTION) of `config` whose entries the user names, with what makes an entry."""
+    """Sections (SECTION.SECTION) of `config` whose entries the user names, with the function that makes an entry."""
     found = _execute(SHIPPED / "base.py").OPEN_SECTIONS
     return {section: make for section, make in found.items() if section.split(".")[0] in config}
 

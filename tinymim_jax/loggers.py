@@ -94,7 +94,7 @@ LOGGERS: dict[str, Any] = {"wandb": Wandb, "mlflow": Mlflow}  # each by the name
 
 
 class Loggers:
-    """Several loggers as one, of which none can end a run: a failing one is reported once and then left alone."""
+    """Several loggers as one. One that fails is reported once and then no longer used; it never stops the run."""
 
     def __init__(self, loggers: Mapping[str, Logger]):
         self._loggers = dict(loggers)
@@ -151,5 +151,5 @@ def open_loggers(names: Sequence[str], workdir: epath.Path, config: Mapping[str,
 
 
 def run_id(workdir: epath.Path) -> str:
-    """The same for all attempts in one workdir."""
+    """An id that is the same for all attempts in one workdir."""
     return hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]

@@ -145,8 +145,8 @@ class Tally:
 class Writer:
     """Appends to WORKDIR/metrics.jsonl, one line a call, and to TensorBoard event files in WORKDIR/tensorboard.
 
-    Only process 0 writes. Lines of steps that a killed run had reached beyond its last checkpoint go on resuming. To
-    what lies in a bucket nothing can be appended: there both are written on this machine and copied every minute.
+    Only process 0 writes. When a run is resumed, lines of steps after its checkpoint are removed.
+    Objects in a bucket cannot be appended to: for those, both are written on this machine and uploaded every minute.
     `others` is called with the same step and figures, for trackers such as those of `--log` (loggers.py).
     """
 

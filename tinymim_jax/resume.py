@@ -1,4 +1,4 @@
-"""Whether a run may be resumed: compares the config and inputs that it was begun with with the present ones."""
+"""Whether a run may be resumed: compares its original config and inputs with the present ones."""
 
 import dataclasses
 import json
@@ -146,7 +146,7 @@ def accept(
     """
     trained = _was_trained(workdir)
     if changes and not trained:
-        log.info("nothing was trained in %s with another config: it begins anew with this one", workdir)
+        log.info("%s has another config but no checkpoint: it starts again with this config", workdir)
     if _DURATION in changes and trained:
         old, new = (
             steps(duration, examples=inputs.train_images, batch_size=config.train.batch_size, name=_DURATION)

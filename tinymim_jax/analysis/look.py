@@ -58,7 +58,7 @@ def look_at(run: epath.Path, *, data_dir: str | None = None, workers: int = 0) -
             continue
         try:
             found = make()
-        except Exception as error:  # the report is worth having without it
+        except Exception as error:  # a failure here must not prevent the report
             log.warning("%s: no %s in the report: %s: %s", run, name, type(error).__name__, error)
             continue
         if not found:

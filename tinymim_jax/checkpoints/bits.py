@@ -15,7 +15,7 @@ _SMALL = 1 << 16  # elements; to compile a program for so few takes longer than 
 
 
 def for_host(x: Any) -> bool:
-    """Whether `fold_on_host` is the quicker one for an array: for numpy's, and small ones on the CPU."""
+    """Whether `fold_on_host` is faster for an array: for numpy arrays, and for small ones on the CPU."""
     if not isinstance(x, jax.Array):
         return True
     here = x.is_fully_addressable or x.is_fully_replicated

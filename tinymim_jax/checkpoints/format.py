@@ -25,7 +25,7 @@ class CheckpointError(RuntimeError):
 
 
 class Damaged(Exception):
-    """Stored data cannot be decoded, or are not what was saved."""
+    """Stored data cannot be decoded, or differ from what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # does not stumble over a damaged step
+            lightweight_initialize=True,  # a damaged step raises no error here
         )
 
         def open_manager() -> Manager:

@@ -73,7 +73,7 @@ def check_free(directory: epath.PathLike, *, overwrite: bool = False) -> None:
     if is_export and not overwrite:
         raise CheckpointError(f"{directory} holds an export already. Delete it, or choose another directory.")
     if not is_export and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists and is no export. Choose another directory.")
+        raise CheckpointError(f"{directory} exists and is not an export. Choose another directory.")
 
 
 def load_params(path: epath.PathLike, *, cnn: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:

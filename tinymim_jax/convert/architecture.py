@@ -132,7 +132,7 @@ def _published(table: Mapping[int, Any], width: int, remedy: str) -> Any:
 
 
 def make_image_size(rows: int, prefix: int, patch_size: int, image_size: tuple[int, int] | None) -> list[int]:
-    """[height, width] in pixels of the images that a position table of so many rows is for.
+    """[height, width] in pixels of the images for a position table with this many rows.
 
     prefix: the rows before those of the patches.
     """
@@ -148,7 +148,7 @@ def make_image_size(rows: int, prefix: int, patch_size: int, image_size: tuple[i
     if image_size is None:
         if not patches or side * side != patches:
             raise ConvertError(
-                f"the position table is for {patches} patches, which is no square: name the image size, for example "
+                f"the position table is for {patches} patches, which is no square number: give the image size, such as "
                 f"--image_size {_oblong(patches, patch_size)}{without_cls}"
             )
         return [side * patch_size, side * patch_size]

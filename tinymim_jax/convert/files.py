@@ -1,4 +1,4 @@
-"""Weights files as a whole: converts one, with what its metadata and the files beside it say."""
+"""Converts a weights file, with its metadata and the config files beside it."""
 
 import dataclasses
 import hashlib
@@ -192,7 +192,7 @@ def _from_npz(family: str, arrays: Mapping[str, Any], said: Mapping[str, Any], h
         grid = hints.image_size[0] // kernel.shape[0], hints.image_size[1] // kernel.shape[1]
     state, left_out = to_timm(arrays, grid)
     model, params, source = from_foreign(family, state, said, hints)
-    source.pop("names")  # written back as .npz is nothing that anybody reads
+    source.pop("names")  # of no use here: no program needs these weights as .npz again
     model["source"] = source | {"not_read": sorted({name.rpartition("/")[0] for name in left_out})}
     return family, model, params
 

@@ -51,12 +51,12 @@ class Known:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """Those of the model's constructor in timm, as far as config.json has them."""
+        """Arguments of the model's constructor in timm, if config.json has them."""
         return self.config.get("model_args") or {}
 
 
 def foreign_architecture(known: Known) -> tuple[dict[str, Any], list[str]]:
-    """(the architecture as model.json has it, names of what was assumed)."""
+    """(the architecture in the format of model.json, names of the values that were assumed)."""
     flat, hints, said = known.flat, known.hints, known.arguments
     kernel = flat["encoder/patch_embed/kernel"]
     width, patch = kernel.shape[1], round((kernel.shape[0] / 3) ** 0.5)

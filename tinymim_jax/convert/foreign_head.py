@@ -68,7 +68,9 @@ def find_head(family: str, state: Mapping[str, Any], flat: Mapping[str, Any], co
             return Head(entries, "cls", len(weight))
         if family in _CLS_AND_MEAN and weight.shape[1] == 2 * width:
             return Head(entries, "cls_mean", len(weight))
-    return Head(why_not=f"a classifier that reads {weight.shape[1]} numbers, which is no pooling known here")
+    return Head(
+        why_not=f"its classifier has {weight.shape[1]} inputs, which no supported pooling gives (CLS, mean, both)"
+    )
 
 
 def _is_projection(family: str, config: Mapping[str, Any]) -> bool:

@@ -62,10 +62,10 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
     """
     size = list(model["encoder"]["image_size"])
     classes = model.get("classifier", model.get("segmenter", {})).get("classes", 0)
-    if not classes:  # a run without a classifier records the classes of its images; they name no output
+    if not classes:  # a run without a classifier records the classes of its images; they do not correspond to outputs
         exported = {key: value for key, value in exported.items() if key != "class_names"}
     read = {**sidecar.values, "resize": sidecar.resize(max(size))}
-    # An export does not make more certain what was assumed before it.
+    # What was assumed before an export stays marked as assumed after it.
     guessed = exported.get("origin")
     guessed = guessed if isinstance(guessed, Mapping) else {}
     sources = [
@@ -81,7 +81,7 @@ def complete_preprocessing(model: Mapping[str, Any], given: Given, exported: Map
         value = values[key]
         result[key] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         origin[key] = where(key)
-    # How images of any size are shown to a network that labels pixels, and its colours: an export says so, or nobody.
+    # Windows and colours of a segmentation network can only come from the metadata of one of our exports.
     result |= {key: exported[key] for key in _OF_SEGMENTERS if exported.get(key) and "segmenter" in model}
     _check(result, origin, classes)
     return result | {"origin": origin}

@@ -112,7 +112,7 @@ def export(
     suites: Sequence[str] = (),
     **options: Any,
 ) -> Iterator[str]:
-    """Writes `output` and yields what there is to say about it, line by line.
+    """Writes `output` and yields lines that describe the result.
 
     Args:
       to: one of PROGRAMS.

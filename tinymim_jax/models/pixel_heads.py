@@ -109,7 +109,7 @@ class MaskHead(nn.Module):
 
 
 def mask_heads(channels: int) -> int:
-    """Attention heads of a MaskHead of so many channels. Raises ValueError for numbers that cannot be."""
+    """Attention heads of a MaskHead with this many channels. Raises ValueError for an invalid number."""
     heads = max(1, channels // _HEAD_DIM)
     if channels > _HEAD_DIM and channels % _HEAD_DIM:
         raise ValueError(

@@ -27,13 +27,13 @@ def layer_norm(x: Features, scale: Vector, bias: Vector, *, eps: float = EPS) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm_for_cpu(x: Features, scale: Vector, bias: Vector, eps: float = EPS) -> Float[Array, "*batch dim"]:
-    """The same for a float32 `x`, with a custom gradient."""
+    """layer_norm for a float32 `x` on CPUs, with a custom gradient."""
     return _forward(x, scale, bias, eps)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm_of_bfloat16(x: Features, scale: Vector, bias: Vector, eps: float = EPS) -> Float[Array, "*batch dim"]:
-    """The same for a bfloat16 `x` on accelerators, in one pass, keeping no float32 array of the size of `x`.
+    """layer_norm for a bfloat16 `x` on accelerators, in one pass, keeping no float32 array of the size of `x`.
 
     The variance is E[x^2] - E[x]^2. Where the mean is 2^8 times the standard deviation, float32 loses 2^16 of 2^24 in
     that difference, a relative error of 0.4 %; but there x has lost all digits of its deviations in bfloat16 before.

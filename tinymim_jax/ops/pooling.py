@@ -12,7 +12,7 @@ Maps = Float[Array, "batch rows columns channels"]
 
 
 def adaptive_pool(maps: Maps, size: int) -> Float[Array, "batch size size channels"]:
-    """Means over size x size bins, which overlap where `size` is no divisor, as nn.AdaptiveAvgPool2d."""
+    """Means over size x size bins, which overlap unless `size` divides the input, as nn.AdaptiveAvgPool2d."""
     precision, (rows, columns) = full_precision(maps.dtype), maps.shape[1:3]
     maps = jnp.einsum("rh,bhwc->brwc", jnp.asarray(bin_means(rows, size), maps.dtype), maps, precision=precision)
     return jnp.einsum("sw,brwc->brsc", jnp.asarray(bin_means(columns, size), maps.dtype), maps, precision=precision)

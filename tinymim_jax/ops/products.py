@@ -35,7 +35,7 @@ def linear_product(
 def linear_product_for_cpu(
     rows: Float[Array | np.ndarray, "*batch dim"], kernel: Float[Array | np.ndarray, "dim features"]
 ) -> Float[Array, "*batch features"]:
-    """The same for bfloat16, rounded after the product.
+    """linear_product for bfloat16, rounded after the product.
 
     XLA's CPU compiler has fast products of bfloat16 with a float32 result only. For others it converts the operands to
     float32 first, and so does a gradient of mixed dtypes, hence the gradient of its own. The rounding is the same.

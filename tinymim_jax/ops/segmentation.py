@@ -18,7 +18,7 @@ def ignore_value(dtype: Any) -> int:
 
 
 def labels_dtype(classes: int) -> Any:
-    """The dtype of labels of so many classes: uint8, or uint16 above 254. Its largest value marks ignored pixels."""
+    """The dtype of labels for this many classes: uint8, or uint16 above 254. Its largest value marks ignored pixels."""
     if not 1 <= classes <= np.iinfo(np.uint16).max - 1:
         raise ValueError(f"{classes} classes: a mask can hold 1 to {np.iinfo(np.uint16).max - 1:,}")
     return np.uint8 if classes <= np.iinfo(np.uint8).max - 1 else np.uint16

@@ -222,7 +222,7 @@ def _convolution_flops(each: Instruction, left: list[int], kernel: list[int]) ->
     return total
 
 
-# With what an axis has where the text says nothing.
+# Window attributes of an axis that the text leaves out.
 _WINDOW = {"stride": (1,), "pad": (0, 0), "lhs_dilate": (1,), "rhs_dilate": (1,)}
 
 

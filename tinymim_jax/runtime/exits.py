@@ -153,7 +153,7 @@ def exit_at_once(status: int, why: str, *, before: Callable[[], None] | None = N
 
 
 def stdout_closed() -> bool:
-    """Whether the reader of standard output has gone, as `head` goes; output is then discarded from now on."""
+    """Whether the reader of standard output has exited (`| head`); later output is then discarded."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))

@@ -87,6 +87,6 @@ def input_advice(data_wait: float, *, workers: int, cores: int) -> str:
     ]
     if workers < cores:
         remedies.insert(0, f"--workers {cores} (processes that decode; {workers} now, on {cores} cores)")
-    return f"input is the bottleneck: {data_wait:.0%} of the time went by waiting for images. Try " + "; or ".join(
+    return f"input is the bottleneck: {data_wait:.0%} of the time was spent waiting for images. Try " + "; or ".join(
         remedies
     )

@@ -26,7 +26,7 @@ def start_logging(prefix: str = "", *, to_stderr: bool = False) -> None:
 
 
 def print_line(text: str = "") -> None:
-    """Prints a line at once. A reader that has gone (`| head`) or a full disk is no error: the line is dropped."""
+    """Prints a line at once. If its reader has exited (`| head`) or the disk is full, the line is dropped."""
     try:
         print(text, flush=True)
     except (OSError, ValueError):

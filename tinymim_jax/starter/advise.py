@@ -93,7 +93,7 @@ def judge_teacher(*, teacher: float, teacher_random: float, before: float, examp
             return Advice(
                 "no",
                 f"the teacher ({teacher:.1%}) is not better on your images than {other} ({value:.1%}; differences "
-                f"below {margin:.1%} are chance): choose another teacher, and check that its file was converted with "
+                f"below {margin:.1%} are noise): choose another teacher, and check that its file was converted with "
                 "all its weights",
             )
     return None

@@ -29,7 +29,7 @@ def run_chain(
     Args:
       workdir: stage NAME is trained in workdir/NAME. A folder, `~` allowed.
       overrides: by key, or by STAGE.KEY.
-      child_options: command-line words for each `tinymim train`.
+      child_options: command-line arguments for each `tinymim train`.
 
     Returns the exit status. Raises ValueError for a stage that cannot be built.
     """

@@ -36,7 +36,7 @@ class Children:
     A child saves and stops after its step, exits with 75, and resumes when its point is run again. If this process is
     killed, its children end at once: two processes must never write to one workdir.
 
-    options: command-line words for every child, such as ("--data_dir", "/data").
+    options: command-line arguments for every child, such as ("--data_dir", "/data").
     stopping: whether the children have been asked to stop; nothing is started any more.
     """
 

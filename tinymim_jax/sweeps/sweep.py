@@ -148,7 +148,7 @@ def _run_point(children: Children, point: Point, extend: bool) -> RunState:
 
 
 def _check_conflicts(yielded: Sequence[Any], words: Mapping[str, Any], stages: Collection[str]) -> None:
-    """Words behind the command win over what points set, which must not undo the sweep; and no two points are equal."""
+    """Raises ValueError if an override sets a key that differs between points, or if two points are equal."""
     given = [dict(point) for point in yielded if isinstance(point, Mapping)]
     for i, point in enumerate(given):
         if point in given[:i]:

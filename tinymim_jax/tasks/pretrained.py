@@ -77,7 +77,7 @@ def started_encoder(config: ConfigDict, **overrides: Any) -> ViT:
 
 
 def _switches_of(path: str) -> Switches:
-    """Those of a checkpoint; the plain ones without one, and for one that is missing: that is reported on reading."""
+    """The switches of a checkpoint; PLAIN without a path, and for a missing checkpoint, which is an error later."""
     if not path:
         return PLAIN
     try:

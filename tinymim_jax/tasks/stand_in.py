@@ -18,7 +18,7 @@ VIT_B = ViT(embed_dim=768, depth=12, heads=12)
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """What is taken for one missing checkpoint.
+    """The placeholder for one missing checkpoint.
 
     key: the config's dotted key for the checkpoint's path; it is set to `loaded.path`.
     loaded: zeros of the shapes that the checkpoint is taken to have; they take no memory.

@@ -105,7 +105,7 @@ class Task:
 
 
 def losses_of_phases(task: Task) -> tuple[Losses, ...]:
-    """Of each phase; those of the task where it has no phases."""
+    """The losses of each phase, or those of the task if it has no phases."""
     return tuple(phase.losses for phase in task.phases) or (task.losses,)
 
 
@@ -154,7 +154,7 @@ def as_opened(config: ConfigDict, source: Source) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class TaskType:
-    """A row of TASKS: what a task's folder offers to the rest of the program.
+    """An entry of TASKS: the interface of a task.
 
     build: (config, class names of the training data; empty for unlabelled data) -> Task. Raises ValueError for a
       config that cannot be trained.

@@ -4,7 +4,7 @@ from tinymim_jax.convert.families.table import CONV, PATCHES, UPSAMPLE, Family, 
 from tinymim_jax.convert.families.vit_rows import linear, norm, part
 
 _STATISTICS = "batch_stats"
-# Buffers that PyTorch's modules keep beside their weights; they follow from the architecture or are used by nothing.
+# Buffers that PyTorch's modules keep beside their weights; they follow from the architecture or are unused.
 _BUFFERS = r"\.(relative_position_index|num_batches_tracked)$"
 
 

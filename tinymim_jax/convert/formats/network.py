@@ -47,7 +47,7 @@ class Network:
         if self.output not in OUTPUTS:
             raise ConvertError(f"output={self.output!r} is unknown. Choices: {', '.join(map(repr, OUTPUTS))}")
         if self.output == "class_map" and "segmenter" not in self.record:
-            raise ConvertError("the checkpoint labels no pixels, so there is no class map to export")
+            raise ConvertError("the checkpoint is no segmentation network, so it has no class map to export")
         has_logits = "segmenter" in self.record or ("head" in self.params and self.record.get("classifier"))
         if self.output == "logits" and not has_logits:
             raise ConvertError(
@@ -128,7 +128,7 @@ class Network:
         return lambda pixels: forward(params, pixels)
 
     def forward(self) -> Callable[[Any, jax.Array], jax.Array]:
-        """The same of (`used_params()`, pixels): large networks compile sooner where parameters are no constants."""
+        """As `function`, of (`used_params()`, pixels): large networks compile faster if parameters are no constants."""
         if self.output == "class_map":
             dtype, scores = labels_dtype(self.segmenter.classes), self.scores()
             return lambda params, pixels: jnp.argmax(scores(params, pixels), axis=-1).astype(dtype)
@@ -156,7 +156,7 @@ class Network:
 
     def description(self) -> dict[str, str]:
         """What travels with an exported file, by key; every value is a text, JSON where it is structured."""
-        # `origin` says for a converted file what was assumed; from here on it is simply so.
+        # `origin` marks values of a converted file that were assumed; the export drops it.
         prepared = {key: value for key, value in self.preprocessing.items() if key not in ("class_names", "origin")}
         record = {
             key: self.record[key] for key in ("encoder", "classifier", "segmenter", "source") if key in self.record

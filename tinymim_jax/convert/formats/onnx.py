@@ -88,7 +88,7 @@ def read_file(path: str | pathlib.Path, *, given: Any = None) -> tuple[dict[str,
         model = onnx.load_model(str(path))
     except OSError:
         raise
-    except Exception as error:  # protobuf's DecodeError is a subclass of nothing else
+    except Exception as error:  # protobuf's DecodeError derives directly from Exception
         raise ConvertError(f"cannot read {path}: not an ONNX file, or it is damaged ({error})") from error
     properties = {entry.key: entry.value for entry in model.metadata_props}
     if properties.get("producer") != "tinymim-jax":

@@ -81,7 +81,7 @@ def counts(what: str, values: Any) -> tuple[int, ...]:
         raise ConvertError(f"the {what} of a tensor is not a short list of numbers")
     for value in values:
         if type(value) is not int or not 0 <= value < _MAX_COUNT:
-            raise ConvertError(f"the {what} of a tensor holds something that is no size or position")
+            raise ConvertError(f"the {what} of a tensor contains a value that is no valid size or offset")
     return tuple(values)
 
 

@@ -27,7 +27,7 @@ def class_names(classes: tuple[MaskClass, ...]) -> tuple[str, ...]:
 
 
 def is_ignored(row: MaskClass) -> bool:
-    """Whether a row of a file of classes is no class but says which pixels to ignore."""
+    """Whether a row of a file of classes marks the pixels to ignore, and is no class."""
     return row.name.lower() in _IGNORED_NAMES
 
 

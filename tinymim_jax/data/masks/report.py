@@ -1,4 +1,4 @@
-"""A report on a sample of the masks of a source: values, shares and modes. Masks that cannot be meant are refused."""
+"""A report on a sample of the masks of a source: values, shares and modes. Implausible masks are refused."""
 
 import collections
 import dataclasses

@@ -14,7 +14,7 @@ def kl_and_difference(logits: Array, teacher_logits: Array, axis: int) -> tuple[
     """(KL of each query, softmax of student less that of teacher) of float32 logits with the keys along `axis`."""
     weights, shifted, log_total = _softmax(logits, axis)
     teacher_weights, teacher_shifted, teacher_log_total = _softmax(teacher_logits, axis)
-    # Of logits less their maximum: where the teacher's weight lies both are near zero, and nothing large cancels.
+    # With logits minus their maximum, both are near zero where the teacher has its weight: no large terms cancel.
     expected = jnp.sum(teacher_weights * (teacher_shifted - shifted), axis=axis, keepdims=True)
     return expected - teacher_log_total + log_total, weights - teacher_weights
 

@@ -115,7 +115,7 @@ class Classification:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what `losses` returns."""
+        """Names of the values that `losses` returns."""
         return ("loss", "top1", "top5", *(("label_loss", "teacher_loss", "teacher_top1") if self.teacher else ()))
 
     def init(self, key: jax.Array) -> Params:

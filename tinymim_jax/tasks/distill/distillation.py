@@ -61,7 +61,7 @@ class Distillation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what `losses` returns."""
+        """Names of the values that `losses` returns."""
         names = ["loss"]
         for teaching in self.teachings:
             own = [name for pair in teaching.pairs for name in pair.names]

@@ -32,7 +32,7 @@ class Hidden(NamedTuple):
 
 
 def find_hidden(pairs: Sequence[Pair], student: ViT, inputs: Inputs) -> float:
-    """The share of patches that `hidden=` of the targets hides; 0 for none. ValueError where it cannot be.
+    """The share of patches that `hidden=` of the targets hides; 0 for none. Raises ValueError where it is not possible.
 
     Args:
       pairs: of all teachers: there is one second pass.

@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Teaching:
-    """A frozen teacher, which blocks of it are compared on what, and what it is shown.
+    """A frozen teacher: its input, the blocks that are compared, and on which targets.
 
     name: of the teacher; FIRST for that of `config.distill.teacher`.
     weight: of this comparison in the loss.

@@ -116,7 +116,7 @@ def align_heads(distill: ConfigDict, student: ViT, teachers: Sequence[tuple[ViT 
     """The student with the attention heads that `distill.heads` asks for.
 
     Args:
-      teachers: each with what is compared with it. Of several, only what is compared head by head counts.
+      teachers: each with its targets. With several, only the targets that are compared head by head matter.
     """
     if distill.heads not in HEADS:
         raise unknown("distill.heads", distill.heads, HEADS)

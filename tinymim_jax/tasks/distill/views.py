@@ -52,7 +52,7 @@ class Inputs:
         return normalize(images, self.mean, self.std)
 
     def teacher_view(self, images: jax.Array, key: jax.Array, train: bool) -> jax.Array:
-        """The same for the teacher."""
+        """Normalized pixels for the teacher, of its image size."""
         images = _jittered(fold_in_name(key, "teacher_jitter"), images, self.teacher_jitter) if train else images
         if images.shape[1:3] != self.teacher_size:
             images = resize_images(images.astype(jnp.float32), self.teacher_size)
@@ -65,7 +65,7 @@ class Inputs:
         return shown if masking is None else greyed(shown, masking.hidden, patch_size)
 
     def teacher_seen(self, images: jax.Array, key: jax.Array) -> jax.Array:
-        """The same of the teacher."""
+        """What the teacher is shown in a training step, see Task.seen."""
         shown = denormalize(self.teacher_view(images, key, True), self.teacher_mean, self.teacher_std)
         masking = self.masking(key, len(images))
         if masking is None or not self.teacher_masked:

@@ -23,7 +23,7 @@ def with_masks(config: ConfigDict, source: Source) -> Source:
 
 
 def segmentation_views(config: ConfigDict, classes: int) -> Views:
-    """The views of training, and the whole image for evaluation, of masks with so many classes."""
+    """The views of training, and the whole image for evaluation, for masks with this many classes."""
     size, data, fill = tuple(config.model.image_size), config.data, mean_colour(config)
     train = SegmentationAugment(
         size=size,
@@ -39,7 +39,7 @@ def segmentation_views(config: ConfigDict, classes: int) -> Views:
 
 
 def evaluation_windows(config: ConfigDict) -> Windows:
-    """How evaluation and prediction show images to the network. Raises ValueError for settings that cannot be."""
+    """How evaluation and prediction show images to the network. Raises ValueError for invalid settings."""
     settings, scale = config.segment.evaluation, config.data.scale
     return Windows(
         mode=settings.mode,

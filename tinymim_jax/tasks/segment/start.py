@@ -57,7 +57,7 @@ def _loaded_heads(loaded: Loaded, class_names: Sequence[str]) -> Params:
 
 
 def _in_order(head: Params, order: np.ndarray) -> Params:
-    """A head whose classes come in another order: the last layer, or the tokens of classes and the norm over them."""
+    """The head with its classes reordered: of its last layer, or of its class tokens and the norm over them."""
     changed = {
         name: jax.tree.map(lambda leaf: leaf[..., order], head[name])
         for name in ("classifier", "mask_norm")

@@ -56,7 +56,7 @@ def build(config: ConfigDict, class_names: Sequence[str]) -> Task:
 
 
 def build_network(config: ConfigDict, loaded: Loaded | None, classes: int) -> SegmentationNetwork:
-    """The network that `config` describes; its encoder is that of `loaded` as far as it has to be."""
+    """The network that `config` describes, with what the parameters of `loaded` need of its encoder's architecture."""
     settings = config.segment
     encoder = segmentation_encoder(config, loaded)
     taps = default_taps(settings.head, encoder.depth) if settings.taps is None else tuple(settings.taps)
@@ -92,7 +92,7 @@ class Segmentation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what `losses` returns."""
+        """Names of the values that `losses` returns."""
         return ("loss", "pixel_accuracy", *(("decode_loss", "auxiliary_loss") if self.network.auxiliary else ()))
 
     def init(self, key: jax.Array) -> Params:
