@@ -290,7 +290,7 @@ def test_experiments_are_found_by_name(tmp_path, monkeypatch):
     assert [stage.name for stage in read_stages("study/losses:small")] == ["student", "classifier"]
     with pytest.raises(FileNotFoundError, match=r"did you mean 'distill_b'.*'study/losses'"):
         load_config("distil_b")
-    with pytest.raises(FileNotFoundError, match=r"The shipped one is --config distill_b"):
+    with pytest.raises(FileNotFoundError, match=r"The shipped one is called distill_b"):
         load_config("configs/distill_b.py")
     (tmp_path / "configs" / "my.py").write_text(
         "from configs import base, more\ndef get_config():\n    return more.longer(base.mae())\n"

@@ -328,9 +328,9 @@ def test_finished_shards_are_kept_and_others_made(written, tmp_path, monkeypatch
 
 
 def test_a_class_name_that_is_not_utf8_is_told_before_the_first_image(tmp_path):
-    folder = tmp_path / "images" / os.fsdecode(b"cl\xe9")
-    folder.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    for name in (os.fsdecode(b"cl\xe9"), "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "a.png")
     with pytest.raises(ValueError, match=r"class name 'cl\\udce9' is not valid UTF-8"):
         prepare_images(f"folder:{tmp_path / 'images'}", output=tmp_path / "sets", workers=0)
     assert not (tmp_path / "sets").exists()
