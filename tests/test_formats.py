@@ -247,6 +247,11 @@ def test_files_are_little_larger_than_the_weights(name, tmp_path):
     assert 0 < (tmp_path / "model.onnx").stat().st_size - weights < 2 * 10_000
 
 
+def test_hub_card_with_a_class_name_in_another_encoding(tmp_path):
+    hub.write(tmp_path / "model", make_network("plain"), card="cl\udce9 é")
+    assert (tmp_path / "model" / "README.md").read_text("utf-8") == "cl\\udce9 é"
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_hub_folders_are_read_back(name, tmp_path):
     network = make_network(name)

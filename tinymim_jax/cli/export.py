@@ -11,9 +11,10 @@ HELP = "write a checkpoint for another runtime (onnx, litert, stablehlo), the hu
 
 # evaluation.exporting.PROGRAMS, which takes seconds to import.
 PROGRAMS = ("onnx", "litert", "stablehlo", "hub")
-# Extensions of the files; those of all other formats are .safetensors. The hub's is a folder.
+# Extensions of the files; all other formats have .safetensors, and the hub's is a folder.
 _EXTENSIONS = {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo", "hub": ""}
-_OTHERS = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".h5", ".safetensors")
+# Extensions by which other programs choose how to read a file.
+_KNOWN = (".onnx", ".tflite", ".stablehlo", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".h5")
 
 _EPILOG = """\
 onnx       one graph for any batch size, opset 17 or 23; needs 'tinymim-jax[onnx]'
@@ -99,11 +100,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_extension(to: str, output: str) -> None:
-    """Raises ValueError for the extension of another format: programs choose the way of reading a file by it."""
-    right, given = _EXTENSIONS.get(to, ".safetensors"), pathlib.PurePath(output).suffix.lower()
-    if given != right and given in (*_EXTENSIONS.values(), *_OTHERS) and given:
-        what = f"writes a {right} file" if right else "writes a folder"
-        raise ValueError(f"--to {to} {what}, not {given}: give --output {pathlib.PurePath(output).with_suffix(right)}")
+    """Raises ValueError for the extension of another format."""
+    path, right = pathlib.PurePath(output), _EXTENSIONS.get(to, ".safetensors")
+    if path.suffix.lower() in _KNOWN and path.suffix.lower() != right:
+        what = f"a {right} file" if right else "a folder"
+        raise ValueError(f"--to {to} writes {what}, not {path.suffix}: give --output {path.with_suffix(right)}")
 
 
 _ONLY_PROGRAMS = ("features", "class_map", "int8", "opset", "batch", "licence", "suites", "data", "images", "data_dir")

@@ -105,7 +105,7 @@ def evaluate_checkpoint(
     config.data.examples = 0
     model, _ = load_params(checkpoint)
     check_preprocessing(config, model, str(checkpoint))
-    experiment = _without_training_images(config, data_dir)
+    experiment = _experiment(config, data_dir)
     task = experiment.task
     known = model.get("preprocessing", {}).get("class_names")
     if known and any(part in model and part in task.model for part in ("classifier", "segmenter")):
@@ -127,14 +127,13 @@ def evaluate_checkpoint(
     return make_evaluation(experiment, mesh)(params, place_frozen(task.load_frozen(), mesh), workers=workers)
 
 
-def _without_training_images(config: ConfigDict, data_dir: str | None) -> Experiment:
-    """The experiment for an evaluation. Without a training split, the evaluation split takes its place."""
+def _experiment(config: ConfigDict, data_dir: str | None) -> Experiment:
+    """The experiment for an evaluation. Where there is no training split, the evaluation split takes its place."""
+    missing = config.data.train_split
     try:
         sources = open_sources(config, data_dir=data_dir)
     except (ValueError, FileNotFoundError) as error:
-        missing, config.data.train_split = config.data.train_split, config.data.eval_split
-        if missing == config.data.eval_split:
-            raise
+        config.data.train_split = config.data.eval_split
         sources = open_sources(config, data_dir=data_dir)  # says so if the evaluation split is missing, too
         log.info("evaluating without data.train_split=%r: %s", missing, error)
     return assemble(config.lock(), *sources)

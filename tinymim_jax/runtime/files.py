@@ -63,7 +63,8 @@ def read_json(path: epath.PathLike) -> Any:
     Raises ValueError, with the path and a remedy, for one that is empty or damaged, as after a full disk; OSError if it
     cannot be read.
     """
-    text = with_retries(epath.Path(path).read_text, f"reading {path}")
+    file = epath.Path(path)
+    text = with_retries(file.read_text, f"reading {path}") if is_remote(path) else file.read_text()
     try:
         return json.loads(text)
     except ValueError as error:

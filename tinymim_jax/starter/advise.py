@@ -163,13 +163,10 @@ def as_text(found: Mapping[str, Any]) -> str:
 def _look(output: pathlib.Path, request: Request, decided: Decided, helpers: Helpers) -> dict[str, Any]:
     """What as_text shows, but for the plans. There is no trial if the teacher alone decides."""
     (run,) = runs_to_do(output, decided)
-    known: dict[str, float] = {}
-    for name, checkpoint in (
-        ("teacher", decided.teacher),
-        (RANDOM_TEACHER, str(output / RANDOM_TEACHER)),
-        ("before", str(output / "untrained")),
-    ):
-        known[name] = measured_knn(run, decided, helpers, name, checkpoint, request.data_dir)
+    known = {
+        name: measured_knn(run, decided, helpers, name, request.data_dir)
+        for name in ("teacher", RANDOM_TEACHER, "before")
+    }
     found: dict[str, Any] = {
         **known,
         "steps": decided.preset_steps,

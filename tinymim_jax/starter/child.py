@@ -5,7 +5,6 @@ python -m tinymim_jax.starter.child FUNCTION REQUEST.json RESULT.json
 """
 
 import json
-import os
 import pathlib
 import sys
 import time
@@ -15,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from tinymim_jax.checkpoints.format import CheckpointError
-from tinymim_jax.checkpoints.params import load_record, save_params
+from tinymim_jax.checkpoints.params import load_record
 from tinymim_jax.config import from_json
 from tinymim_jax.evaluation.knn import evaluate_knn
 from tinymim_jax.experiment import batch_shapes, build_experiment, build_optimizer, training_batches
@@ -37,6 +37,7 @@ from tinymim_jax.runtime.startup import start_logging, use_compile_cache
 from tinymim_jax.sharding import make_mesh, place_batch, replicated
 from tinymim_jax.starter.choices import STUDENT
 from tinymim_jax.state import init_state, make_train_step, place_frozen, trained_paths
+from tinymim_jax.tasks.pretrained import Loaded, keeping_checkpoints
 
 _MEASURED_SECONDS = 6.0
 _MEASURED_STEPS = (3, 30)  # at least, at most
@@ -99,24 +100,29 @@ def measure(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[
 def knn(
     config: dict[str, Any], checkpoint: str, neighbors: int, data_dir: str | None, workers: int, initial: str = ""
 ) -> dict[str, Any]:
-    """The k-NN figures of a checkpoint.
+    """The k-NN figures of a checkpoint, or of random initial weights.
 
     Args:
-      initial: save random initial weights as that checkpoint first, if there is none: of the student (STUDENT), or of
-        an encoder like the one in the checkpoint at this path.
+      initial: in place of the checkpoint take initial weights: of the student (STUDENT), or of an encoder like the one
+        in the checkpoint at this path. `checkpoint` is then a name for messages.
     """
     locked = from_json(config)
-    if initial and not os.path.exists(checkpoint):
-        if initial == STUDENT:
-            task = build_experiment(locked, data_dir=data_dir).task
-            record, params = task.model["encoder"], task.init(jax.random.key(locked.seed))["encoder"]
-        else:
-            record = load_record(initial)["encoder"]
-            encoder = ViT.from_record(record)
-            image = jnp.zeros((1, *encoder.image_size, 3))
-            params = jax.jit(encoder.init)(jax.random.key(locked.seed), image)["params"]
-        save_params(checkpoint, {"encoder": params}, {"encoder": record})
-    return evaluate_knn(locked, checkpoint, neighbors=(neighbors,), data_dir=data_dir, workers=workers)
+    with keeping_checkpoints() as kept:
+        if initial:
+            record, params = _initial_encoder(locked, initial, data_dir)
+            kept[checkpoint] = Loaded(checkpoint, {"encoder": record}, {"encoder": jax.device_get(params)})
+        return evaluate_knn(locked, checkpoint, neighbors=(neighbors,), data_dir=data_dir, workers=workers)
+
+
+def _initial_encoder(config: ConfigDict, of: str, data_dir: str | None) -> tuple[dict[str, Any], Any]:
+    """(record, parameters) of an encoder with random weights; `of`: see `initial` of knn."""
+    key = jax.random.key(config.seed)
+    if of == STUDENT:
+        task = build_experiment(config, data_dir=data_dir).task
+        return task.model["encoder"], task.init(key)["encoder"]
+    record = load_record(of)["encoder"]
+    encoder = ViT.from_record(record)
+    return record, jax.jit(encoder.init)(key, jnp.zeros((1, *encoder.image_size, 3)))["params"]
 
 
 def read(config: dict[str, Any], data_dir: str | None, workers: int) -> dict[str, Any]:

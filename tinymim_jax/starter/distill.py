@@ -62,14 +62,14 @@ def _work(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
         helpers.prepare(decided.source, output / "data", decided.prepared, decided.short_side, request.data_dir)
     summary: dict[str, Any] = {"teacher": decided.teacher, "knn": {}}
     if decided.neighbors:
-        for name, checkpoint in (("teacher", decided.teacher), ("before", str(output / "untrained"))):
-            summary["knn"][name] = measured_knn(runs[0], decided, helpers, name, checkpoint, data_dir)
+        for name in ("teacher", "before"):
+            summary["knn"][name] = measured_knn(runs[0], decided, helpers, name, data_dir)
     options = helpers.training_words(data_dir, decided.workers)
     for run in runs:
         helpers.train(run, options)
         summary[run.name] = dict(read_result(run.workdir) or {})
         if run.name == STUDENT and decided.neighbors:
-            summary["knn"]["after"] = measured_knn(run, decided, helpers, "after", str(run.workdir), data_dir)
+            summary["knn"]["after"] = measured_knn(run, decided, helpers, "after", data_dir)
     summary["export"] = helpers.export(runs[-1].workdir, output, request.export, logits=runs[-1].name == CLASSIFIER)
     summary["step"] = {"expected": decided.step_seconds, "by": decided.timed_by, "took": real_step(runs[0].workdir)}
     write_json(output / SUMMARY, summary)
@@ -79,16 +79,14 @@ def _work(output: pathlib.Path, request: Request, decided: Decided, helpers: Hel
     return DONE
 
 
-def measured_knn(
-    run: Run, decided: Decided, helpers: Helpers, name: str, checkpoint: str, data_dir: str | None
-) -> float:
-    """The k-NN accuracy of a checkpoint.
+def measured_knn(run: Run, decided: Decided, helpers: Helpers, name: str, data_dir: str | None) -> float:
+    """The k-NN accuracy of a network.
 
     Args:
       run: the student's training, whose config says how images are read.
       name: "teacher", RANDOM_TEACHER, "before" (the untrained student) or "after"; names the files of the result.
-      checkpoint: for RANDOM_TEACHER and "before", where the random weights are written.
     """
+    checkpoint = {"teacher": decided.teacher, "after": str(run.workdir)}.get(name, f"random weights, {name}")
     initial = {"before": STUDENT, RANDOM_TEACHER: decided.teacher}.get(name, "")
     changes = decided.knn["both"] | (decided.knn["teacher"] if name in ("teacher", RANDOM_TEACHER) else {})
     config = load_config(run.config, run.overrides).copy_and_resolve_references().unlock()

@@ -14,6 +14,7 @@ from typing import Any
 
 from tinymim_jax.convert.errors import ConvertError
 from tinymim_jax.convert.formats.network import Network, refuse_two_pools
+from tinymim_jax.runtime.files import write_json, write_text
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _CODE, _PROCESSOR = "modeling_tinymim.py", "preprocessor_config.json"
@@ -58,10 +59,10 @@ def write(path: pathlib.Path, network: Network, *, card: str = "", licence: str 
     else:
         config = _own_config(record, preprocessing)
         code = importlib.resources.files("tinymim_jax.convert.formats") / "hub_model.txt"
-        (path / _CODE).write_text(code.read_text())
-        _write_json(path / _PROCESSOR, _processor(preprocessing))
-    _write_json(path / CONFIG, config)
-    (path / CARD).write_text(card)
+        write_text(path / _CODE, code.read_text())
+        write_json(path / _PROCESSOR, _processor(preprocessing))
+    write_json(path / CONFIG, config)
+    write_text(path / CARD, card)
 
 
 def in_timm(record: Mapping[str, Any]) -> bool:
@@ -203,7 +204,3 @@ def _processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         "image_mean": list(preprocessing["mean"]),
         "image_std": list(preprocessing["std"]),
     }
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
