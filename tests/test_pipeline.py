@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -289,10 +290,16 @@ def test_crops_may_straddle_processes(process_count):
 
 def test_each_record_is_decoded_once_for_all_its_crops(monkeypatch):
     opened = []
-    monkeypatch.setattr(rows, "Picture", lambda data, **options: opened.append(data) or Picture(data, **options))
+
+    def open_picture(data: bytes, **options) -> Picture:
+        opened.append(threading.get_ident())
+        return Picture(data, **options)
+
+    monkeypatch.setattr(rows, "Picture", open_picture)
     batches = rows.Rows(Numbered(8), AUGMENT, batch_size=8, seed=0, process_index=0, process_count=1, crops=4)
     assert len(set(batches[0]["label"].tolist())) == 2
-    assert len(opened) == 2
+    # Grain's threads of an earlier test may still decode what they had begun.
+    assert opened.count(threading.get_ident()) == 2
 
 
 def test_crops_of_a_damaged_record_are_all_replaced():
